@@ -1,0 +1,160 @@
+"""One allocation a rank, into which everything is read and from which every tensor is a view.
+
+On the host it is an anonymous memory file: other processes of the node can map it through ``/proc/<pid>/fd``, and it is
+gone when the last of them is. On a GPU it is one tensor of bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from shardferry.errors import ArenaError
+
+NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
+_PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
+
+
+def available_host_bytes() -> int:
+    """Memory that this process can still take: of the machine, and of its control group where that has a limit."""
+    free = [_meminfo("MemAvailable")]
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # no such control group, or "max"
+            free.append(int(Path(limit_file).read_text()) - int(Path(used_file).read_text()))
+    return max(0, min(free))
+
+
+def _meminfo(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ArenaError(f"/proc/meminfo has no {field}")
+
+
+def check_host_room(*, arenas_bytes: int, num_arenas: int, host: str) -> None:
+    """Refuse arenas that the host has no memory for, before any is allocated.
+
+    Raises:
+        ArenaError: says how much is missing.
+    """
+    available = available_host_bytes()
+    if arenas_bytes > available:
+        raise ArenaError(
+            f"host {host}: {num_arenas} arena(s) need {arenas_bytes} bytes, {available} are available: "
+            f"{arenas_bytes - available} bytes are missing. Spread the ranks over more hosts or use more ranks."
+        )
+
+
+class HostArena:
+    """Bytes of an anonymous memory file, mapped into this process."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = max(nbytes, 1)
+        self.device = torch.device("cpu")
+        self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, self.nbytes)
+            pages = mmap.mmap(self.descriptor, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
+        with suppress(OSError):  # a kernel without transparent huge pages for shared memory
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes: torch.Tensor | None = torch.frombuffer(pages, dtype=torch.uint8)
+        self.memory = memoryview(pages)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A view: ``shape`` elements from byte ``offset`` on, row-major."""
+        assert self._bytes is not None, "the arena was detached"
+        return view_bytes(self._bytes, offset, shape, dtype)
+
+    def touch(self) -> None:
+        """Make the kernel give all pages now instead of at the first write."""
+        assert self._bytes is not None, "the arena was detached"
+        self._bytes[:: mmap.PAGESIZE] = 0
+
+    def freeze(self) -> None:
+        """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
+        self.detach()
+        with suppress(OSError):  # still mapped where somebody kept a view: then only promised, not enforced
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+    def detach(self) -> None:
+        """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
+        self._bytes = None
+        self.memory = memoryview(b"")
+
+    def close(self) -> None:
+        """Give the memory back, unless a tensor or another process still uses it."""
+        self.detach()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", -1) >= 0:
+            self.close()
+
+
+class DeviceArena:
+    """Bytes on a GPU, filled through pinned host buffers, one for each reading thread."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes = max(nbytes, 1)
+        self.device = device
+        try:
+            self._bytes = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(device)
+            raise ArenaError(
+                f"{device}: the arena needs {nbytes} bytes, {free} of {total} are free: "
+                f"{max(0, nbytes - free)} bytes are missing. Use more ranks, or device: cpu."
+            ) from error
+        self._buffers = threading.local()
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A view: ``shape`` elements from byte ``offset`` on, row-major."""
+        return view_bytes(self._bytes, offset, shape, dtype)
+
+    @contextmanager
+    def staging(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """This thread's pinned host buffer; on leaving, what was copied out of it has arrived."""
+        buffer: torch.Tensor | None = getattr(self._buffers, "pinned", None)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = torch.empty(max(nbytes, _PINNED_BYTES), dtype=torch.uint8, pin_memory=True)
+            self._buffers.pinned = buffer
+            self._buffers.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._buffers.stream):
+            yield buffer[:nbytes]
+        self._buffers.stream.synchronize()
+
+    def close(self) -> None:
+        """Forget the memory; tensors made before keep it."""
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+
+Arena = HostArena | DeviceArena
+
+
+def allocate_arena(nbytes: int, device: torch.device) -> Arena:
+    """One arena on the host or on a GPU. Raises ArenaError where there is no room."""
+    return HostArena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)
+
+
+def view_bytes(memory: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``shape`` elements of ``dtype`` from byte ``offset`` of a tensor of bytes, row-major, without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype, device=memory.device)
+    return memory[offset : offset + nbytes].view(dtype).view(shape)

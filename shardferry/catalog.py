@@ -1,0 +1,283 @@
+"""Turn a checkpoint's metadata into a catalog: every saved chunk's file, byte position, length, dtype and box.
+
+The catalog is columnar (one NumPy array a property, one row a chunk): it is small, opens quickly, and travels between
+processes without being rebuilt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardferry.errors import CatalogError, UnsafeMetadata
+from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from shardferry.region import Region
+
+NO_FILE = -1  # in Catalog.chunk_file: the metadata lists the chunk, but not where it was stored
+
+KeyPath = tuple[str | int, ...]  # where a key's value stood in the nested state dict that was saved
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """One tensor of the checkpoint; its chunks are the rows ``chunks`` of the catalog's columns."""
+
+    key: str  # as in the metadata: "optim.state.layers.0.wq.weight.exp_avg"
+    shape: tuple[int, ...]  # of the whole tensor, elements
+    dtype: torch.dtype
+    chunks: range
+    boxes_start: int  # first entry of its first chunk in box_offsets and box_sizes; ndim entries a chunk
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class SavedObject:
+    """One saved Python object (a hyperparameter, say): a whole item."""
+
+    key: str
+    file: int  # row of Catalog.files
+    byte_offset: int
+    byte_length: int
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What a checkpoint holds."""
+
+    location: str
+    torch_metadata_version: str
+    files: tuple[str, ...]  # relative to the location
+    tensors: Mapping[str, SavedTensor]
+    objects: Mapping[str, SavedObject]
+    paths: Mapping[str, KeyPath] | None  # None: saved without flattening
+    chunk_file: np.ndarray  # int32[num_chunks], row of files, or NO_FILE
+    chunk_byte_offset: np.ndarray  # int64[num_chunks], of the item in its file
+    chunk_byte_length: np.ndarray  # int64[num_chunks], of the item
+    box_offsets: np.ndarray  # int64, elements
+    box_sizes: np.ndarray  # int64, elements
+    transformed: frozenset[int] = frozenset()  # chunks whose items were compressed or otherwise transformed
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_file)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, each element once, without the items' overhead."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def boxes(self, tensor: SavedTensor) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and sizes of a tensor's chunks, each ``int64[num_chunks, ndim]``."""
+        shape = (len(tensor.chunks), len(tensor.shape))
+        rows = slice(tensor.boxes_start, tensor.boxes_start + math.prod(shape))
+        return self.box_offsets[rows].reshape(shape), self.box_sizes[rows].reshape(shape)
+
+    def region(self, tensor: SavedTensor, chunk: int) -> Region:
+        """The box of one chunk (a row of the catalog) of a tensor."""
+        offsets, sizes = self.boxes(tensor)
+        row = chunk - tensor.chunks.start
+        return Region(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
+
+    def path(self, key: str) -> KeyPath:
+        """Where a key's value stood in the nested state dict; the key itself where that was not recorded."""
+        return (self.paths or {}).get(key, (key,))
+
+
+def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
+    """Build the catalog from the parsed metadata files of one checkpoint (one, or one a rank).
+
+    Raises:
+        UnsafeMetadata: a file's relative path leaves the checkpoint.
+        CatalogError: boxes or byte positions contradict each other.
+    """
+    builder = _CatalogBuilder(location)
+    for source, metadata in parts.items():
+        builder.add(source, metadata)
+    return builder.finish()
+
+
+class _CatalogBuilder:
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._versions: set[str] = set()
+        self._files: dict[str, int] = {}
+        self._tensors: dict[str, _TensorRows] = {}
+        self._objects: dict[str, SavedObject] = {}
+        self._paths: dict[str, KeyPath] | None = None
+        self._problems: list[str] = []
+
+    def add(self, source: str, metadata: Metadata) -> None:
+        storage = _storage_by_box(source, metadata)
+        self._versions.add(str(metadata.version) if metadata.version else "unversioned")
+        if metadata.planner_data is not None:
+            self._add_paths(source, metadata.planner_data)
+        for key, value in metadata.state_dict_metadata.items():
+            if not isinstance(key, str):
+                raise CatalogError(f"{source}: the key {key!r} is a {type(key).__name__}, not a string")
+            if isinstance(value, TensorStorageMetadata):
+                self._add_tensor(source, key, value, storage)
+            elif isinstance(value, BytesStorageMetadata):
+                self._add_object(key, storage)
+            else:
+                raise CatalogError(f"{source}: {key}: is a {type(value).__name__}, neither tensor nor bytes")
+
+    def _add_paths(self, source: str, paths: Any) -> None:
+        if not isinstance(paths, dict):
+            self._problems.append(f"{source}: planner_data is a {type(paths).__name__}; key paths are taken from the keys")
+            return
+        self._paths = self._paths or {}
+        self._paths.update({str(key): tuple(path) for key, path in paths.items() if isinstance(path, tuple | list)})
+
+    def _add_object(self, key: str, storage: _Storage) -> None:
+        item = storage.get((key, None))
+        if item is None:
+            self._problems.append(f"{key}: no file holds it")
+            return
+        self._objects[key] = SavedObject(key, self._file(key, item.relative_path), item.offset, item.length)
+
+    def _add_tensor(self, source: str, key: str, value: TensorStorageMetadata, storage: _Storage) -> None:
+        try:
+            shape, dtype = tuple(map(int, value.size)), value.properties.dtype
+            boxes = [(tuple(map(int, c.offsets)), tuple(map(int, c.sizes))) for c in value.chunks]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CatalogError(f"{source}: {key}: incomplete tensor metadata ({error})") from error
+        rows = self._tensors.setdefault(key, _TensorRows(shape, dtype))
+        if (rows.shape, rows.dtype) != (shape, dtype):
+            raise CatalogError(
+                f"{source}: {key}: saved as {dtype} of shape {shape}, elsewhere as {rows.dtype} of shape {rows.shape}"
+            )
+        for offsets, sizes in boxes:
+            _check_box(source, key, shape, offsets, sizes)
+            item = storage.get((key, offsets)) or (storage.get((key, None)) if len(boxes) == 1 else None)
+            if item is None:
+                self._problems.append(f"{key}: no file holds the chunk {Region(offsets, sizes)}")
+                rows.add(offsets, sizes, NO_FILE, 0, 0, transformed=False)
+            else:
+                file = self._file(key, item.relative_path)
+                rows.add(offsets, sizes, file, item.offset, item.length, transformed=item.transformed)
+
+    def _file(self, key: str, relative_path: str) -> int:
+        path = PurePosixPath(relative_path)
+        outside = path.is_absolute() or ".." in path.parts or PureWindowsPath(relative_path).drive or "\0" in relative_path
+        if outside or not path.parts:
+            raise UnsafeMetadata(
+                f"{key}: relative_path {relative_path!r} leaves the checkpoint {self._location}; refused. "
+                "A checkpoint's files lie inside its directory."
+            )
+        return self._files.setdefault(str(path), len(self._files))
+
+    def finish(self) -> Catalog:
+        tensors: dict[str, SavedTensor] = {}
+        columns = _TensorRows((), torch.uint8)
+        for key, rows in self._tensors.items():
+            start = len(columns.files)
+            tensors[key] = SavedTensor(
+                key, rows.shape, rows.dtype, range(start, start + len(rows.files)), len(columns.offsets)
+            )
+            columns.extend(rows)
+        return Catalog(
+            location=self._location,
+            torch_metadata_version=", ".join(sorted(self._versions)),
+            files=tuple(self._files),
+            tensors=tensors,
+            objects=self._objects,
+            paths=self._paths,
+            chunk_file=np.array(columns.files, dtype=np.int32),
+            chunk_byte_offset=np.array(columns.byte_offsets, dtype=np.int64),
+            chunk_byte_length=np.array(columns.byte_lengths, dtype=np.int64),
+            box_offsets=np.array(columns.offsets, dtype=np.int64),
+            box_sizes=np.array(columns.sizes, dtype=np.int64),
+            transformed=frozenset(np.flatnonzero(columns.transformed).tolist()),
+            problems=tuple(self._problems),
+        )
+
+
+class _TensorRows:
+    """The columns of the chunks of one tensor, or of all."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.files: list[int] = []
+        self.byte_offsets: list[int] = []
+        self.byte_lengths: list[int] = []
+        self.transformed: list[bool] = []
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def add(
+        self,
+        offsets: tuple[int, ...],
+        sizes: tuple[int, ...],
+        file: int,
+        byte_offset: int,
+        byte_length: int,
+        *,
+        transformed: bool,
+    ) -> None:
+        row = (offsets, sizes, file, byte_offset)
+        if row in self._seen:  # listed twice, stored once: the same chunk
+            return
+        self._seen.add(row)
+        self.files.append(file)
+        self.byte_offsets.append(byte_offset)
+        self.byte_lengths.append(byte_length)
+        self.transformed.append(transformed)
+        self.offsets += offsets
+        self.sizes += sizes
+
+    def extend(self, other: _TensorRows) -> None:
+        for column in ("files", "byte_offsets", "byte_lengths", "transformed", "offsets", "sizes"):
+            getattr(self, column).extend(getattr(other, column))
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    relative_path: str
+    offset: int
+    length: int
+    transformed: bool
+
+
+_Storage = dict[tuple[str, tuple[int, ...] | None], _Item]
+
+
+def _storage_by_box(source: str, metadata: Metadata) -> _Storage:
+    if not isinstance(metadata.storage_data, dict):
+        raise CatalogError(f"{source}: holds no table of stored items; it was not written by a file-system writer")
+    return dict(_items(source, metadata.storage_data))
+
+
+def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...] | None], _Item]]:
+    for index, info in storage_data.items():
+        if not isinstance(index, MetadataIndex):
+            raise CatalogError(f"{source}: the storage table is keyed by {type(index).__name__}, not MetadataIndex")
+        try:
+            item = _Item(str(info.relative_path), int(info.offset), int(info.length), bool(info.transform_descriptors))
+            key = (index.fqn, None if index.offset is None else tuple(index.offset))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CatalogError(f"{source}: an incomplete entry in the storage table ({error})") from error
+        if item.offset < 0 or item.length < 0:
+            raise CatalogError(f"{source}: {key[0]}: item at byte {item.offset} with {item.length} bytes")
+        yield key, item
+
+
+def _check_box(
+    source: str, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    fits = len(offsets) == len(sizes) == len(shape) and all(
+        0 <= o and 0 <= s and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)
+    )
+    if not fits or any(n < 0 for n in shape):
+        raise CatalogError(f"{source}: {key}: chunk at {offsets} of sizes {sizes} lies outside the shape {shape}")

@@ -1,0 +1,167 @@
+"""Read a DCP ``.metadata`` pickle into plain Python values, executing nothing that it names.
+
+The unpickler knows the few globals that torch 2.1 to 2.15 write and maps each to a plain class or function of ours; any
+other global is refused by name. Format: torch/distributed/checkpoint/metadata.py and filesystem.py.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shardferry.errors import CatalogError, UnsafeMetadata
+
+
+class Record:
+    """Stands in for a torch dataclass: its pickled state becomes attributes."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple):  # dataclasses with slots: (dict or None, slot values)
+            state = {**(state[0] or {}), **(state[1] or {})}
+        if not isinstance(state, dict):
+            raise CatalogError(f"metadata: {type(self).__name__} has a state of type {type(state).__name__}, not dict")
+        self.__dict__.update(state)
+
+
+class Metadata(Record):
+    """torch.distributed.checkpoint.metadata.Metadata"""
+
+    state_dict_metadata: dict[str, Any]
+    planner_data: Any = None
+    storage_data: Any = None
+    version: str | None = None
+
+
+class TensorStorageMetadata(Record):
+    """One tensor: its properties, global size and saved chunks."""
+
+    properties: TensorProperties
+    size: tuple[int, ...]
+    chunks: list[ChunkStorageMetadata]
+
+
+class ChunkStorageMetadata(Record):
+    """One saved box of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class BytesStorageMetadata(Record):
+    """One saved Python object."""
+
+
+class MetadataIndex(Record):
+    """Which box of which FQN; ``index`` is only a hint."""
+
+    fqn: str
+    offset: tuple[int, ...] | None = None
+
+    def __hash__(self) -> int:
+        return hash((self.fqn, self.offset))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MetadataIndex) and (self.fqn, self.offset) == (other.fqn, other.offset)
+
+
+class StorageInfo(Record):
+    """Where one item lies: file, byte offset, byte length."""
+
+    relative_path: str
+    offset: int
+    length: int
+    transform_descriptors: list[str] | None = None
+
+
+class StorageMeta(Record):
+    """The writer's remarks; nothing here depends on them."""
+
+
+class TensorProperties(Record):
+    """A tensor's dtype; the state is a tuple of 5, since torch 2.15 of 6 (strides)."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) >= 5 and isinstance(state[0], torch.dtype):
+            self.dtype = state[0]
+            return
+        super().__setstate__(state)
+
+
+def _size(values: Any = ()) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def _path(*parts: str) -> str:
+    return "/".join(parts)
+
+
+def _remark(*_values: Any) -> None:
+    """Layouts and memory formats: nothing here depends on them."""
+
+
+_CHECKPOINT = "torch.distributed.checkpoint.metadata"
+_SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # torch 2.1 and 2.2
+
+_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    (_CHECKPOINT, "Metadata"): Metadata,
+    (_CHECKPOINT, "TensorStorageMetadata"): TensorStorageMetadata,
+    (_CHECKPOINT, "TensorProperties"): TensorProperties,
+    (_CHECKPOINT, "ChunkStorageMetadata"): ChunkStorageMetadata,
+    (_CHECKPOINT, "BytesStorageMetadata"): BytesStorageMetadata,
+    (_CHECKPOINT, "MetadataIndex"): MetadataIndex,
+    (_CHECKPOINT, "StorageMeta"): StorageMeta,
+    (_CHECKPOINT, "_MEM_FORMAT_ENCODING"): _remark,
+    (_SHARDED, "TensorProperties"): TensorProperties,
+    (_SHARDED, "MEM_FORMAT_ENCODING"): _remark,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
+    ("torch", "Size"): _size,
+    ("torch.serialization", "_get_layout"): _remark,
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib", "PurePosixPath"): _path,
+    ("pathlib", "WindowsPath"): _path,
+    ("pathlib", "PureWindowsPath"): _path,
+    ("collections", "OrderedDict"): dict,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = _ALLOWED.get((module, name))
+        if allowed is not None:
+            return allowed
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise UnsafeMetadata(
+            f"metadata names the global {module}.{name}, which no PyTorch writer of checkpoints needs; nothing was executed. "
+            "Don't load this checkpoint unless you know who wrote it."
+        )
+
+
+def parse_metadata(data: bytes, *, source: str) -> Metadata:
+    """Parse the bytes of one ``.metadata`` file.
+
+    Args:
+        source: the file's name, for error messages.
+
+    Raises:
+        UnsafeMetadata: a global outside the allow-list is named.
+        CatalogError: the bytes are not a whole pickle of a ``Metadata``.
+    """
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+    except UnsafeMetadata as error:
+        raise UnsafeMetadata(f"{source}: {error}") from None
+    except Exception as error:  # damaged pickles raise nearly any type
+        raise CatalogError(
+            f"{source}: not readable as checkpoint metadata ({len(data)} bytes, {type(error).__name__}: {error}). "
+            "The file is cut or damaged; use another checkpoint."
+        ) from error
+    if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
+        raise CatalogError(f"{source}: holds a {type(metadata).__name__}, not the Metadata of a checkpoint")
+    return metadata

@@ -1,0 +1,350 @@
+"""Carry out the reads of a load plan: ranged, concurrent, straight into the arena.
+
+First the heads of all needed items are read and parsed; they say where the raw bytes are and how they are strided. Then
+the data: contiguous runs by positioned reads into place, strided boxes by a gather through a window.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from shardferry.arena import Arena, DeviceArena, HostArena
+from shardferry.catalog import Catalog
+from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
+from shardferry.errors import DecodeError, StorageError
+from shardferry.plan import LoadPlan, ReadItem
+from shardferry.requests import Gather, InPlaceRead, Request, requests_for
+from shardferry.storage.base import RangeReader
+
+_BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
+_BATCH_HEADS = 64
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Counters:
+    """What a rank has asked of storage so far; read by progress displays while it grows."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.num_requests = 0
+        self.bytes_requested = 0
+        self.bytes_done = 0  # of the needed ones
+
+    def add(self, *, num_requests: int, bytes_requested: int, bytes_done: int) -> None:
+        with self._lock:
+            self.num_requests += num_requests
+            self.bytes_requested += bytes_requested
+            self.bytes_done += bytes_done
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """Knobs of reading. Their defaults for users stand in the stage's spec."""
+
+    concurrency: int = 16  # requests in flight of this rank
+    timeout_s: float | None = None  # for all reads of this rank
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A read item with what is needed to carry it out."""
+
+    item: ReadItem
+    arena_offset: int  # bytes
+    key: str
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A saved chunk of which this rank wants something."""
+
+    row: int  # of the catalog
+    path: str
+    byte_offset: int
+    byte_length: int
+    dtype: torch.dtype
+    pieces: list[_Piece] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return self.pieces[0].key
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedRequest:
+    path: str
+    item_offset: int  # bytes, of the item in its file
+    request: Request
+
+
+def read_plan(
+    plan: LoadPlan, catalog: Catalog, storage: RangeReader, arena: Arena, options: ReadOptions, counters: Counters
+) -> None:
+    """Fill the arena as planned.
+
+    Raises:
+        StorageError: a file is missing or short.
+        DecodeError: an item is damaged or not what the metadata says.
+    """
+    chunks = _chunks_in_reading_order(plan, catalog)
+    _check_files(chunks, storage)
+    deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
+    with ThreadPoolExecutor(max_workers=options.concurrency, thread_name_prefix="shardferry-read") as pool:
+        heads = _HeadReader(storage, counters)
+        groups = [chunks[i : i + _BATCH_HEADS] for i in range(0, len(chunks), _BATCH_HEADS)]
+        requests = [request for part in _run_all(pool, heads.requests, groups, deadline) for request in part]
+        sink = make_sink(arena, storage)
+
+        def carry_out(batch: Sequence[_PlacedRequest]) -> None:
+            for placed in batch:
+                sink.carry_out(placed.path, placed.item_offset, placed.request)
+            nbytes = sum(placed.request.nbytes for placed in batch)
+            counters.add(num_requests=len(batch), bytes_requested=nbytes, bytes_done=nbytes)
+
+        _run_all(pool, carry_out, list(_batches(requests)), deadline)
+
+
+def read_objects(
+    plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters
+) -> dict[str, Any]:
+    """The planned Python objects, by key. Raises StorageError, DecodeError."""
+    values: dict[str, Any] = {}
+    for planned in plan.objects:
+        saved = catalog.objects[planned.key]
+        path = catalog.files[saved.file]
+        _check_inside(planned.key, path, saved.byte_offset, saved.byte_length, storage)
+        data = bytearray(saved.byte_length)
+        storage.read_into(path, saved.byte_offset, memoryview(data))
+        counters.add(num_requests=1, bytes_requested=len(data), bytes_done=len(data))
+        try:
+            values[planned.key] = decode_object(bytes(data))
+        except DecodeError as error:
+            raise DecodeError(f"{planned.key}: {path} at byte {saved.byte_offset}: {error}") from error
+    return values
+
+
+def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog) -> list[_Chunk]:
+    """By file and position; each rank starts at another file, so that ranks don't queue for the same one."""
+    chunks: dict[int, _Chunk] = {}
+    for item in plan.reads:
+        tensor = plan.tensors[item.tensor]
+        chunk = chunks.get(item.chunk)
+        if chunk is None:
+            chunk = chunks[item.chunk] = _Chunk(
+                item.chunk,
+                catalog.files[catalog.chunk_file[item.chunk]],
+                int(catalog.chunk_byte_offset[item.chunk]),
+                int(catalog.chunk_byte_length[item.chunk]),
+                tensor.dtype,
+            )
+        arena_offset = tensor.arena_offset + item.offset * tensor.dtype.itemsize
+        chunk.pieces.append(_Piece(item, arena_offset, tensor.key))
+        if item.chunk in catalog.transformed:
+            raise DecodeError(
+                f"{tensor.key}: its item in {chunk.path} was transformed (compressed) by the writer, which can't be read in "
+                "ranges; save without transforms"
+            )
+    paths = sorted({chunk.path for chunk in chunks.values()})
+    first = plan.world_rank * len(paths) // max(plan.world_size, 1)
+    turn = {path: (place - first) % len(paths) for place, path in enumerate(paths)}
+    return sorted(chunks.values(), key=lambda chunk: (turn[chunk.path], chunk.byte_offset))
+
+
+def _check_files(chunks: Iterable[_Chunk], storage: RangeReader) -> None:
+    """Before any data is read: every needed file is there, and long enough for its items."""
+    ends: dict[str, _Chunk] = {}
+    for chunk in chunks:
+        last = ends.get(chunk.path)
+        if last is None or chunk.byte_offset + chunk.byte_length > last.byte_offset + last.byte_length:
+            ends[chunk.path] = chunk
+    for path, chunk in ends.items():
+        _check_inside(chunk.key, path, chunk.byte_offset, chunk.byte_length, storage)
+
+
+def _check_inside(key: str, path: str, byte_offset: int, byte_length: int, storage: RangeReader) -> None:
+    try:
+        size = storage.size(path)
+    except StorageError as error:
+        raise StorageError(f"{key}: {error}") from error
+    if byte_offset + byte_length > size:
+        raise StorageError(
+            f"{key}: its item is bytes {byte_offset} to {byte_offset + byte_length} of {storage.location}/{path}, "
+            f"which has {size} bytes; the file is cut, or the metadata is not of this checkpoint"
+        )
+
+
+class _HeadReader:
+    """Reads and parses the heads of items. Equal heads (same shape, same dtype) are parsed once."""
+
+    def __init__(self, storage: RangeReader, counters: Counters) -> None:
+        self._storage = storage
+        self._counters = counters
+        self._parsed: dict[bytes, ItemLayout] = {}
+        self._head_lengths: set[int] = set()
+
+    def requests(self, chunks: Sequence[_Chunk]) -> list[_PlacedRequest]:
+        requests: list[_PlacedRequest] = []
+        nbytes = 0
+        for chunk in chunks:
+            head, layout = self._layout(chunk)
+            nbytes += len(head)
+            _check_layout(chunk, layout)
+            for piece in chunk.pieces:
+                requests += [_PlacedRequest(chunk.path, chunk.byte_offset, r) for r in _piece_requests(piece, layout)]
+        self._counters.add(num_requests=len(chunks), bytes_requested=nbytes, bytes_done=0)
+        return requests
+
+    def _layout(self, chunk: _Chunk) -> tuple[bytes, ItemLayout]:
+        wanted = HEAD_BYTES
+        while True:
+            head = bytearray(min(wanted, chunk.byte_length))
+            self._storage.read_into(chunk.path, chunk.byte_offset, memoryview(head))
+            try:
+                return bytes(head), self._parse(bytes(head))
+            except HeadTooShort:
+                if len(head) < wanted or wanted >= MAX_HEAD_BYTES:
+                    raise _damaged(chunk, f"its header does not end within {len(head)} bytes") from None
+                wanted *= 4
+            except DecodeError as error:
+                raise _damaged(chunk, str(error)) from error
+
+    def _parse(self, head: bytes) -> ItemLayout:
+        for length in self._head_lengths:
+            if layout := self._parsed.get(head[:length]):
+                return layout
+        layout = parse_head(head)
+        self._parsed[head[: layout.raw_start]] = layout
+        self._head_lengths = self._head_lengths | {layout.raw_start}  # a new set: other threads may be iterating
+        return layout
+
+
+def _piece_requests(piece: _Piece, layout: ItemLayout) -> list[Request]:
+    item = piece.item
+    return requests_for(
+        layout,
+        source_offsets=item.source.offsets,
+        sizes=item.source.sizes,
+        arena_offset=piece.arena_offset,
+        strides=item.strides,
+    )
+
+
+def _check_layout(chunk: _Chunk, layout: ItemLayout) -> None:
+    shape = chunk.pieces[0].item.chunk_shape
+    if layout.shape != shape or layout.dtype != chunk.dtype:
+        raise _damaged(
+            chunk, f"it holds {layout.dtype} of shape {layout.shape}, the metadata says {chunk.dtype} of shape {shape}"
+        )
+    if layout.storage_offset < 0 or any(stride < 0 for stride in layout.strides) or len(layout.strides) != len(shape):
+        raise _damaged(chunk, f"its strides {layout.strides} from {layout.storage_offset} on make no tensor of {shape}")
+    last = layout.byte_position(tuple(n - 1 for n in shape)) + layout.dtype.itemsize
+    if last > chunk.byte_length:
+        raise _damaged(chunk, f"its data ends at byte {last} of an item of {chunk.byte_length} bytes")
+
+
+def _damaged(chunk: _Chunk, what: str) -> DecodeError:
+    return DecodeError(f"{chunk.key}: item at byte {chunk.byte_offset} of {chunk.path}: {what}; the file is damaged")
+
+
+def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest]]:
+    batch: list[_PlacedRequest] = []
+    nbytes = 0
+    for request in requests:
+        batch.append(request)
+        nbytes += request.request.nbytes
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _run_all(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Sequence[T], deadline: float | None
+) -> list[R]:
+    """Results in order. The first failure cancels what has not begun and is raised."""
+    futures: list[Future[R]] = [pool.submit(work, value) for value in inputs]
+    remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+    done, pending = wait(futures, timeout=remaining, return_when=FIRST_EXCEPTION)
+    for future in pending:
+        future.cancel()
+    for future in done:
+        future.result()
+    if pending:
+        raise StorageError(f"{len(pending)} of {len(futures)} reads are not done within timeouts.load_s; raise it, or look at the storage")
+    return [future.result() for future in futures]
+
+
+class Sink(Protocol):
+    """Carries out one request so that its bytes end up in the arena."""
+
+    def carry_out(self, path: str, item_offset: int, request: Request) -> None: ...
+
+
+def make_sink(arena: Arena, storage: RangeReader) -> Sink:
+    return _HostSink(arena, storage) if isinstance(arena, HostArena) else _DeviceSink(arena, storage)
+
+
+class _HostSink:
+    def __init__(self, arena: HostArena, storage: RangeReader) -> None:
+        self._memory = arena.memory
+        self._storage = storage
+
+    def carry_out(self, path: str, item_offset: int, request: Request) -> None:
+        if isinstance(request, InPlaceRead):
+            place = self._memory[request.arena_offset : request.arena_offset + request.nbytes]
+            self._storage.read_into(path, item_offset + request.byte_offset, place)
+            return
+        start, stop = item_offset + request.window_start, item_offset + request.window_stop
+        with self._storage.window(path, start=start, stop=stop) as window:
+            target = _strided(self._memory, request.arena_offset, request.sizes, request.strides, request.itemsize)
+            target[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
+
+
+class _DeviceSink:
+    def __init__(self, arena: DeviceArena, storage: RangeReader) -> None:
+        self._arena = arena
+        self._storage = storage
+
+    def carry_out(self, path: str, item_offset: int, request: Request) -> None:
+        with self._arena.staging(request.nbytes) as staging:
+            memory = memoryview(staging.numpy())
+            if isinstance(request, InPlaceRead):
+                self._storage.read_into(path, item_offset + request.byte_offset, memory)
+                self._arena.tensor(request.arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
+                return
+            self._gather(path, item_offset, request, staging)
+
+    def _gather(self, path: str, item_offset: int, request: Gather, staging: torch.Tensor) -> None:
+        start, stop = item_offset + request.window_start, item_offset + request.window_stop
+        packed = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
+        with self._storage.window(path, start=start, stop=stop) as window:
+            packed[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
+        dtype = _TORCH_ELEMENT[request.itemsize]
+        arena = self._arena.tensor(0, (self._arena.nbytes // request.itemsize,), dtype)
+        target = torch.as_strided(arena, request.sizes, request.strides, request.arena_offset // request.itemsize)
+        target.copy_(staging.view(dtype).view(request.sizes), non_blocking=True)
+
+
+_ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+_TORCH_ELEMENT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _strided(
+    memory: memoryview, byte_offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> np.ndarray:
+    byte_strides = tuple(stride * itemsize for stride in strides)
+    return np.ndarray(sizes, dtype=_ELEMENT[itemsize], buffer=memory, offset=byte_offset, strides=byte_strides)
+
+

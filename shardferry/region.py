@@ -1,0 +1,159 @@
+"""Boxes of integers: intersect them, subtract them, and say how much they cover.
+
+A region is half-open in every dimension. In one dimension::
+
+    saved   |0 1 2 3|4 5 6 7|        2 chunks of 4
+    wanted  |0 1 2 3 4 5|6 7|        ranks own 6 and 2
+    pieces  |0 1 2 3|4 5|6 7|        3 intersections
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Region:
+    """A box in a tensor's index space: ``offsets[d] <= index[d] < offsets[d] + sizes[d]``. 0-dim boxes hold one element."""
+
+    offsets: tuple[int, ...]  # elements
+    sizes: tuple[int, ...]  # elements
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Region:
+        """The region that covers a tensor of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def intersect(self, other: Region) -> Region | None:
+        """The common box, or None where the two share no element."""
+        starts = tuple(map(max, self.offsets, other.offsets))
+        sizes = tuple(min(a, b) - s for a, b, s in zip(self.ends, other.ends, starts, strict=True))
+        return Region(starts, sizes) if all(size > 0 for size in sizes) else None
+
+    def relative_to(self, offsets: Sequence[int]) -> Region:
+        """The same box, counted from ``offsets`` instead of from the origin."""
+        return Region(tuple(a - b for a, b in zip(self.offsets, offsets, strict=True)), self.sizes)
+
+    def subtract(self, other: Region) -> list[Region]:
+        """Disjoint boxes that hold every element of this box that is not in ``other``."""
+        common = self.intersect(other)
+        if common is None:
+            return [self] if self.numel else []
+        rest: list[Region] = []
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        for dim in range(len(sizes)):
+            before = common.offsets[dim] - offsets[dim]
+            after = offsets[dim] + sizes[dim] - common.ends[dim]
+            if before:
+                rest.append(Region(tuple(offsets), (*sizes[:dim], before, *sizes[dim + 1 :])))
+            if after:
+                start = (*offsets[:dim], common.ends[dim], *offsets[dim + 1 :])
+                rest.append(Region(start, (*sizes[:dim], after, *sizes[dim + 1 :])))
+            offsets[dim], sizes[dim] = common.offsets[dim], common.sizes[dim]
+        return rest
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{o}:{e}" for o, e in zip(self.offsets, self.ends, strict=True)) + "]"
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor of this shape."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
+    return tuple(strides)
+
+
+def uncovered(wanted: Region, saved: Iterable[Region]) -> list[Region]:
+    """Boxes of ``wanted`` that no region of ``saved`` covers, in ascending order."""
+    rest = [wanted] if wanted.numel else []
+    for region in saved:
+        rest = [part for box in rest for part in box.subtract(region)]
+    return sorted(rest)
+
+
+def first_overlap(offsets: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | None:
+    """The first two of ``n`` boxes that share an element, or None.
+
+    Args:
+        offsets, sizes: ``int64[n, ndim]``, elements. Empty boxes share nothing.
+
+    Cost: boxes are swept along the dimension with the most different offsets, so that only neighbours are compared;
+    the usual chunk grid takes O(n log n).
+    """
+    filled = np.flatnonzero((sizes > 0).all(axis=1))
+    if len(filled) < 2:
+        return None
+    if offsets.shape[1] == 0:
+        return int(filled[0]), int(filled[1])
+    offsets, ends = offsets[filled], (offsets + sizes)[filled]
+    dim = int(np.argmax([len(np.unique(offsets[:, d])) for d in range(offsets.shape[1])]))
+    order = np.argsort(offsets[:, dim], kind="stable")
+    offsets, ends = offsets[order], ends[order]
+    last = np.searchsorted(offsets[:, dim], ends[:, dim], side="left")  # first box that starts after this one ends
+    for i in np.flatnonzero(last > np.arange(len(order)) + 1):
+        rivals = slice(i + 1, last[i])
+        shared = (np.minimum(ends[rivals], ends[i]) > np.maximum(offsets[rivals], offsets[i])).all(axis=1)
+        if shared.any():
+            j = int(i + 1 + np.argmax(shared))
+            return tuple(sorted((int(filled[order[i]]), int(filled[order[j]]))))  # type: ignore[return-value]
+    return None
+
+
+def union_numel(regions: Iterable[Region]) -> int:
+    """How many elements the union of some regions holds, each counted once."""
+    boxes = sorted(set(regions))
+    if not boxes:
+        return 0
+    offsets = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), -1)
+    sizes = np.array([box.sizes for box in boxes], dtype=np.int64).reshape(len(boxes), -1)
+    if first_overlap(offsets, sizes) is None:
+        return sum(box.numel for box in boxes)
+    disjoint: list[Region] = []
+    for box in boxes:
+        disjoint += uncovered(box, disjoint)
+    return sum(box.numel for box in disjoint)
+
+
+def flat_range(shape: Sequence[int], *, start: int, stop: int) -> list[Region]:
+    """Boxes that hold the elements ``start <= i < stop`` of a tensor flattened row-major, in ascending order.
+
+    At most ``2 * ndim - 1`` boxes: each box is contiguous in the flattened tensor. With shape (3, 4), 2 to 9 is
+    ``[0:1, 2:4], [1:2, 0:4], [2:3, 0:1]``.
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [Region((), ())]
+    inner = math.prod(shape[1:])
+    first, last = start // inner, (stop - 1) // inner
+
+    def rows(begin: int, end: int) -> Region:
+        return Region((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:]))
+
+    def part(row: int, begin: int, end: int) -> list[Region]:
+        boxes = flat_range(shape[1:], start=begin, stop=end)
+        return [Region((row, *box.offsets), (1, *box.sizes)) for box in boxes]
+
+    head, tail = start - first * inner, stop - last * inner
+    if first == last and (head or tail < inner):
+        return part(first, head, tail)
+    boxes = part(first, head, inner) if head else []
+    begin, end = first + bool(head), last + (tail == inner)
+    if begin < end:
+        boxes.append(rows(begin, end))
+    if tail < inner:
+        boxes += part(last, 0, tail)
+    return boxes

@@ -1,0 +1,6 @@
+"""Where a checkpoint's bytes are, and how to get ranges of them."""
+
+from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.local import LocalReader
+
+__all__ = ["LocalReader", "RangeReader", "open_storage"]

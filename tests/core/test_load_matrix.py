@@ -1,0 +1,134 @@
+"""State saved on N ranks, loaded on M: every element bitwise as the oracle says."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+import shardferry
+from tests.support.models import (
+    HYPERPARAMETERS,
+    SHAPES,
+    Model,
+    adamw,
+    check_groups,
+    check_state,
+    distributed,
+    fill_state,
+    fsdp1,
+    fsdp2,
+    save,
+)
+from tests.support.ranks import RankPool
+
+SIZES = (1, 2, 3, 4, 6, 8)
+OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
+MATRICES = [fqn for fqn, shape in SHAPES.items() if len(shape) >= 2]
+COLUMNS = {fqn: [Shard(1)] for fqn in MATRICES}
+ROWS = {fqn: [Shard(0)] for fqn in SHAPES}
+
+
+def load_fsdp2(path: str) -> int:
+    model = fsdp2(Model())
+    optimizer = adamw(model, OTHER)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    check_groups(optimizer)
+    return check_state(model, optimizer)
+
+
+@pytest.mark.parametrize(("source", "target"), itertools.product(SIZES, SIZES))
+def test_fsdp2_to_fsdp2(ranks: RankPool, saved_by: dict[int, Path], source: int, target: int) -> None:
+    compared = ranks.run(target, load_fsdp2, str(saved_by[source]))
+    assert sum(compared) == 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+def load_columns(path: str) -> int:
+    model = distributed(Model(), (torch.distributed.get_world_size(),), COLUMNS)
+    optimizer = adamw(model, OTHER)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    return check_state(model, optimizer)
+
+
+@pytest.mark.parametrize("target", SIZES)
+def test_rows_to_columns(ranks: RankPool, saved_by: dict[int, Path], target: int) -> None:
+    assert all(ranks.run(target, load_columns, str(saved_by[4])))
+
+
+def save_columns(path: str) -> None:
+    model = distributed(Model(), (torch.distributed.get_world_size(),), COLUMNS)
+    optimizer = adamw(model)
+    fill_state(model, optimizer)
+    save(model, optimizer, path)
+
+
+@pytest.mark.parametrize("target", SIZES)
+def test_columns_to_rows(ranks: RankPool, tmp_path: Path, target: int) -> None:
+    ranks.run(3, save_columns, str(tmp_path / "ckpt"))
+    compared = ranks.run(target, load_fsdp2, str(tmp_path / "ckpt"))
+    assert sum(compared) == 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+def load_replicated_and_sharded(path: str) -> int:
+    placements = {fqn: [Replicate(), Shard(0)] for fqn in SHAPES}
+    model = distributed(Model(), (2, 2), placements)
+    optimizer = adamw(model, OTHER)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    return check_state(model, optimizer)
+
+
+def test_rows_to_replicated_rows(ranks: RankPool, saved_by: dict[int, Path]) -> None:
+    assert all(ranks.run(4, load_replicated_and_sharded, str(saved_by[3])))
+
+
+def load_fsdp1(path: str, use_orig_params: bool) -> list[tuple[str, int]]:
+    """Loads, then lets FSDP1 itself gather the whole state, and compares that."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    from tests.support.models import STATES, STEP
+    from tests.support.oracle import full_tensor
+
+    model = fsdp1(Model(), use_orig_params=use_orig_params)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=9.0)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    gathered = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    compared = []
+    for fqn, state in gathered.get("state", {}).items():  # on rank 0 only
+        assert float(state["step"]) == STEP
+        for name in STATES:
+            assert torch.equal(state[name], full_tensor(fqn, name, SHAPES[fqn])), f"{fqn}.{name}"
+            compared.append((fqn, state[name].numel()))
+    return compared
+
+
+def save_one_group(path: str) -> None:
+    model = fsdp2(Model())
+    optimizer = adamw(model, (HYPERPARAMETERS[0], HYPERPARAMETERS[0]))
+    fill_state(model, optimizer)
+    save(model, optimizer, path)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
+@pytest.mark.parametrize("target", [2, 3, 4])
+def test_fsdp2_to_fsdp1(ranks: RankPool, tmp_path: Path, target: int, use_orig_params: bool) -> None:
+    ranks.run(4, save_one_group, str(tmp_path / "ckpt"))
+    compared = ranks.run(target, load_fsdp1, str(tmp_path / "ckpt"), use_orig_params)
+    assert sum(numel for _, numel in compared[0]) == 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+def load_plain(path: str) -> int:
+    model = Model()
+    optimizer = adamw(model, OTHER)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    check_groups(optimizer)
+    return check_state(model, optimizer)
+
+
+@pytest.mark.parametrize("target", [1, 3])
+def test_fsdp2_to_replicated(ranks: RankPool, saved_by: dict[int, Path], target: int) -> None:
+    assert all(ranks.run(target, load_plain, str(saved_by[4])))

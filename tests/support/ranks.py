@@ -1,0 +1,95 @@
+"""Real processes that form gloo process groups of any size up to the pool's, without ports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEADLINE_S = 120.0
+
+
+class RankPool:
+    """Processes that stay up between tests: importing torch in each takes seconds, forming a group milliseconds."""
+
+    def __init__(self, size: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
+        self._size = size
+        self._directory = tempfile.TemporaryDirectory(prefix="shardferry-ranks-")
+        self._runs = 0
+
+    def run(self, world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``work(*args)`` on each rank of a fresh process group; results by rank.
+
+        A failure on any rank raises here, with that rank's traceback.
+        """
+        outcomes = self.outcomes(world_size, work, *args)
+        failures = [f"rank {rank}:\n{value}" for rank, (done, value) in enumerate(outcomes) if not done]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+        return [value for _, value in outcomes]
+
+    def outcomes(self, world_size: int, work: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
+        """Like `run`, but gives ``(True, result)`` or ``(False, traceback)`` of each rank."""
+        self._start(world_size)
+        self._runs += 1
+        rendezvous = Path(self._directory.name) / f"run-{self._runs}"
+        members = self._ranks[:world_size]
+        for rank, (_, pipe) in enumerate(members):
+            pipe.send((work, args, rank, world_size, str(rendezvous)))
+        results: list[tuple[bool, Any]] = []
+        for rank, (process, pipe) in enumerate(members):
+            if not wait([pipe, process.sentinel], timeout=DEADLINE_S) or not pipe.poll(0):
+                self.close()
+                pytest.fail(f"rank {rank} of {world_size} died or hung in {work.__name__}", pytrace=False)
+            results.append(pipe.recv())
+        return results
+
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.terminate()
+            process.join(10)
+        self._ranks.clear()
+
+    def _start(self, world_size: int) -> None:
+        assert world_size <= self._size, f"the pool has {self._size} ranks"
+        while len(self._ranks) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            work, args, rank, world_size, rendezvous = pipe.recv()
+        except EOFError:
+            return
+        try:
+            store = dist.FileStore(rendezvous, world_size)
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            )
+            try:
+                outcome = (True, work(*args))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        pipe.send(outcome)
