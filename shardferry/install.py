@@ -50,6 +50,8 @@ def load_into(shard: Shard, model: torch.nn.Module, optimizer: torch.optim.Optim
 
 
 def _state_of(shard: Shard, parameter: LiveParameter, *, step_on_device: bool) -> dict[str, Any]:
+    if not parameter.has_state:
+        return {}
     entries = [(part, shard.entries(part.fqn)) for part in parameter.parts]
     names = {name for _, by_name in entries for name in by_name}
     return {name: _value(shard, parameter, name, entries, step_on_device=step_on_device) for name in sorted(names)}

@@ -46,6 +46,7 @@ class LiveParameter:
 
     tensor: torch.Tensor  # as the optimizer knows it: the key of its state
     parts: tuple[Part, ...]  # one, or several where FSDP1 has flattened parameters together
+    has_state: bool = True  # FSDP1 takes no step on a slice that is empty here, and gathers state by who has some
 
     @property
     def local(self) -> torch.Tensor:
@@ -71,7 +72,7 @@ def live_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     module = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     for flat in fsdp1.flattened_parameters(module):
         parts = tuple(Part(clean_fqn(p.fqn), p.layout, p.position) for p in flat.parts)
-        known[id(flat.tensor)] = LiveParameter(flat.tensor, parts)
+        known[id(flat.tensor)] = LiveParameter(flat.tensor, parts, has_state=flat.tensor.numel() > 0)
     for name, parameter in module.named_parameters():
         if id(parameter) not in known:
             fqn = clean_fqn(name)
