@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from shardferry.errors import CatalogError, UnsafeMetadata
-from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata, paused_gc
 from shardferry.region import Region
 
 NO_FILE = -1  # in Catalog.chunk_file: the metadata lists the chunk, but not where it was stored
@@ -101,9 +101,10 @@ def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
         CatalogError: boxes or byte positions contradict each other.
     """
     builder = _CatalogBuilder(location)
-    for source, metadata in parts.items():
-        builder.add(source, metadata)
-    return builder.finish()
+    with paused_gc():
+        for source, metadata in parts.items():
+            builder.add(source, metadata)
+        return builder.finish()
 
 
 class _CatalogBuilder:

@@ -1,6 +1,7 @@
 """Every error that Shardferry raises on purpose, as one tree.
 
 * ShardferryError
+  + SpecError               what people wrote can't be done                  (ValueError)
   + CatalogError            the checkpoint's metadata can't be used          (ValueError)
     - CheckpointNotFound    there is no checkpoint at this location          (FileNotFoundError)
     - UnsafeMetadata        the metadata asks for something that we refuse
@@ -24,6 +25,10 @@ from collections.abc import Sequence
 
 class ShardferryError(Exception):
     """Base of all errors raised on purpose by Shardferry."""
+
+
+class SpecError(ShardferryError, ValueError):
+    """A stage's spec is wrong or asks for more than the cluster has."""
 
 
 class CatalogError(ShardferryError, ValueError):

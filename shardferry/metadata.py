@@ -6,9 +6,11 @@ other global is refused by name. Format: torch/distributed/checkpoint/metadata.p
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,6 +145,18 @@ class _MetadataUnpickler(pickle.Unpickler):
         )
 
 
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No cyclic garbage collection inside: a million new objects would make it walk the whole heap again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def parse_metadata(data: bytes, *, source: str) -> Metadata:
     """Parse the bytes of one ``.metadata`` file.
 
@@ -154,7 +168,8 @@ def parse_metadata(data: bytes, *, source: str) -> Metadata:
         CatalogError: the bytes are not a whole pickle of a ``Metadata``.
     """
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        with paused_gc():
+            metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     except UnsafeMetadata as error:
         raise UnsafeMetadata(f"{source}: {error}") from None
     except Exception as error:  # damaged pickles raise nearly any type

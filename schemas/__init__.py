@@ -1,0 +1,29 @@
+"""What people and files give us, and what we report, as pydantic models."""
+
+from schemas.plan_report import PlanReport, RankPlan
+from schemas.stage_config import (
+    ActorsSpec,
+    CheckpointSpec,
+    HandoffSpec,
+    ReadSpec,
+    RuleSpec,
+    StageConfig,
+    TimeoutsSpec,
+    TopologySpec,
+)
+from schemas.stage_report import RankReport, StageReport
+
+__all__ = [
+    "ActorsSpec",
+    "CheckpointSpec",
+    "HandoffSpec",
+    "PlanReport",
+    "RankPlan",
+    "RankReport",
+    "ReadSpec",
+    "RuleSpec",
+    "StageConfig",
+    "StageReport",
+    "TimeoutsSpec",
+    "TopologySpec",
+]

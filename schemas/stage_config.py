@@ -1,0 +1,182 @@
+"""A stage's spec: which checkpoint, which topology, which actors, and how to read and hand over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from shardferry.errors import LayoutError, SpecError
+from shardferry.layout import Mesh, Placement, Rule, SpecLayout, parse_placement
+from shardferry.reader import ReadOptions
+from shardferry.requests import MAX_REQUEST
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Spec(BaseModel):
+    """Base of all specs: unknown fields are errors, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CheckpointSpec(Spec):
+    """Which optimizer of which checkpoint."""
+
+    location: str | None = Field(None, description="directory of the checkpoint; None where the caller gives it")
+    optimizer_key: str = Field("optim", min_length=1, description="the optimizer's key in the state dict that was saved")
+
+
+class RuleSpec(Spec):
+    """Placements for the parameters whose FQN matches."""
+
+    match: str = Field(min_length=1, description="shell glob over parameter FQNs")
+    placements: dict[str, str] = Field(description="mesh axis: 'Shard(<dim>)' or 'Replicate'")
+
+
+class TopologySpec(Spec):
+    """Target mesh, and how each parameter lies on it."""
+
+    mesh: dict[str, PositiveInt] = Field(min_length=1, description="axis name: size, outermost first")
+    rules: tuple[RuleSpec, ...] = Field((), description="the first match wins")
+    default: dict[str, str] = Field({}, description="placements where no rule matches; axes not named replicate")
+
+    @model_validator(mode="after")
+    def _placements_fit_the_mesh(self) -> Self:
+        self.layout()
+        return self
+
+    def layout(self) -> SpecLayout:
+        """The same in the core's terms. Raises ValueError: an unknown axis, or text that is no placement."""
+        rules = [
+            Rule(rule.match, _placements(rule.placements, f"rules[{index}]")) for index, rule in enumerate(self.rules)
+        ]
+        return SpecLayout(Mesh(tuple(self.mesh.items())), tuple(rules), _placements(self.default, "default"))
+
+
+def _placements(texts: dict[str, str], where: str) -> dict[str, Placement]:
+    try:
+        return {axis: parse_placement(text) for axis, text in texts.items()}
+    except LayoutError as error:
+        raise LayoutError(f"{where}: {error}") from None
+
+
+class ActorsSpec(Spec):
+    """The loader actors: one a rank, each in its own bundle of a placement group."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where arenas are; auto: the GPU where there is one")
+    gpus_per_actor: float = Field(1, ge=0, description="GPUs of a bundle; 0 on clusters without any")
+    cpus_per_actor: float = Field(1, ge=0, description="CPUs of a bundle")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    autoscaling: bool = Field(False, description="wait up to timeouts.start_s for GPUs that the cluster hasn't yet")
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value} GPUs: above 1, Ray gives whole GPUs only")
+        return value
+
+
+class ReadSpec(Spec):
+    """How each rank reads."""
+
+    memory_budget: ByteSize = Field(ByteSize(1 << 30), description="bytes of reads in flight, each rank")
+    concurrency: int = Field(16, ge=1, le=1024, description="requests in flight, each rank")
+    strategy: Literal["auto", "direct"] = Field("auto", description="direct: each rank reads what it needs itself")
+    storage_bandwidth: ByteSize | None = Field(
+        None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
+    )
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _holds_one_request(cls, value: ByteSize) -> ByteSize:
+        if value < MAX_REQUEST:
+            raise ValueError(f"{value} bytes hold no request; the least is {MAX_REQUEST} bytes (8MiB)")
+        return value
+
+    def options(self, timeout_s: float) -> ReadOptions:
+        """The same in the core's terms: as many requests in flight as the budget holds."""
+        return ReadOptions(min(self.concurrency, self.memory_budget // MAX_REQUEST), timeout_s)
+
+
+class HandoffSpec(Spec):
+    """How a loaded shard reaches its trainer."""
+
+    transport: Literal["auto", "shared_memory", "object_store"] = "auto"
+
+
+class TimeoutsSpec(Spec):
+    """Deadlines of every wait, in seconds."""
+
+    start_s: Seconds = Field(120, description="placement, start of the actors, process group")
+    load_s: Seconds = Field(3600, description="planning and reading")
+    handoff_s: Seconds = Field(600, description="delivery to the trainers")
+
+
+class StageConfig(Spec):
+    """Everything that a stage needs to know."""
+
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    topology: TopologySpec | None = Field(None, description="None: the trainers are asked")
+    actors: ActorsSpec = ActorsSpec()
+    read: ReadSpec = ReadSpec()
+    handoff: HandoffSpec = HandoffSpec()
+    timeouts: TimeoutsSpec = TimeoutsSpec()
+
+    @model_validator(mode="after")
+    def _device_and_transport_fit(self) -> Self:
+        if self.actors.device == "cuda" and self.handoff.transport == "shared_memory":
+            raise ValueError("handoff.transport shared_memory needs arenas on the host; actors.device is cuda")
+        if self.actors.device == "cuda" and self.actors.gpus_per_actor == 0:
+            raise ValueError("actors.device is cuda, but actors.gpus_per_actor is 0")
+        return self
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> StageConfig:
+        """Read a spec from a YAML or JSON file.
+
+        Raises:
+            SpecError: the file can't be read, or a field is wrong; the message has the field's path.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SpecError(f"{path}: not readable as a spec: {error}") from error
+        if not isinstance(values, dict):
+            raise SpecError(f"{path}: holds a {type(values).__name__}, not a spec with the fields {_fields()}")
+        return cls.from_values(values, source=str(path))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], *, source: str) -> StageConfig:
+        """Check plain values. Raises SpecError with the path of each wrong field."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SpecError(f"{source}: " + "; ".join(_words(problem) for problem in error.errors())) from None
+
+
+def _fields() -> str:
+    return ", ".join(StageConfig.model_fields)
+
+
+def _words(problem: Any) -> str:
+    path = ".".join(map(str, problem["loc"])) or "spec"
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown field (found {problem['input']!r}); known are {_siblings(problem['loc'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    return f"{path}: {message}{shown}"
+
+
+def _siblings(location: tuple[str | int, ...]) -> str:
+    model: Any = StageConfig
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return ", ".join(model.model_fields)

@@ -1,0 +1,55 @@
+"""What a load did: the JSON of ``shardferry run --report``."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Span(BaseModel):
+    """One phase of one rank, in seconds since the epoch."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    start: float
+    end: float
+
+
+class RankReport(BaseModel):
+    """One rank's load."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rank: int
+    node: str
+    device: str
+    gpu_ids: list[str]
+    bytes_needed: int
+    bytes_read: int
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    num_requests: int
+    arena_bytes: int
+    peak_rss_bytes: int
+    transport: str
+    phases: dict[str, float]  # seconds
+    spans: list[Span]
+
+
+class StageReport(BaseModel):
+    """The whole stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    location: str
+    optimizer_key: str
+    world_size: int
+    strategy: str
+    unique_bytes_needed: int
+    storage_bytes_read: int
+    read_amplification: float  # storage_bytes_read / unique_bytes_needed
+    num_requests: int
+    phases: dict[str, float]  # seconds; of the slowest rank where ranks work side by side
+    lower_bound_s: float
+    ratio_to_lower_bound: float  # seconds of planning and reading over the lower bound
+    ranks: list[RankReport]
