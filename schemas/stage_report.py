@@ -32,6 +32,7 @@ class RankReport(BaseModel):
     arena_bytes: int
     peak_rss_bytes: int
     transport: str
+    host_copy_bandwidth: float  # bytes a second, measured after the load; for the lower bound
     phases: dict[str, float]  # seconds
     spans: list[Span]
 

@@ -1,0 +1,1 @@
+"""Ray and torch.distributed: loader actors, their placement, their process group."""

@@ -1,0 +1,187 @@
+"""A loader: the process that loads one rank's shard and holds it until its trainer has it.
+
+A plain class; Ray appears where it is started (actors/loader_group.py).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import torch
+import torch.distributed as dist
+
+from actors.network import use_interface_of
+from actors.rendezvous import Meeting, join_meeting, open_meeting
+from schemas.stage_report import RankReport, Span
+from shardferry.agreement import Agreement
+from shardferry.catalog import Catalog
+from shardferry.checkpoint import open_checkpoint
+from shardferry.handoff import ShardHandle, node_identity
+from shardferry.layout import RankLayout, SpecLayout
+from shardferry.load import LoadedShard, LoadJob, load_rank
+from shardferry.plan import LoadPlan
+from shardferry.reader import Counters, ReadOptions
+from shardferry.receiver import Reception
+
+Transport = Literal["shared_memory", "object_store"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSettings:
+    """What every loader of a group is told at its start."""
+
+    world_rank: int
+    world_size: int
+    device: Literal["auto", "cpu", "cuda"]
+    transport: Literal["auto", "shared_memory", "object_store"]
+    one_node: bool  # the cluster has one node: whoever takes a shard runs here
+    start_timeout_s: float
+    load_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one rank is, in bytes; total 0 until it has planned."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+class Loader:
+    """Loads one rank's shard. Methods are called by the group in the order in which they stand here."""
+
+    def __init__(self, settings: LoaderSettings) -> None:
+        self._settings = settings
+        self._store: dist.TCPStore | None = None
+        self._agreement = Agreement(None)
+        self._counters = Counters()
+        self._bytes_total = 0
+        self._loaded: LoadedShard | None = None
+        self._spans: list[Span] = []
+        self._device = self._choose_device()
+
+    def open_meeting(self, generation: str) -> Meeting:
+        """On rank 0: where the others join."""
+        ip = ray.util.get_node_ip_address()
+        use_interface_of(ip)
+        meeting, self._store = open_meeting(ip, generation, self._settings.start_timeout_s)
+        return meeting
+
+    def join(self, meeting: Meeting) -> int:
+        """Join the process group; returns this process's id."""
+        with self._span("join"):
+            use_interface_of(ray.util.get_node_ip_address())
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            self._store = join_meeting(
+                meeting,
+                own_store=self._store,
+                world_rank=self._settings.world_rank,
+                world_size=self._settings.world_size,
+                device=self._device,
+                join_timeout_s=self._settings.start_timeout_s,
+                collective_timeout_s=self._settings.load_timeout_s,
+            )
+            self._agreement = Agreement(dist.group.WORLD)
+        return os.getpid()
+
+    def open_catalog(self, location: str) -> Catalog:
+        """On rank 0: read the checkpoint's metadata for all."""
+        with self._span("catalog"):
+            return open_checkpoint(location)
+
+    def load(
+        self, catalog: Catalog, target: SpecLayout | Reception, optimizer_key: str, read: ReadOptions, _joined: int
+    ) -> RankReport:
+        """Plan, agree, allocate, read, seal.
+
+        Args:
+            target: the topology of the spec, or this rank's trainer's answer.
+            _joined: result of `join`, so that Ray calls this after it.
+        """
+        layout: RankLayout = (
+            target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
+        )
+        job = LoadJob(catalog, layout, optimizer_key, self._device, read)
+        with self._span("load"):
+            loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
+        self._loaded = loaded
+        transport = self._choose_transport(target)
+        return self._report(loaded, transport)
+
+    def handle(self, report: RankReport, exclusive: bool) -> ShardHandle:
+        """The shard's handle, or the shard itself where it goes through the object store."""
+        assert self._loaded is not None, "load comes before handle"
+        return self._loaded.handle(report.transport, exclusive=exclusive)
+
+    def progress(self) -> Progress:
+        """Answers while the other methods run."""
+        return Progress(self._counters.bytes_done, self._bytes_total)
+
+    def _announce(self, plan: LoadPlan) -> None:
+        self._bytes_total = plan.bytes_needed
+
+    def _choose_device(self) -> torch.device:
+        has_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
+        if self._settings.device == "cuda" and not has_gpu:
+            raise RuntimeError(
+                f"rank {self._settings.world_rank}: actors.device is cuda, but this actor sees no GPU "
+                f"(Ray gave it {ray.get_gpu_ids()}, torch {torch.__version__} sees {torch.cuda.device_count()}); use device: cpu"
+            )
+        wants_host = self._settings.device == "cpu" or self._settings.transport == "shared_memory"
+        return torch.device("cpu") if wants_host or not has_gpu else torch.device("cuda", torch.cuda.current_device())
+
+    def _choose_transport(self, target: SpecLayout | Reception) -> Transport:
+        if self._settings.transport != "auto":
+            return self._settings.transport
+        near = target.node == node_identity() if isinstance(target, Reception) else self._settings.one_node
+        return "shared_memory" if near and self._device.type == "cpu" else "object_store"
+
+    @contextmanager
+    def _span(self, name: str) -> Iterator[None]:
+        start = time.time()
+        try:
+            yield
+        finally:
+            self._spans.append(Span(name=name, start=start, end=time.time()))
+
+    def _report(self, loaded: LoadedShard, transport: Transport) -> RankReport:
+        load = next(span for span in self._spans if span.name == "load")
+        spans, start = list(self._spans), load.start
+        for name, seconds in loaded.seconds.items():
+            spans.append(Span(name=name, start=start, end=start + seconds))
+            start += seconds
+        phases: dict[str, Any] = {span.name: span.end - span.start for span in self._spans if span.name != "load"}
+        return RankReport(
+            rank=self._settings.world_rank,
+            node=ray.util.get_node_ip_address(),
+            device=str(self._device),
+            gpu_ids=[str(gpu) for gpu in ray.get_gpu_ids()],
+            bytes_needed=loaded.plan.bytes_needed,
+            bytes_read=loaded.counters.bytes_requested,
+            num_requests=loaded.counters.num_requests,
+            arena_bytes=loaded.arena.nbytes,
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            transport=transport,
+            host_copy_bandwidth=host_copy_bandwidth(),
+            phases=phases | loaded.seconds,
+            spans=spans,
+        )
+
+
+def host_copy_bandwidth(nbytes: int = 16 * 1024 * 1024) -> float:
+    """Bytes a second that this process copies in host memory, now: the best of three short copies."""
+    source, target = bytearray(nbytes), bytearray(nbytes)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        target[:] = source
+        best = max(best, nbytes / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,93 @@
+"""The dry run: what each rank of a stage will read, from the checkpoint's metadata alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from schemas.plan_report import PlanReport, RankPlan
+from schemas.stage_config import StageConfig
+from shardferry.catalog import Catalog
+from shardferry.errors import SpecError
+from shardferry.layout import RankLayout, SpecLayout
+from shardferry.plan import LoadPlan, plan_load
+from shardferry.predict import predict_reads
+from shardferry.region import Region, union_numel
+from shardferry.requests import MAX_REQUEST
+
+
+def target_layout(config: StageConfig) -> SpecLayout:
+    """The spec's topology. Raises SpecError where it has none."""
+    if config.topology is None:
+        raise SpecError("topology: missing; give mesh and placements, or trainers to ask for their layout")
+    return config.topology.layout()
+
+
+def check_topology(catalog: Catalog, layout: SpecLayout, optimizer_key: str) -> None:
+    """Refuse a topology that the checkpoint's tensors can't have, before anything starts: plans the first rank.
+
+    Raises:
+        PlanError: a wrong key, a hole, an overlap.
+        LayoutError: a placement that a tensor can't have.
+    """
+    plan_load(catalog, layout.rank(0), optimizer_key=optimizer_key)
+
+
+def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
+    """Plan every rank. Raises PlanError, LayoutError, SpecError."""
+    layout = target_layout(config)
+    key = config.checkpoint.optimizer_key
+    plans = plan_all(catalog, [layout.rank(rank) for rank in range(layout.world_size)], key)
+    ranks = [_rank_plan(plan, catalog) for plan in plans]
+    unique = unique_bytes_needed(plans)
+    planned = sum(rank.bytes_read for rank in ranks)
+    in_flight = config.read.options(config.timeouts.load_s).concurrency * MAX_REQUEST
+    bandwidth = config.read.storage_bandwidth
+    return PlanReport(
+        location=catalog.location,
+        optimizer_key=key,
+        world_size=layout.world_size,
+        mesh=dict(layout.mesh.axes),
+        num_tensors=len(plans[0].tensors),
+        unique_bytes_needed=unique,
+        storage_bytes_planned=planned,
+        read_amplification=amplification(planned, unique),
+        num_requests=sum(rank.num_requests for rank in ranks),
+        peak_memory_bytes=max(rank.arena_bytes for rank in ranks) + in_flight,
+        lower_bound_s=unique / bandwidth if bandwidth else None,
+        ranks=ranks,
+    )
+
+
+def _rank_plan(plan: LoadPlan, catalog: Catalog) -> RankPlan:
+    nbytes, num_requests = predict_reads(plan, catalog)
+    return RankPlan(
+        rank=plan.world_rank,
+        bytes_needed=plan.bytes_needed,
+        bytes_read=nbytes,
+        num_requests=num_requests,
+        arena_bytes=plan.arena_bytes,
+    )
+
+
+def plan_all(catalog: Catalog, layouts: Sequence[RankLayout], optimizer_key: str) -> list[LoadPlan]:
+    """The plans of all ranks. Raises PlanError, LayoutError."""
+    return [plan_load(catalog, layout, optimizer_key=optimizer_key) for layout in layouts]
+
+
+def unique_bytes_needed(plans: Iterable[LoadPlan]) -> int:
+    """Bytes that some rank needs, each once."""
+    regions: dict[str, set[Region]] = defaultdict(set)
+    itemsize: dict[str, int] = {}
+    objects: dict[str, int] = {}
+    for plan in plans:
+        for tensor in plan.tensors:
+            itemsize[tensor.key] = tensor.dtype.itemsize
+            regions[tensor.key].update(box.region for box in tensor.layout.boxes)
+        objects.update({planned.key: planned.nbytes for planned in plan.objects})
+    return sum(union_numel(boxes) * itemsize[key] for key, boxes in regions.items()) + sum(objects.values())
+
+
+def amplification(nbytes: int, unique: int) -> float:
+    """Bytes out of storage over the bytes that are needed."""
+    return nbytes / unique if unique else 1.0

@@ -1,0 +1,41 @@
+"""What a plan will ask of storage, foretold from the metadata alone: the same rules as the reader's, no data read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from shardferry.catalog import Catalog
+from shardferry.decode import HEAD_BYTES, ItemLayout
+from shardferry.plan import LoadPlan, ReadItem
+from shardferry.region import row_major_strides
+from shardferry.requests import Request, requests_for
+
+_USUAL_RAW_START = 704  # bytes; where torch.save puts a tensor's data. Only an item's own header says for sure.
+
+
+def predict_reads(plan: LoadPlan, catalog: Catalog) -> tuple[int, int]:
+    """Bytes and requests of one rank's reads.
+
+    Exact where saved chunks are row-major. Strides stand only in the data files, which aren't looked at here.
+    """
+    by_chunk: dict[int, list[ReadItem]] = defaultdict(list)
+    for item in plan.reads:
+        by_chunk[item.chunk].append(item)
+    num_requests = len(by_chunk) + len(plan.objects)
+    nbytes = sum(planned.nbytes for planned in plan.objects)
+    for chunk, items in by_chunk.items():
+        nbytes += min(HEAD_BYTES, int(catalog.chunk_byte_length[chunk]))
+        for item in items:
+            requests = _requests(item, plan.tensors[item.tensor].dtype)
+            num_requests += len(requests)
+            nbytes += sum(request.nbytes for request in requests)
+    return nbytes, num_requests
+
+
+def _requests(item: ReadItem, dtype: torch.dtype) -> list[Request]:
+    layout = ItemLayout(_USUAL_RAW_START, dtype, item.chunk_shape, row_major_strides(item.chunk_shape), 0)
+    return requests_for(
+        layout, source_offsets=item.source.offsets, sizes=item.source.sizes, arena_offset=0, strides=item.strides
+    )
