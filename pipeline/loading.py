@@ -124,6 +124,10 @@ class StageResult:
         """One handle for each target rank. Where they go through the object store, this fetches their bytes."""
         return ray.get(self._loading.refs)
 
+    def final_progress(self) -> list[Progress]:
+        """Every rank done."""
+        return [Progress(rank.bytes_needed, rank.bytes_needed) for rank in self.report.ranks]
+
     def add_phase(self, name: str, seconds: float) -> None:
         """Count a phase of the driver's into the report."""
         self._driver_phases[name] = seconds

@@ -1,0 +1,197 @@
+"""The command line: ``shardferry inspect | plan | run | verify | demo``.
+
+Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong. An error is one message on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.display import byte_progress, human_bytes, print_plan, print_stage, print_table, show_ranks
+from schemas.stage_config import StageConfig
+from shardferry.catalog import Catalog
+from shardferry.checkpoint import open_checkpoint
+from shardferry.errors import LayoutError, ShardferryError, SpecError
+
+_MANY = 40  # tensors; longer lists are cut on the terminal, never in JSON
+
+app = typer.Typer(
+    name="shardferry",
+    help="Load sharded optimizer state from PyTorch distributed checkpoints, in any topology.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_debug = False
+
+CheckpointArg = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or its file:// URL.")]
+SpecArg = Annotated[Path, typer.Argument(metavar="STAGE.yaml", help="The stage's spec, YAML or JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+LocationOption = Annotated[str | None, typer.Option(help="Checkpoint to use instead of the spec's.")]
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    global _debug  # noqa: PLW0603
+    _debug = debug
+
+
+@app.command(epilog="Example: shardferry inspect ckpt/step-1000 --json | jq .problems")
+def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
+    """What is in a checkpoint: tensors, topology it was saved in, sizes, versions, problems."""
+    from pipeline.inspecting import inspect_report
+
+    report = inspect_report(open_checkpoint(checkpoint))
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return
+    print_table(
+        report.location,
+        ("tensor", "shape", "dtype", "chunks", "size"),
+        [(t.fqn, t.shape, t.dtype, t.num_chunks, human_bytes(t.nbytes)) for t in report.tensors[:_MANY]],
+    )
+    if len(report.tensors) > _MANY:
+        print(f"... and {len(report.tensors) - _MANY} more tensors; --json lists all")
+    print(
+        f"{report.num_tensors} tensors and {report.num_objects} objects in {report.num_chunks} chunks of {report.num_files} files, "
+        f"{human_bytes(report.total_bytes)}; metadata version {report.torch_metadata_version}; keys: {', '.join(report.top_level_keys)}"
+    )
+    print("saved as: " + "; ".join(f"{count} x {cut}" for cut, count in report.topology.items()))
+    print("problems: " + ("none" if not report.problems else "".join(f"\n  {problem}" for problem in report.problems)))
+
+
+@app.command(epilog="Example: shardferry plan stage.yaml --json | jq .read_amplification")
+def plan(spec: SpecArg, location: LocationOption = None, as_json: JsonOption = False) -> None:
+    """Dry run: what each rank would read. Starts no Ray and reads no data."""
+    from pipeline.planning import plan_report
+
+    config = StageConfig.from_file(spec)
+    report = plan_report(config, _catalog_of(config, location))
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print_plan(report)
+
+
+@app.command(epilog="Example: ray job submit --working-dir . -- python -m pipeline run stage.yaml --report report.json")
+def run(
+    spec: SpecArg,
+    location: LocationOption = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the phases here, as a Chrome trace.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report here, as a page.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else an embedded one.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="(Logical) GPUs of an embedded Ray.")] = None,
+) -> None:
+    """Run the stage; starts an embedded Ray where none is given."""
+    config = StageConfig.from_file(spec)
+    catalog = _catalog_of(config, location)  # a wrong path should not cost the start of a cluster
+    _check_writable(report, trace, html)
+    from pipeline.cluster import ray_for
+    from pipeline.exports import chrome_trace, html_page
+    from pipeline.planning import check_topology, target_layout
+    from pipeline.stage import OptimizerLoadStage
+
+    layout = target_layout(config)
+    check_topology(catalog, layout, config.checkpoint.optimizer_key)
+    with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
+        with OptimizerLoadStage(config).run(
+            location=catalog.location, on_progress=lambda ranks: show_ranks(bar, ranks)
+        ) as result:
+            done = result.report
+            show_ranks(bar, result.final_progress())
+    if report:
+        report.write_text(done.model_dump_json(indent=2), encoding="utf-8")
+    if trace:
+        trace.write_text(chrome_trace(done), encoding="utf-8")
+    if html:
+        html.write_text(html_page(done), encoding="utf-8")
+    print_stage(done)
+
+
+@app.command(epilog="Example: shardferry verify ckpt/step-1000")
+def verify(
+    checkpoint: CheckpointArg,
+    concurrency: Annotated[int, typer.Option(min=1, help="Items read side by side.")] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Read everything once and check cover, lengths, headers and checksums."""
+    import json
+    import threading
+
+    from shardferry.storage.base import open_storage
+    from shardferry.verify import verified_bytes, verify_checkpoint
+
+    catalog = open_checkpoint(checkpoint)
+    storage, total, lock, done = open_storage(checkpoint), verified_bytes(catalog), threading.Lock(), [0]
+    with byte_progress("verifying") as bar:
+
+        def on_item(nbytes: int) -> None:
+            with lock:
+                done[0] += nbytes
+                bar.show(done[0], total)
+
+        problems = verify_checkpoint(catalog, storage, concurrency=concurrency, on_item=on_item)
+    storage.close()
+    if as_json:
+        print(json.dumps({"location": catalog.location, "bytes_read": total, "problems": problems}, indent=2))
+    else:
+        print(f"{catalog.location}: {human_bytes(total)} in {len(catalog.files)} files, {len(problems)} problems")
+        print("".join(f"  {problem}\n" for problem in problems), end="")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: shardferry demo")
+def demo(
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep the checkpoint here; default: a temporary directory.")
+    ] = None,
+) -> None:
+    """The whole story on one machine: train on 4, save, load on 2 through the stage, go on training, same losses."""
+    from pipeline.demo.story import tell
+
+    if not tell(directory):
+        raise typer.Exit(1)
+
+
+def _catalog_of(config: StageConfig, location: str | None) -> Catalog:
+    where = location or config.checkpoint.location
+    if where is None:
+        raise SpecError("checkpoint.location: missing; give it in the spec or with --location")
+    return open_checkpoint(where)
+
+
+def _check_writable(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SpecError(f"{path}: its directory does not exist; make it first")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    try:
+        app(arguments)
+    except SystemExit as stop:  # how typer ends a command: with its own message for wrong usage
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except (SpecError, LayoutError) as error:
+        return _fail(str(error), 2)
+    except (ShardferryError, OSError) as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    if _debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return status
+

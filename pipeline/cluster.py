@@ -1,0 +1,51 @@
+"""The Ray that a command runs on: the one that is there, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import torch
+
+from schemas.stage_config import StageConfig
+
+
+@contextmanager
+def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gpus: int | None) -> Iterator[None]:
+    """Connect to a cluster, or start one in this process and take it down afterwards.
+
+    Args:
+        address: of a cluster; default: ``RAY_ADDRESS``, which is set inside a Ray job.
+        num_gpus: of an embedded Ray; default: this machine's GPUs, or where it has none as many logical ones as the
+            ranks need.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        yield
+        return
+    if address:
+        ray.init(address=address, logging_level=logging.ERROR)
+    else:
+        _start_embedded(config, world_size, num_gpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) -> None:
+    if num_gpus is None:
+        there = torch.cuda.device_count()
+        num_gpus = there or -(-int(world_size * config.actors.gpus_per_actor * 1000) // 1000)
+    cpus = max(os.cpu_count() or 1, int(world_size * config.actors.cpus_per_actor) + 1)
+    ray.init(
+        address="local",
+        num_gpus=num_gpus,
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )

@@ -1,0 +1,146 @@
+"""What people see: progress as a bar on a terminal and as plain lines elsewhere, and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from actors.loader import Progress as RankProgress
+from schemas.plan_report import PlanReport
+from schemas.stage_report import StageReport
+
+_LINE_EVERY_S = 5.0
+
+
+class ByteProgress(Protocol):
+    """Shows how many bytes of how many are done."""
+
+    def show(self, done: int, total: int) -> None: ...
+
+
+class _Bar:
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=None)
+
+    def show(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total or None)
+
+
+class _Lines:
+    """One line now and then, and one at the end; for logs."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._start = self._last = time.monotonic()
+        self._finished = False
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        finished = bool(total) and done >= total
+        if self._finished or not (finished or now - self._last >= _LINE_EVERY_S):
+            return
+        self._last, self._finished = now, finished
+        rate = done / max(now - self._start, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate and total and not finished else ""
+        share = f"{done / total:4.0%}" if total else "  ?%"
+        print(f"{self._title}: {share} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}", file=sys.stderr)
+
+
+@contextmanager
+def byte_progress(title: str) -> Iterator[ByteProgress]:
+    """A bar with bytes, rate and time left on a terminal; plain lines elsewhere. Both on stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(title)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        yield _Bar(progress, title)
+
+
+def show_ranks(bar: ByteProgress, ranks: Sequence[RankProgress]) -> None:
+    """The ranks' progress as one."""
+    known = all(rank.bytes_total for rank in ranks)
+    bar.show(sum(r.bytes_done for r in ranks), sum(r.bytes_total for r in ranks) if known else 0)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+
+
+def print_plan(report: PlanReport) -> None:
+    """A plan, rank by rank."""
+    header = ("rank", "needed", "read", "sent", "received", "requests", "arena")
+    rows = [
+        (
+            r.rank,
+            human_bytes(r.bytes_needed),
+            human_bytes(r.bytes_read),
+            human_bytes(r.bytes_sent),
+            human_bytes(r.bytes_received),
+            r.num_requests,
+            human_bytes(r.arena_bytes),
+        )
+        for r in report.ranks
+    ]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    print_table(f"{report.location}: {report.num_tensors} tensors of {report.optimizer_key!r} on {mesh}", header, rows)
+    print(
+        f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_planned)} "
+        f"({report.read_amplification:.3f} x) in {report.num_requests} requests; "
+        f"peak memory of a rank {human_bytes(report.peak_memory_bytes)}"
+    )
+    if report.lower_bound_s is None:
+        print("lower bound: set read.storage_bandwidth (bytes a second of the whole storage) to have it computed")
+    else:
+        print(f"lower bound {report.lower_bound_s:.3f} s at the storage bandwidth given")
+
+
+def print_stage(report: StageReport) -> None:
+    """A finished stage."""
+    header = ("rank", "device", "needed", "read", "requests", "arena", "read s", "hand over")
+    rows = [
+        (
+            r.rank,
+            r.device,
+            human_bytes(r.bytes_needed),
+            human_bytes(r.bytes_read),
+            r.num_requests,
+            human_bytes(r.arena_bytes),
+            f"{r.phases.get('read', 0.0):.3f}",
+            r.transport,
+        )
+        for r in report.ranks
+    ]
+    print_table(f"{report.location}: {report.optimizer_key!r} loaded on {report.world_size} ranks", header, rows)
+    print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
+    print(
+        f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_read)} "
+        f"({report.read_amplification:.3f} x); lower bound {report.lower_bound_s:.4f} s, reached {report.ratio_to_lower_bound:.1f} x"
+    )

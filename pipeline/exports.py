@@ -1,0 +1,74 @@
+"""A stage's report as files for other programs: a Chrome trace, a page of HTML."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+from schemas.stage_report import StageReport
+
+
+def chrome_trace(report: StageReport) -> str:
+    """The phases of all ranks, for chrome://tracing or Perfetto: one row a rank, microseconds."""
+    spans = [(rank, span) for rank in report.ranks for span in rank.spans]
+    origin = min((span.start for _, span in spans), default=0.0)
+    events: list[dict[str, Any]] = [
+        {
+            "name": span.name,
+            "ph": "X",
+            "pid": rank.node,
+            "tid": rank.rank,
+            "ts": (span.start - origin) * 1e6,
+            "dur": (span.end - span.start) * 1e6,
+        }
+        for rank, span in spans
+    ]
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+def html_page(report: StageReport) -> str:
+    """One page without outside references: the totals, and each rank's phases as bars."""
+    totals = {
+        "world size": report.world_size,
+        "unique bytes needed": report.unique_bytes_needed,
+        "bytes read from storage": report.storage_bytes_read,
+        "read amplification": f"{report.read_amplification:.4f}",
+        "requests": report.num_requests,
+        "lower bound, s": f"{report.lower_bound_s:.4f}",
+        "over the lower bound": f"{report.ratio_to_lower_bound:.2f}",
+        **{f"{name}, s": f"{seconds:.4f}" for name, seconds in report.phases.items()},
+    }
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in totals.items())
+    title = html.escape(f"{report.location}: {report.optimizer_key}")
+    return _PAGE.format(title=title, rows=rows, bars="".join(_bars(report)))
+
+
+def _bars(report: StageReport) -> list[str]:
+    spans = [span for rank in report.ranks for span in rank.spans]
+    if not spans:
+        return []
+    origin, end = min(s.start for s in spans), max(s.end for s in spans)
+    scale = 100 / max(end - origin, 1e-9)
+    lines = []
+    for rank in report.ranks:
+        bars = "".join(
+            f'<i class="{html.escape(span.name)}" style="left:{(span.start - origin) * scale:.3f}%;'
+            f'width:{max((span.end - span.start) * scale, 0.1):.3f}%" title="{html.escape(span.name)}: '
+            f'{span.end - span.start:.4f} s"></i>'
+            for span in rank.spans
+            if span.name != "load"
+        )
+        lines.append(f"<div><b>rank {rank.rank}</b><span>{bars}</span></div>")
+    return lines
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body{{font:15px system-ui,sans-serif;margin:2em;max-width:70em}} th{{text-align:left;padding-right:2em;font-weight:normal}}
+td{{text-align:right;font-variant-numeric:tabular-nums}} div{{display:flex;margin:2px 0}} b{{width:5em;font-weight:normal}}
+span{{position:relative;flex:1;height:1.3em;background:#eee}} i{{position:absolute;top:0;bottom:0;background:#999}}
+i.read{{background:#2a7}} i.plan{{background:#37c}} i.allocate{{background:#c73}} i.join{{background:#a5c}}
+</style></head><body><h1>{title}</h1><table>{rows}</table><h2>Phases</h2>{bars}
+<p>Blue: plan. Orange: allocate. Green: read. Violet: join. Hover for seconds.</p></body></html>
+"""
