@@ -95,10 +95,11 @@ def run(
     _check_writable(report, trace, html)
     from pipeline.cluster import ray_for
     from pipeline.exports import chrome_trace, html_page
-    from pipeline.planning import check_topology, target_layout
+    from pipeline.planning import check_checkpoint, check_topology, target_layout
     from pipeline.stage import OptimizerLoadStage
 
     layout = target_layout(config)
+    check_checkpoint(catalog, config.checkpoint.optimizer_key)
     check_topology(catalog, layout, config.checkpoint.optimizer_key)
     with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
         with OptimizerLoadStage(config).run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import ray
 import torch
 
 from schemas.stage_config import StageConfig
+from shardferry.errors import SpecError
 
 
 @contextmanager
@@ -37,13 +39,17 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
 
 
 def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) -> None:
-    if num_gpus is None:
-        there = torch.cuda.device_count()
-        num_gpus = there or -(-int(world_size * config.actors.gpus_per_actor * 1000) // 1000)
+    wanted = math.ceil(world_size * config.actors.gpus_per_actor)
+    there = torch.cuda.device_count() or wanted if num_gpus is None else num_gpus
+    if wanted > there:
+        raise SpecError(
+            f"topology.mesh: {world_size} ranks need {wanted} GPUs, there are {there}; use a smaller mesh, "
+            "or set actors.gpus_per_actor lower (0 loads on CPUs)"
+        )
     cpus = max(os.cpu_count() or 1, int(world_size * config.actors.cpus_per_actor) + 1)
     ray.init(
         address="local",
-        num_gpus=num_gpus,
+        num_gpus=there,
         num_cpus=cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,

@@ -10,10 +10,13 @@ from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout, SpecLayout
+from shardferry.optimizer_index import index_optimizer
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.predict import predict_reads
+from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.requests import MAX_REQUEST
+from shardferry.storage.base import open_storage
 
 
 def target_layout(config: StageConfig) -> SpecLayout:
@@ -23,11 +26,26 @@ def target_layout(config: StageConfig) -> SpecLayout:
     return config.topology.layout()
 
 
-def check_topology(catalog: Catalog, layout: SpecLayout, optimizer_key: str) -> None:
-    """Refuse a topology that the checkpoint's tensors can't have, before anything starts: plans the first rank.
+def check_checkpoint(catalog: Catalog, optimizer_key: str) -> None:
+    """Refuse a checkpoint before anything starts: no such optimizer, or files that are missing or cut.
 
     Raises:
-        PlanError: a wrong key, a hole, an overlap.
+        PlanError: nothing is saved under the key.
+        StorageError: a file is missing or short.
+    """
+    index = index_optimizer(catalog, optimizer_key)
+    storage = open_storage(catalog.location)
+    try:
+        check_files(catalog, index.keys(), storage)
+    finally:
+        storage.close()
+
+
+def check_topology(catalog: Catalog, layout: SpecLayout, optimizer_key: str) -> None:
+    """Refuse a topology that the checkpoint's tensors can't have, before anything starts.
+
+    Raises:
+        PlanError: a hole or an overlap in what the first rank wants.
         LayoutError: a placement that a tensor can't have.
     """
     plan_load(catalog, layout.rank(0), optimizer_key=optimizer_key)

@@ -13,13 +13,12 @@ from ray.actor import ActorHandle
 
 from actors.loader_group import LoaderGroup, start_loaders
 from pipeline.loading import Loading, ProgressCallback, Refs, StageResult
-from pipeline.planning import check_topology, target_layout
+from pipeline.planning import check_checkpoint, check_topology, target_layout
 from pipeline.waiting import Wait, gather
 from schemas.stage_config import StageConfig
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import SpecError
 from shardferry.layout import SpecLayout
-from shardferry.optimizer_index import index_optimizer
 
 Trainers = Sequence[ActorHandle[Any]]
 Location = str | Path | ray.ObjectRef[Any]
@@ -50,7 +49,7 @@ class OptimizerLoadStage:
 
         Raises:
             SpecError: no location, no topology, or more ranks than the cluster has GPUs for.
-            CatalogError, PlanError, LayoutError: the checkpoint or the topology is wrong; nothing was started. Where
+            CatalogError, PlanError, LayoutError, StorageError: the checkpoint or the topology is wrong; nothing was started. Where
                 ``location`` is an ObjectRef these come from `Loading.wait`.
         """
         return self._submit(trainers, location, exclusive=False)
@@ -88,7 +87,7 @@ class OptimizerLoadStage:
         world_size = len(trainers) if trainers is not None else layout.world_size if layout else 0
         catalog = None if isinstance(where, ray.ObjectRef) else open_checkpoint(os.fspath(where))
         if catalog is not None:
-            index_optimizer(catalog, self.config.checkpoint.optimizer_key)
+            check_checkpoint(catalog, self.config.checkpoint.optimizer_key)
             if layout is not None:
                 check_topology(catalog, layout, self.config.checkpoint.optimizer_key)
         if not ray.is_initialized():

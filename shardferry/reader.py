@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
-from shardferry.catalog import Catalog
+from shardferry.catalog import NO_FILE, Catalog
 from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 from shardferry.errors import DecodeError, StorageError
 from shardferry.plan import LoadPlan, ReadItem
@@ -98,7 +98,7 @@ def read_plan(
         DecodeError: an item is damaged or not what the metadata says.
     """
     chunks = _chunks_in_reading_order(plan, catalog)
-    _check_files(chunks, storage)
+    _check_ends(((c.key, c.path, c.byte_offset, c.byte_length) for c in chunks), storage)
     deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
     with ThreadPoolExecutor(max_workers=options.concurrency, thread_name_prefix="shardferry-read") as pool:
         heads = _HeadReader(storage, counters)
@@ -161,15 +161,36 @@ def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog) -> list[_Chunk]:
     return sorted(chunks.values(), key=lambda chunk: (turn[chunk.path], chunk.byte_offset))
 
 
-def _check_files(chunks: Iterable[_Chunk], storage: RangeReader) -> None:
-    """Before any data is read: every needed file is there, and long enough for its items."""
-    ends: dict[str, _Chunk] = {}
-    for chunk in chunks:
-        last = ends.get(chunk.path)
-        if last is None or chunk.byte_offset + chunk.byte_length > last.byte_offset + last.byte_length:
-            ends[chunk.path] = chunk
-    for path, chunk in ends.items():
-        _check_inside(chunk.key, path, chunk.byte_offset, chunk.byte_length, storage)
+def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> None:
+    """Before anything is started or read: every file that holds something of ``keys`` is there, and long enough.
+
+    Raises:
+        StorageError: names the key, the file, and both lengths.
+    """
+    _check_ends(_extents(catalog, keys), storage)
+
+
+def _extents(catalog: Catalog, keys: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
+    """Key, file, byte offset and length of every stored item of some keys."""
+    for key in keys:
+        if (saved := catalog.objects.get(key)) is not None:
+            yield key, catalog.files[saved.file], saved.byte_offset, saved.byte_length
+            continue
+        for chunk in catalog.tensors[key].chunks:
+            if catalog.chunk_file[chunk] != NO_FILE:
+                path = catalog.files[catalog.chunk_file[chunk]]
+                yield key, path, int(catalog.chunk_byte_offset[chunk]), int(catalog.chunk_byte_length[chunk])
+
+
+def _check_ends(extents: Iterable[tuple[str, str, int, int]], storage: RangeReader) -> None:
+    """Check the last item of each file."""
+    ends: dict[str, tuple[int, str, int, int]] = {}
+    for key, path, byte_offset, byte_length in extents:
+        end = byte_offset + byte_length
+        if path not in ends or end > ends[path][0]:
+            ends[path] = (end, key, byte_offset, byte_length)
+    for path, (_, key, byte_offset, byte_length) in ends.items():
+        _check_inside(key, path, byte_offset, byte_length, storage)
 
 
 def _check_inside(key: str, path: str, byte_offset: int, byte_length: int, storage: RangeReader) -> None:
