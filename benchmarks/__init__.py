@@ -1,0 +1,1 @@
+"""One script a claim; each states machine, data and command."""

@@ -1,0 +1,49 @@
+"""What the project wants of every case, and whether a case has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.contenders import Floor, Shardferry, StockLoad
+from benchmarks.run import Figures
+
+MAX_BYTES_RATIO = 1.05  # bytes asked of storage over bytes needed, of each rank
+MAX_FLOOR_RATIO = 2.0  # wall time over the floor's
+MIN_STOCK_RATIO = 2.5  # stock dcp.load's wall time over ours
+MAX_PEAK_BYTES = 128 * 2**20  # resident beyond the shard, of each rank
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One limit in one case."""
+
+    what: str
+    wanted: str
+    found: str
+    met: bool
+
+    def __str__(self) -> str:
+        return f"{self.found} {'ok' if self.met else 'missed'}"
+
+
+def verdicts(figures: Mapping[str, Figures]) -> list[Verdict]:
+    """Each limit against the figures of one case, by contender."""
+    ours, stock, floor = figures[Shardferry.name], figures[StockLoad.name], figures[Floor.name]
+    over_floor, under_stock = ours.wall_s / floor.wall_s, stock.wall_s / ours.wall_s
+    return [
+        Verdict("over the floor", f"<= {MAX_FLOOR_RATIO:g}", f"{over_floor:.2f}", over_floor <= MAX_FLOOR_RATIO),
+        Verdict("stock over ours", f">= {MIN_STOCK_RATIO:g}", f"{under_stock:.2f}", under_stock >= MIN_STOCK_RATIO),
+        Verdict(
+            "bytes of a rank",
+            f"<= {MAX_BYTES_RATIO:g}",
+            f"{ours.worst_rank_ratio:.3f}",
+            ours.worst_rank_ratio <= MAX_BYTES_RATIO,
+        ),
+        Verdict(
+            "peak over shard, MiB",
+            f"<= {MAX_PEAK_BYTES / 2**20:g}",
+            f"{ours.peak_over_shard / 2**20:.0f}",
+            ours.peak_over_shard <= MAX_PEAK_BYTES,
+        ),
+    ]
