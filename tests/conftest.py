@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported: tests leave no token in anybody's home
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 import pytest
+import ray
 
 from tests.support.models import save_fsdp2
 from tests.support.ranks import RankPool
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +35,21 @@ def saved_by(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[
         paths[num_ranks] = tmp_path_factory.mktemp(f"saved-by-{num_ranks}") / "ckpt"
         ranks.run(num_ranks, save_fsdp2, str(paths[num_ranks]))
     return paths
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A real Ray of this process's own, with 4 logical GPUs."""
+    with tempfile.TemporaryDirectory(prefix="sf-ray-") as directory:
+        ray.init(
+            address="local",
+            num_cpus=12,
+            num_gpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=256 * 1024 * 1024,
+            _temp_dir=directory,
+            runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+        )
+        yield
+        ray.shutdown()

@@ -60,6 +60,7 @@ class RankPool:
             process.terminate()
             process.join(10)
         self._ranks.clear()
+        self._directory.cleanup()
 
     def _start(self, world_size: int) -> None:
         assert world_size <= self._size, f"the pool has {self._size} ranks"

@@ -1,0 +1,296 @@
+"""The stage on a real Ray with logical GPUs: loading, both deliveries, composition, pinning."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from pipeline import Loading, OptimizerLoadStage
+from schemas import StageConfig
+from shardferry import ShardHandle
+from shardferry.errors import HandoffError, InstallError, LayoutError, PlanError, RankError, SpecError
+from tests.support.leftovers import arena_holders
+from tests.support.models import SHAPES, STATES, STEP
+from tests.support.oracle import full_tensor
+from tests.support.trainers import Fsdp2Trainer, start_trainers
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+NUM_ELEMENTS = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+def config(path: Path | None, world_size: int = 2, **sections: Any) -> StageConfig:
+    topology = {
+        "mesh": {"dp": world_size},
+        "default": {"dp": "Shard(0)"},
+    }
+    checkpoint = {} if path is None else {"location": str(path)}
+    return StageConfig.model_validate({"checkpoint": checkpoint, "topology": topology, **sections})
+
+
+@pytest.fixture
+def four_saved(saved_by: dict[int, Path]) -> Path:
+    return saved_by[4]
+
+
+@pytest.fixture(autouse=True)
+def _gpus_are_given_back() -> Iterator[None]:
+    yield
+    for _ in range(100):
+        if ray.available_resources().get("GPU") == 4:
+            return
+        ray.wait([_tick.remote()], timeout=1)
+    pytest.fail(f"GPUs still taken: {ray.available_resources()}")
+
+
+@pytest.fixture
+def trainers_of(tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
+    """Starts trainers, and ends them after the test."""
+    started: list[Any] = []
+
+    def start(world_size: int, trainer: type = Fsdp2Trainer) -> list[Any]:
+        started.extend(start_trainers(world_size, str(tmp_path / "store"), trainer))
+        return started
+
+    yield start
+    for trainer in started:
+        ray.kill(trainer)
+
+
+@ray.remote(num_cpus=0)
+def _tick() -> None:
+    """Something to wait for while Ray cleans up."""
+
+
+def check_shard(handle: ShardHandle) -> int:
+    """Every element of a shard against the oracle, by the regions that the shard claims; returns how many."""
+    compared = 0
+    with handle.open() as shard:
+        state = shard.state_dict()["state"]
+        for fqn, shape in SHAPES.items():
+            assert float(state[fqn]["step"]) == STEP
+            for name in STATES:
+                full = full_tensor(fqn, name, shape)
+                assert shard.global_shape(fqn, name) == shape
+                for whole, local in shard.regions(fqn, name):
+                    expected = full[tuple(slice(o, e) for o, e in zip(whole.offsets, whole.ends, strict=True))]
+                    found = state[fqn][name][tuple(slice(o, e) for o, e in zip(local.offsets, local.ends, strict=True))]
+                    assert torch.equal(found, expected), f"{fqn}.{name}"
+                    compared += found.numel()
+    return compared
+
+
+@pytest.mark.parametrize("transport", ["auto", "shared_memory", "object_store"])
+def test_run_delivers_to_trainers(
+    four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str
+) -> None:
+    trainers = trainers_of(2)
+    stage = OptimizerLoadStage(
+        StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}, "handoff": {"transport": transport}})
+    )
+    report = stage.run(trainers).report
+    assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS
+    expected = "object_store" if transport == "object_store" else "shared_memory"
+    assert [rank.transport for rank in report.ranks] == [expected] * 2
+    assert report.world_size == 2
+    assert set(report.phases) >= {"start", "plan", "allocate", "read", "handoff"}
+    assert report.storage_bytes_read == sum(rank.bytes_read for rank in report.ranks)
+    assert report.read_amplification == report.storage_bytes_read / report.unique_bytes_needed
+    assert report.lower_bound_s > 0
+
+
+def test_loaders_are_pinned_to_gpus_of_their_own(four_saved: Path) -> None:
+    with OptimizerLoadStage(config(four_saved, 4)).run() as result:
+        assert sorted(gpu for rank in result.report.ranks for gpu in rank.gpu_ids) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_submit_gives_one_ref_a_rank(four_saved: Path, transport: str, world_size: int) -> None:
+    loading = OptimizerLoadStage(config(four_saved, world_size, handoff={"transport": transport})).submit()
+    handles = ray.get(loading.refs)
+    assert [handle.world_rank for handle in handles] == list(range(world_size))
+    assert sum(map(check_shard, handles)) == NUM_ELEMENTS
+    loading.result()
+    loading.close()
+
+
+class Keeper:
+    """A trainer that opens its shard and keeps a tensor of it."""
+
+    def take(self, handle: ShardHandle) -> int:
+        with handle.open() as shard:
+            self._tensor = shard.state_dict()["state"]["seven.weight"]["exp_avg"]
+        self._offset = handle.manifest.by_fqn["seven.weight"]["exp_avg"].layout.boxes[0].region.offsets[0]
+        return os.getpid()
+
+    def still_right(self) -> bool:
+        rows = slice(self._offset, self._offset + self._tensor.shape[0])
+        return torch.equal(self._tensor, full_tensor("seven.weight", "exp_avg", (7, 11))[rows])
+
+    def spoil(self) -> None:
+        self._tensor.fill_(-1.0)
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
+def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path, transport: str) -> None:
+    keepers = [ray.remote(num_cpus=0)(Keeper).remote() for _ in range(2)]
+    loading = OptimizerLoadStage(config(four_saved, 1, handoff={"transport": transport})).submit()
+    pids = ray.get([keeper.take.remote(loading.refs[0]) for keeper in keepers])
+    ray.get(keepers[0].spoil.remote())
+    assert ray.get(keepers[1].still_right.remote())
+    loading.close()
+    assert ray.get(keepers[1].still_right.remote())
+    for keeper, pid in zip(keepers, pids, strict=True):
+        ray.kill(keeper)
+        assert pid not in arena_holders() or _gone(pid)
+
+
+def _gone(pid: int) -> bool:
+    for _ in range(50):
+        if pid not in arena_holders():
+            return True
+        ray.wait([_tick.remote()], timeout=1)
+    return False
+
+
+def test_a_shard_whose_loader_has_gone_is_an_error(four_saved: Path) -> None:
+    loading = OptimizerLoadStage(config(four_saved, 1, handoff={"transport": "shared_memory"})).submit()
+    (handle,) = ray.get(loading.refs)
+    loading.result()
+    pid = handle.source.pid
+    loading.close()
+    assert _gone(pid)
+    with pytest.raises(HandoffError, match=r"has ended before the shard was opened; keep the stage's result"):
+        handle.open()
+
+
+@ray.remote(num_cpus=0)
+def newest(path: str) -> str:
+    return path
+
+
+@ray.remote(num_cpus=0)
+def wait_elsewhere(loading: list[Loading]) -> int:
+    loading[0].wait()
+    return len(loading[0].refs)
+
+
+def test_location_of_an_upstream_task_and_waiting_elsewhere(four_saved: Path) -> None:
+    loading = OptimizerLoadStage(config(None, 2)).submit(location=newest.remote(str(four_saved)))
+    assert ray.get(wait_elsewhere.remote([loading])) == 2
+    assert sum(map(check_shard, ray.get(loading.refs))) == NUM_ELEMENTS
+    assert loading.result().report.location == str(four_saved)
+    loading.close()
+
+
+def test_a_bad_location_of_an_upstream_task_is_the_loads_error(tmp_path: Path) -> None:
+    loading = OptimizerLoadStage(config(None, 2)).submit(location=newest.remote(str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        loading.wait()
+
+
+def test_progress_reaches_the_needed_bytes(four_saved: Path) -> None:
+    seen: list[Any] = []
+    loading = OptimizerLoadStage(config(four_saved, 2)).submit()
+    loading.wait(on_progress=seen.append)
+    done = loading.progress()
+    assert [rank.bytes_done for rank in done] == [rank.bytes_needed for rank in loading.result().report.ranks]
+    loading.close()
+
+
+def test_more_ranks_than_gpus(four_saved: Path) -> None:
+    with pytest.raises(SpecError, match=r"6 ranks need 6 GPUs, the cluster has 4"):
+        OptimizerLoadStage(config(four_saved, 6)).submit()
+
+
+def test_cluster_that_never_grows_ends_at_the_deadline(four_saved: Path) -> None:
+    stage = OptimizerLoadStage(
+        config(four_saved, 6, actors={"autoscaling": True}, timeouts={"start_s": 3, "load_s": 9, "handoff_s": 9})
+    )
+    with pytest.raises(RankError, match=r"6 of 6 ranks .* within timeouts.start_s = 3 s; the cluster has 4 GPU"):
+        stage.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param({"checkpoint": {"optimizer_key": "opt"}}, PlanError, "top-level keys are 'model', 'optim'", id="key"),
+        pytest.param(
+            {"topology": {"mesh": {"dp": 2}, "default": {"dp": "Shard(5)"}}}, LayoutError, "dimension 5", id="dim"
+        ),
+        pytest.param({"topology": None}, SpecError, "topology: missing", id="topology"),
+    ],
+)
+def test_refused_before_any_actor_starts(
+    four_saved: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    values = config(four_saved).model_dump(mode="json")
+    for section, value in changes.items():
+        values[section] = value if value is None else {**(values[section] or {}), **value}
+    with pytest.raises(error, match=message):
+        OptimizerLoadStage(StageConfig.model_validate(values)).submit()
+    assert ray.available_resources()["GPU"] == 4
+
+
+class WrongTrainer(Fsdp2Trainer):
+    """Has a parameter that was never saved."""
+
+    def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
+        self.model = torch.nn.Linear(3, 3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+
+
+def test_trainer_of_another_model(four_saved: Path, trainers_of: Callable[..., list[Any]]) -> None:
+    trainers = trainers_of(1, WrongTrainer)
+    with pytest.raises(PlanError, match=r"weight: .* has no state for this parameter .* nearest saved names"):
+        OptimizerLoadStage(StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}})).run(trainers)
+
+
+class BrokenTrainer(WrongTrainer):
+    """Fails when it is asked for its layout."""
+
+    def shardferry_layout(self, world_rank: int, world_size: int) -> Any:
+        raise InstallError("the model is not built yet")
+
+
+def test_trainer_that_fails_ends_the_load(four_saved: Path, trainers_of: Callable[..., list[Any]]) -> None:
+    trainers = trainers_of(2, BrokenTrainer)
+    with pytest.raises(InstallError, match="the model is not built yet"):
+        OptimizerLoadStage(StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}})).run(trainers)
+
+
+def test_a_loader_killed_while_others_wait(four_saved: Path) -> None:
+    """Rank 1 dies between joining and reading: the upstream location holds all of them there."""
+    gate = Gate.remote()
+    loading = OptimizerLoadStage(config(None, 2)).submit(location=gate.location.remote(str(four_saved)))
+    pids = ray.get(loading._group.joined)
+    os.kill(pids[1], signal.SIGKILL)
+    ray.get(gate.open.remote())
+    with pytest.raises(RankError, match=r"the process of rank 1 died") as caught:
+        loading.wait(timeout=10)
+    assert caught.value.world_ranks == (1,)
+
+
+@ray.remote(num_cpus=0, max_concurrency=2)
+class Gate:
+    """Gives a location when it is told to."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def location(self, path: str) -> str:
+        assert self._open.wait(30)
+        return path

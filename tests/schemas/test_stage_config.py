@@ -1,0 +1,106 @@
+"""Specs: what is accepted, and what the error says where it isn't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas import StageConfig
+from shardferry.errors import SpecError
+from shardferry.layout import Replicate, Shard
+
+DESIGN = """
+checkpoint: {location: ckpt/step-1000, optimizer_key: optim}
+topology:
+  mesh: {dp_replicate: 1, dp_shard: 2, tp: 2}
+  rules:
+    - {match: "*.attention.w[qkv].weight", placements: {dp_shard: "Shard(0)", tp: "Shard(0)"}}
+    - {match: "*.attention.wo.weight",     placements: {dp_shard: "Shard(0)", tp: "Shard(1)"}}
+  default: {dp_shard: "Shard(0)"}
+actors:   {device: auto, gpus_per_actor: 1, placement: PACK}
+read:     {memory_budget: 1GiB, concurrency: 16, strategy: auto}
+handoff:  {transport: auto}
+timeouts: {start_s: 120, load_s: 3600, handoff_s: 600}
+"""
+
+
+def test_the_documented_spec(tmp_path: Path) -> None:
+    (tmp_path / "stage.yaml").write_text(DESIGN)
+    config = StageConfig.from_file(tmp_path / "stage.yaml")
+    assert config.topology is not None
+    layout = config.topology.layout()
+    assert layout.mesh.axes == (("dp_replicate", 1), ("dp_shard", 2), ("tp", 2))
+    assert layout.placements("layers.3.attention.wq.weight") == (Replicate(), Shard(0), Shard(0))
+    assert layout.placements("layers.3.attention.wo.weight") == (Replicate(), Shard(0), Shard(1))
+    assert layout.placements("norm.weight") == (Replicate(), Shard(0), Replicate())
+    assert config.read.memory_budget == 1024**3
+    assert StageConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param({"chekpoint": {}}, r"chekpoint: unknown field .* known are checkpoint, topology", id="section"),
+        pytest.param({"read": {"concurency": 3}}, r"read\.concurency: unknown field .*known are .*concurrency", id="field"),
+        pytest.param(
+            {"topology": {"mesh": {"dp": 2}, "rules": [{"match": "*", "placement": {}}]}},
+            r"topology\.rules\.0\.placement: unknown field .* known are match, placements",
+            id="field-of-a-rule",
+        ),
+        pytest.param(
+            {"topology": {"mesh": {"dp": 2}, "default": {"tp": "Shard(0)"}}},
+            r"topology: default: axis 'tp' is not in the mesh, which has dp",
+            id="axis",
+        ),
+        pytest.param(
+            {"topology": {"mesh": {"dp": 2}, "rules": [{"match": "*", "placements": {"dp": "Shrd(0)"}}]}},
+            r"rules\[0\]: 'Shrd\(0\)' is no placement; write 'Shard\(<dim>\)' or 'Replicate'",
+            id="placement",
+        ),
+        pytest.param({"topology": {"mesh": {"dp": 0}}}, r"topology\.mesh\.dp: .*greater than 0 \(found 0\)", id="size"),
+        pytest.param({"topology": {"mesh": {}}}, r"topology\.mesh: .*at least 1", id="no-axis"),
+        pytest.param({"actors": {"device": "tpu"}}, r"actors\.device: .*'auto', 'cpu' or 'cuda' \(found 'tpu'\)", id="device"),
+        pytest.param({"actors": {"gpus_per_actor": 1.5}}, r"actors\.gpus_per_actor: 1\.5 GPUs: above 1", id="gpus"),
+        pytest.param({"read": {"memory_budget": "1MiB"}}, r"read\.memory_budget: .*the least is 8388608 bytes", id="budget"),
+        pytest.param({"timeouts": {"load_s": 0}}, r"timeouts\.load_s: .*greater than 0", id="timeout"),
+        pytest.param({"timeouts": {"load_s": float("inf")}}, r"timeouts\.load_s: .*finite", id="no-deadline"),
+        pytest.param(
+            {"actors": {"device": "cuda"}, "handoff": {"transport": "shared_memory"}},
+            r"shared_memory needs arenas on the host",
+            id="device-and-transport",
+        ),
+        pytest.param({"handoff": {"transport": "pigeon"}}, r"handoff\.transport: .*found 'pigeon'", id="transport"),
+    ],
+)
+def test_wrong_specs_name_the_field(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        StageConfig.from_values(values, source="stage.yaml")
+    assert str(caught.value).startswith("stage.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("topology: {mesh: [", "not readable as a spec", id="not-yaml"),
+        pytest.param("- a\n- b", "holds a list, not a spec with the fields checkpoint", id="a-list"),
+        pytest.param("", "holds a NoneType", id="empty"),
+        pytest.param("\0\1", "not readable as a spec", id="binary"),
+    ],
+)
+def test_files_that_are_no_spec(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "stage.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        StageConfig.from_file(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="No such file"):
+        StageConfig.from_file(tmp_path / "stage.yaml")
+
+
+def test_requests_in_flight_fit_the_budget() -> None:
+    config = StageConfig.model_validate({"read": {"memory_budget": "20MiB", "concurrency": 16}})
+    assert config.read.options(10.0).concurrency == 2
