@@ -11,7 +11,7 @@ from shardferry.catalog import Catalog
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout, SpecLayout
 from shardferry.optimizer_index import index_optimizer
-from shardferry.plan import LoadPlan, plan_load
+from shardferry.plan import LoadPlan, covering_chunks, plan_load
 from shardferry.predict import predict_reads
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
@@ -45,9 +45,12 @@ def check_topology(catalog: Catalog, layout: SpecLayout, optimizer_key: str) -> 
     """Refuse a topology that the checkpoint's tensors can't have, before anything starts.
 
     Raises:
-        PlanError: a hole or an overlap in what the first rank wants.
+        PlanError: a hole or an overlap anywhere in the optimizer's state.
         LayoutError: a placement that a tensor can't have.
     """
+    for key in index_optimizer(catalog, optimizer_key).keys():
+        if (saved := catalog.tensors.get(key)) is not None:
+            covering_chunks(catalog, saved, Region.whole(saved.shape))
     plan_load(catalog, layout.rank(0), optimizer_key=optimizer_key)
 
 

@@ -1,0 +1,29 @@
+"""Run the command line as people do: in a process of its own, with a deadline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def shardferry(*arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 90) -> Finished:
+    """``python -m pipeline ...``"""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    return Finished(done.returncode, done.stdout, done.stderr)
