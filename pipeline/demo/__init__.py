@@ -1,0 +1,1 @@
+"""``shardferry demo``: the whole story on one machine, with a small real language model."""

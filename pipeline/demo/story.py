@@ -1,0 +1,115 @@
+"""Train on 4, save, load on 2 through the stage, train on; and the same with stock torch, to compare every loss."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.cluster import ray_for
+from pipeline.demo.pretraining import pretrain
+from pipeline.demo.trainer import DemoTrainer
+from pipeline.display import byte_progress, human_bytes, print_table, show_ranks
+from pipeline.stage import OptimizerLoadStage
+from schemas.stage_config import StageConfig
+from schemas.stage_report import StageReport
+from shardferry.errors import SpecError
+
+SAVED_ON, LOADED_ON = 4, 2  # ranks
+PRETRAINED_STEPS, FURTHER_STEPS = 20, 8
+_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How training went on."""
+
+    losses: list[list[float]]  # by rank
+    load_s: float
+
+
+def tell(directory: Path | None) -> bool:
+    """Run the demo and print its table; False where anything differs.
+
+    Args:
+        directory: keeps the checkpoint, in ``checkpoint`` below it; default: a temporary one.
+    """
+    if directory is not None and (directory / "checkpoint").exists():
+        raise SpecError(f"{directory / 'checkpoint'}: exists already; remove it or choose another --directory")
+    with tempfile.TemporaryDirectory(prefix="shardferry-demo-") as scratch:
+        checkpoint = (directory or Path(scratch)).absolute() / "checkpoint"
+        start = time.time()
+        print(f"training a GPT on {SAVED_ON} processes for {PRETRAINED_STEPS} steps (FSDP2, AdamW, two param groups)", flush=True)
+        before = pretrain(checkpoint, world_size=SAVED_ON, num_steps=PRETRAINED_STEPS)
+        print(f"saved by stock dcp.save after {time.time() - start:.1f} s; loss {before[0]:.4f} -> {before[-1]:.4f}", flush=True)
+        config = StageConfig.model_validate({"checkpoint": {"location": str(checkpoint)}})
+        with ray_for(config, 2 * LOADED_ON, address=None, num_gpus=None):
+            report, ours = _through_the_stage(config, Path(scratch))
+            control = _with_stock_torch(checkpoint, Path(scratch))
+    _print_losses(ours, control)
+    _print_report(report, ours, control)
+    same = ours.losses == control.losses
+    print("losses are equal, bit for bit" if same else "LOSSES DIFFER")
+    return same
+
+
+def _start_trainers(rendezvous: Path) -> list[Any]:
+    actor = ray.remote(num_cpus=1, num_gpus=1)(DemoTrainer)
+    return [actor.remote(rank, LOADED_ON, str(rendezvous)) for rank in range(LOADED_ON)]
+
+
+def _through_the_stage(config: StageConfig, scratch: Path) -> tuple[StageReport, Ending]:
+    print(f"loading on {LOADED_ON} ranks through the stage", flush=True)
+    trainers = _start_trainers(scratch / "ours")
+    weights = [trainer.load_model.remote(config.checkpoint.location) for trainer in trainers]
+    ray.get(weights, timeout=_TIMEOUT_S)
+    start = time.time()
+    with byte_progress("optimizer state") as bar:
+        result = OptimizerLoadStage(config).run(trainers, on_progress=lambda ranks: show_ranks(bar, ranks))
+        took = time.time() - start
+        show_ranks(bar, result.final_progress())
+    return result.report, Ending(_train_on(trainers), took)
+
+
+def _with_stock_torch(checkpoint: Path, scratch: Path) -> Ending:
+    print(f"the control: stock dcp.load on {LOADED_ON} ranks", flush=True)
+    trainers = _start_trainers(scratch / "control")
+    ray.get([trainer.train.remote(0, 0) for trainer in trainers], timeout=_TIMEOUT_S)  # up and joined
+    start = time.time()
+    ray.get([trainer.load_all.remote(str(checkpoint)) for trainer in trainers], timeout=_TIMEOUT_S)
+    took = time.time() - start
+    return Ending(_train_on(trainers), took)
+
+
+def _train_on(trainers: list[Any]) -> list[list[float]]:
+    steps = (PRETRAINED_STEPS, PRETRAINED_STEPS + FURTHER_STEPS)
+    losses: list[list[float]] = ray.get([trainer.train.remote(*steps) for trainer in trainers], timeout=_TIMEOUT_S)
+    for trainer in trainers:
+        ray.kill(trainer)
+    return losses
+
+
+def _print_losses(ours: Ending, control: Ending) -> None:
+    rows = [
+        (PRETRAINED_STEPS + step, repr(one), repr(other), "equal" if one == other else "DIFFERENT")
+        for step, (one, other) in enumerate(zip(ours.losses[0], control.losses[0], strict=True))
+    ]
+    print_table(f"training on, {SAVED_ON} -> {LOADED_ON} ranks", ("step", "loss, Shardferry", "loss, stock dcp.load", ""), rows)
+
+
+def _print_report(report: StageReport, ours: Ending, control: Ending) -> None:
+    rows = [
+        ("bytes needed (each once)", human_bytes(report.unique_bytes_needed)),
+        ("bytes read from storage", human_bytes(report.storage_bytes_read)),
+        ("read amplification", f"{report.read_amplification:.4f}"),
+        ("requests", report.num_requests),
+        ("hand-over", ", ".join(sorted({rank.transport for rank in report.ranks}))),
+        *((f"seconds, {name}", f"{seconds:.4f}") for name, seconds in report.phases.items()),
+        ("seconds, stage in all", f"{ours.load_s:.2f}"),
+        ("seconds, control (weights too, actors up)", f"{control.load_s:.2f}"),
+    ]
+    print_table("the stage", ("", "value"), rows)

@@ -1,0 +1,29 @@
+"""The demo's second half: trainers that go on from the checkpoint, as Ray actors."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+import shardferry
+from pipeline.demo import training
+
+
+class DemoTrainer(shardferry.OptimizerReceiver):
+    """One rank of the job that goes on."""
+
+    def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
+        store = dist.FileStore(rendezvous, world_size)
+        dist.init_process_group("gloo", store=store, rank=world_rank, world_size=world_size)
+        self.model, self.optimizer = training.build()
+
+    def load_model(self, path: str) -> None:
+        """The weights, by stock torch; the optimizer comes from the stage."""
+        training.load_model(self.model, path)
+
+    def load_all(self, path: str) -> None:
+        """Weights and optimizer, by stock torch: the control."""
+        training.load_all(self.model, self.optimizer, path)
+
+    def train(self, first: int, last: int) -> list[float]:
+        """Steps ``first`` to ``last`` (exclusive)."""
+        return training.train(self.model, self.optimizer, range(first, last))
