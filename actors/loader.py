@@ -106,9 +106,7 @@ class Loader:
             target: the topology of the spec, or this rank's trainer's answer.
             _joined: result of `join`, so that Ray calls this after it.
         """
-        layout: RankLayout = (
-            target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
-        )
+        layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
         job = LoadJob(catalog, layout, optimizer_key, self._device, read)
         with self._span("load"):
             loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)

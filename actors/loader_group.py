@@ -16,6 +16,7 @@ from actors.loader import Loader, LoaderSettings
 from schemas.stage_config import StageConfig
 from shardferry.errors import SpecError
 
+
 @dataclass
 class LoaderGroup:
     """The loaders of one stage. Picklable; only its maker takes it down when it is forgotten."""
@@ -50,15 +51,19 @@ def start_loaders(config: StageConfig, world_size: int) -> LoaderGroup:
     bundles = placement_group([bundle] * world_size, strategy=config.actors.placement)
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     loaders = [
-        _remote_loader(config, bundles, LoaderSettings(
-            world_rank=rank,
-            world_size=world_size,
-            device=config.actors.device,
-            transport=config.handoff.transport,
-            one_node=one_node,
-            start_timeout_s=config.timeouts.start_s,
-            load_timeout_s=config.timeouts.load_s,
-        ))
+        _remote_loader(
+            config,
+            bundles,
+            LoaderSettings(
+                world_rank=rank,
+                world_size=world_size,
+                device=config.actors.device,
+                transport=config.handoff.transport,
+                one_node=one_node,
+                start_timeout_s=config.timeouts.start_s,
+                load_timeout_s=config.timeouts.load_s,
+            ),
+        )
         for rank in range(world_size)
     ]
     meeting = loaders[0].open_meeting.remote(uuid.uuid4().hex)
@@ -82,7 +87,9 @@ def check_resources(config: StageConfig, world_size: int) -> None:
         if wanted > found:
             raise SpecError(
                 f"actors.{field}: {world_size} ranks need {wanted:g} {name}s, the cluster has {found:g}; use a smaller mesh, "
-                f"set actors.{field} lower" + (" (0 loads on CPUs)" if name == "GPU" else "") + ", or actors.autoscaling: true"
+                f"set actors.{field} lower"
+                + (" (0 loads on CPUs)" if name == "GPU" else "")
+                + ", or actors.autoscaling: true"
             )
 
 

@@ -132,7 +132,9 @@ def main() -> None:
         ray.init(address="local", num_gpus=gpus, num_cpus=2 * YESTERDAY, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as run:
         outcome = today(Path(run), yesterday(Path(run)))
-    print(f"picked      {Path(outcome.location).name} of {YESTERDAY} ranks, loaded on {TODAY} with {outcome.steps_loaded} steps taken")
+    print(
+        f"picked      {Path(outcome.location).name} of {YESTERDAY} ranks, loaded on {TODAY} with {outcome.steps_loaded} steps taken"
+    )
     print(f"yesterday   {' '.join(f'{loss:.4f}' for loss in outcome.yesterday)}")
     print(f"today       {' '.join(f'{loss:.4f}' for loss in outcome.today)}")
     print(f"bytes read  {outcome.read_amplification:.2f} x the needed ones")

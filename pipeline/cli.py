@@ -30,7 +30,9 @@ app = typer.Typer(
 )
 _debug = False
 
-CheckpointArg = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or its file:// URL.")]
+CheckpointArg = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or its file:// URL.")
+]
 SpecArg = Annotated[Path, typer.Argument(metavar="STAGE.yaml", help="The stage's spec, YAML or JSON.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 LocationOption = Annotated[str | None, typer.Option(help="Checkpoint to use instead of the spec's.")]
@@ -38,7 +40,7 @@ LocationOption = Annotated[str | None, typer.Option(help="Checkpoint to use inst
 
 @app.callback()
 def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    global _debug  # noqa: PLW0603
+    global _debug
     _debug = debug
 
 
@@ -86,7 +88,9 @@ def run(
     report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the phases here, as a Chrome trace.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report here, as a page.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else an embedded one.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else an embedded one.")
+    ] = None,
     num_gpus: Annotated[int | None, typer.Option(min=0, help="(Logical) GPUs of an embedded Ray.")] = None,
 ) -> None:
     """Run the stage; starts an embedded Ray where none is given."""
@@ -195,4 +199,3 @@ def _fail(message: str, status: int) -> int:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     return status
-

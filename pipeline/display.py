@@ -51,7 +51,10 @@ class _Lines:
         rate = done / max(now - self._start, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate and total and not finished else ""
         share = f"{done / total:4.0%}" if total else "  ?%"
-        print(f"{self._title}: {share} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}", file=sys.stderr)
+        print(
+            f"{self._title}: {share} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -61,7 +64,13 @@ def byte_progress(title: str) -> Iterator[ByteProgress]:
     if not console.is_terminal:
         yield _Lines(title)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         yield _Bar(progress, title)
 

@@ -39,7 +39,9 @@ def html_page(report: StageReport) -> str:
         "over the lower bound": f"{report.ratio_to_lower_bound:.2f}",
         **{f"{name}, s": f"{seconds:.4f}" for name, seconds in report.phases.items()},
     }
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in totals.items())
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in totals.items()
+    )
     title = html.escape(f"{report.location}: {report.optimizer_key}")
     return _PAGE.format(title=title, rows=rows, bars="".join(_bars(report)))
 

@@ -183,7 +183,9 @@ class _Watcher:
         self.started = 0.0
         self._error: BaseException | None = None
         config, group, refs = loading._config, loading._group, loading._promised  # not `loading`: it may be forgotten
-        self._thread = threading.Thread(target=self._watch, args=(config, group, refs), daemon=True, name="shardferry-watch")
+        self._thread = threading.Thread(
+            target=self._watch, args=(config, group, refs), daemon=True, name="shardferry-watch"
+        )
         self._thread.start()
 
     def join(self, timeout: float | None, poll: _ProgressPoll) -> bool:
@@ -231,5 +233,3 @@ def _ask_progress(group: LoaderGroup) -> list[Progress]:
         except ray.exceptions.RayError:  # the watcher tells why the rank is gone
             answers.append(Progress(0, 0))
     return answers
-
-

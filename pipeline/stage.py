@@ -94,7 +94,9 @@ class OptimizerLoadStage:
             ray.init()
         group = start_loaders(self.config, world_size)
         catalog_ref = group.loaders[0].open_catalog.remote(where) if catalog is None else ray.put(catalog)
-        return Loading(self.config, group, self._promise(where, catalog_ref, group, trainers, layout, exclusive), layout)
+        return Loading(
+            self.config, group, self._promise(where, catalog_ref, group, trainers, layout, exclusive), layout
+        )
 
     def _spec_layout(self, trainers: Trainers | None) -> SpecLayout | None:
         if trainers is None:

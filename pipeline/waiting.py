@@ -84,9 +84,7 @@ def error_of(failures: dict[int, RayError], wait: Wait) -> Exception:
             return group[min(group)]
     ranks = sorted(causes)
     first = causes[ranks[0]]
-    error = RankError(
-        f"{wait.doing}: rank {', '.join(map(str, ranks))} failed: {type(first).__name__}: {first}", ranks
-    )
+    error = RankError(f"{wait.doing}: rank {', '.join(map(str, ranks))} failed: {type(first).__name__}: {first}", ranks)
     error.__cause__ = first
     return error
 
@@ -95,5 +93,3 @@ def _cause(error: RayError) -> BaseException:
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         return error.cause
     return error
-
-

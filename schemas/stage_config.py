@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shardferry.errors import LayoutError, SpecError
 from shardferry.layout import Mesh, Placement, Rule, SpecLayout, parse_placement
@@ -26,7 +35,9 @@ class CheckpointSpec(Spec):
     """Which optimizer of which checkpoint."""
 
     location: str | None = Field(None, description="directory of the checkpoint; None where the caller gives it")
-    optimizer_key: str = Field("optim", min_length=1, description="the optimizer's key in the state dict that was saved")
+    optimizer_key: str = Field(
+        "optim", min_length=1, description="the optimizer's key in the state dict that was saved"
+    )
 
 
 class RuleSpec(Spec):
@@ -66,7 +77,9 @@ def _placements(texts: dict[str, str], where: str) -> dict[str, Placement]:
 class ActorsSpec(Spec):
     """The loader actors: one a rank, each in its own bundle of a placement group."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where arenas are; auto: the GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where arenas are; auto: the GPU where there is one"
+    )
     gpus_per_actor: float = Field(1, ge=0, description="GPUs of a bundle; 0 on clusters without any")
     cpus_per_actor: float = Field(1, ge=0, description="CPUs of a bundle")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -88,7 +88,9 @@ class HostArena:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
         self.detach()
         with suppress(OSError):  # still mapped where somebody kept a view: then only promised, not enforced
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            fcntl.fcntl(
+                self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+            )
 
     def detach(self) -> None:
         """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""

@@ -134,7 +134,9 @@ class _CatalogBuilder:
 
     def _add_paths(self, source: str, paths: Any) -> None:
         if not isinstance(paths, dict):
-            self._problems.append(f"{source}: planner_data is a {type(paths).__name__}; key paths are taken from the keys")
+            self._problems.append(
+                f"{source}: planner_data is a {type(paths).__name__}; key paths are taken from the keys"
+            )
             return
         self._paths = self._paths or {}
         self._paths.update({str(key): tuple(path) for key, path in paths.items() if isinstance(path, tuple | list)})
@@ -169,7 +171,9 @@ class _CatalogBuilder:
 
     def _file(self, key: str, relative_path: str) -> int:
         path = PurePosixPath(relative_path)
-        outside = path.is_absolute() or ".." in path.parts or PureWindowsPath(relative_path).drive or "\0" in relative_path
+        outside = (
+            path.is_absolute() or ".." in path.parts or PureWindowsPath(relative_path).drive or "\0" in relative_path
+        )
         if outside or not path.parts:
             raise UnsafeMetadata(
                 f"{key}: relative_path {relative_path!r} leaves the checkpoint {self._location}; refused. "
@@ -274,11 +278,9 @@ def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[st
         yield key, item
 
 
-def _check_box(
-    source: str, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> None:
+def _check_box(source: str, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     fits = len(offsets) == len(sizes) == len(shape) and all(
-        0 <= o and 0 <= s and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)
+        o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)
     )
     if not fits or any(n < 0 for n in shape):
         raise CatalogError(f"{source}: {key}: chunk at {offsets} of sizes {sizes} lies outside the shape {shape}")

@@ -35,9 +35,7 @@ def open_checkpoint(location: str | Path) -> Catalog:
 def read_catalog(storage: RangeReader) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
     sources = _metadata_files(storage)
-    parts = {
-        name: parse_metadata(read_file(storage, name), source=f"{storage.location}/{name}") for name in sources
-    }
+    parts = {name: parse_metadata(read_file(storage, name), source=f"{storage.location}/{name}") for name in sources}
     return build_catalog(parts, location=storage.location)
 
 

@@ -168,7 +168,9 @@ def _tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) 
     return ItemLayout(0, storage.dtype, tuple(size), tuple(stride), int(offset))
 
 
-def _tensor_v3(storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any) -> ItemLayout:
+def _tensor_v3(
+    storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> ItemLayout:
     if not isinstance(dtype, torch.dtype):
         raise DecodeError("the item's tensor has no dtype")
     return ItemLayout(0, dtype, tuple(size), tuple(stride), int(offset))

@@ -53,8 +53,6 @@ def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
         yield FlattenedParameter(parameter, (FlatPart(part.fqn, part.layout, 0),))
 
 
-
-
 def _slice(shape: Any, info: Any) -> tuple[TensorLayout, int]:
     if not info.in_shard:
         return flat_slice(tuple(shape), start=0, stop=0), 0

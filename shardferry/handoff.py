@@ -149,7 +149,9 @@ class InProcess:
         return self.arena.tensor(0, (self.nbytes,), torch.uint8)
 
     def __reduce__(self) -> Any:
-        raise HandoffError("an in-process shard can't leave its process; use handoff.transport: shared_memory or object_store")
+        raise HandoffError(
+            "an in-process shard can't leave its process; use handoff.transport: shared_memory or object_store"
+        )
 
 
 Source = SharedMemory | Payload | InProcess
@@ -254,7 +256,9 @@ class Shard:
         wanted = self._manifest.mesh
         sizes = tuple(mesh.size(axis) for axis in range(mesh.ndim))
         if wanted is None:
-            raise HandoffError("this shard was loaded for a live model, not for a mesh; use load_into(model, optimizer)")
+            raise HandoffError(
+                "this shard was loaded for a live model, not for a mesh; use load_into(model, optimizer)"
+            )
         if sizes != tuple(size for _, size in wanted.axes):
             raise HandoffError(f"the mesh given has the sizes {sizes}, the shard was loaded for {wanted}")
 
@@ -298,5 +302,3 @@ def strided_shard(dim: int, split_factor: int) -> TorchPlacement:
     from torch.distributed.tensor.placement_types import _StridedShard
 
     return _StridedShard(dim, split_factor=split_factor)
-
-

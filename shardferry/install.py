@@ -133,5 +133,3 @@ def _as_parameter(local: torch.Tensor, parameter: LiveParameter) -> torch.Tensor
     return DTensor.from_local(
         local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
     )
-
-

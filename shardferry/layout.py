@@ -119,9 +119,7 @@ def replicated(shape: tuple[int, ...], num_axes: int | None = None) -> TensorLay
     return TensorLayout(shape, shape, (Box(whole, whole),) if whole.numel else (), placements)
 
 
-def single_box(
-    shape: Sequence[int], region: Region, placements: tuple[Placement, ...] | None = None
-) -> TensorLayout:
+def single_box(shape: Sequence[int], region: Region, placements: tuple[Placement, ...] | None = None) -> TensorLayout:
     """A local tensor that is exactly one box of the whole."""
     box = Box(region, Region.whole(region.sizes))
     return TensorLayout(tuple(shape), region.sizes, (box,) if region.numel else (), placements)
@@ -165,7 +163,9 @@ def sharded(shape: Sequence[int], cuts: Sequence[AxisCut]) -> TensorLayout:
         if dim >= len(shape):
             raise LayoutError(
                 f"{cut.placement} asks for dimension {dim} of a tensor with {len(shape)} dimensions {tuple(shape)}; "
-                f"shard one of 0 to {len(shape) - 1}" if shape else f"{cut.placement} of a scalar; leave it replicated"
+                f"shard one of 0 to {len(shape) - 1}"
+                if shape
+                else f"{cut.placement} of a scalar; leave it replicated"
             )
         full = -(-sizes[dim] // cut.num_ranks)
         start = min(cut.index * full, sizes[dim])
@@ -210,10 +210,14 @@ class SpecLayout:
     default: Mapping[str, Placement] | None = None
 
     def __post_init__(self) -> None:
-        for where, placements in [(f"rule {r.match!r}", r.placements) for r in self.rules] + [("default", self.default or {})]:
+        for where, placements in [(f"rule {r.match!r}", r.placements) for r in self.rules] + [
+            ("default", self.default or {})
+        ]:
             for axis in placements:
                 if axis not in self.mesh.names:
-                    raise LayoutError(f"{where}: axis {axis!r} is not in the mesh, which has {', '.join(self.mesh.names)}")
+                    raise LayoutError(
+                        f"{where}: axis {axis!r} is not in the mesh, which has {', '.join(self.mesh.names)}"
+                    )
 
     @property
     def world_size(self) -> int:

@@ -150,7 +150,9 @@ def translate_placements(
             continue
         dim = getattr(placement, "dim", None)
         if dim is None or placement.is_partial():
-            raise LayoutError(f"{name}: placement {placement} can't be loaded; only Shard and Replicate hold whole elements")
+            raise LayoutError(
+                f"{name}: placement {placement} can't be loaded; only Shard and Replicate hold whole elements"
+            )
         inner = 1
         for later in range(axis + 1, mesh.ndim):
             if getattr(placements[later], "dim", None) == dim:

@@ -69,7 +69,9 @@ class LoadedShard:
         if transport == "in_process":
             return ShardHandle(self.manifest, InProcess(self.arena, self.arena.nbytes))
         if self.arena.device.type != "cpu":
-            raise HandoffError(f"{transport} needs an arena on the host, this one is on {self.arena.device}; use device: cpu")
+            raise HandoffError(
+                f"{transport} needs an arena on the host, this one is on {self.arena.device}; use device: cpu"
+            )
         if transport == "object_store":
             data = self.arena.tensor(0, (self.arena.nbytes,), torch.uint8).numpy()
             return ShardHandle(self.manifest, Payload(data))
@@ -94,7 +96,11 @@ class LoadJob:
 
 
 def load_rank(
-    job: LoadJob, agreement: Agreement, *, counters: Counters | None = None, announce: Callable[[LoadPlan], None] = lambda _: None
+    job: LoadJob,
+    agreement: Agreement,
+    *,
+    counters: Counters | None = None,
+    announce: Callable[[LoadPlan], None] = lambda _: None,
 ) -> LoadedShard:
     """Load one rank's share. All ranks of the agreement must call it; where one fails, all raise.
 
@@ -109,7 +115,9 @@ def load_rank(
     counters = counters or Counters()
     clock = PhaseClock()
     with clock.phase("plan"):
-        plan = agreement.attempt("planning", lambda: plan_load(job.catalog, job.layout, optimizer_key=job.optimizer_key))
+        plan = agreement.attempt(
+            "planning", lambda: plan_load(job.catalog, job.layout, optimizer_key=job.optimizer_key)
+        )
         announce(plan)
     with clock.phase("allocate"):
         arena = _allocate(plan, job.device, agreement)
@@ -188,7 +196,10 @@ def load_optimizer_state(
     catalog = _catalog_of_all(location, agreement, process_group)
     layout, device = agreement.attempt(
         "reading the model's layout",
-        lambda: (live_layout(model, optimizer, world_rank=agreement.rank, world_size=agreement.size), _device_of(model)),
+        lambda: (
+            live_layout(model, optimizer, world_rank=agreement.rank, world_size=agreement.size),
+            _device_of(model),
+        ),
     )
     job = LoadJob(catalog, layout, optimizer_key, device, ReadOptions(concurrency))
     loaded = load_rank(job, agreement)

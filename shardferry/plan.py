@@ -204,9 +204,7 @@ def covering_chunks(catalog: Catalog, saved: SavedTensor, wanted: Region) -> lis
         raise _overlap_error(catalog, saved, rows[list(overlap)].tolist())
     if covered != wanted.numel:
         raise _hole_error(catalog, saved, wanted, [_region(offsets, sizes, row) for row in rows.tolist()])
-    return [
-        (saved.chunks[row], _region(offsets, sizes, row), _region(starts, lengths, row)) for row in rows.tolist()
-    ]
+    return [(saved.chunks[row], _region(offsets, sizes, row), _region(starts, lengths, row)) for row in rows.tolist()]
 
 
 def _region(offsets: np.ndarray, sizes: np.ndarray, row: int) -> Region:
@@ -244,5 +242,3 @@ def find_problems(catalog: Catalog) -> list[str]:
         except PlanError as error:
             problems.append(str(error))
     return problems
-
-

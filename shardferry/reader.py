@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -115,9 +114,7 @@ def read_plan(
         _run_all(pool, carry_out, list(_batches(requests)), deadline)
 
 
-def read_objects(
-    plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters
-) -> dict[str, Any]:
+def read_objects(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> dict[str, Any]:
     """The planned Python objects, by key. Raises StorageError, DecodeError."""
     values: dict[str, Any] = {}
     for planned in plan.objects:
@@ -291,9 +288,7 @@ def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest
         yield batch
 
 
-def _run_all(
-    pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Sequence[T], deadline: float | None
-) -> list[R]:
+def _run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Sequence[T], deadline: float | None) -> list[R]:
     """Results in order. The first failure cancels what has not begun and is raised."""
     futures: list[Future[R]] = [pool.submit(work, value) for value in inputs]
     remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -303,7 +298,9 @@ def _run_all(
     for future in done:
         future.result()
     if pending:
-        raise StorageError(f"{len(pending)} of {len(futures)} reads are not done within timeouts.load_s; raise it, or look at the storage")
+        raise StorageError(
+            f"{len(pending)} of {len(futures)} reads are not done within timeouts.load_s; raise it, or look at the storage"
+        )
     return [future.result() for future in futures]
 
 
@@ -343,7 +340,9 @@ class _DeviceSink:
             memory = memoryview(staging.numpy())
             if isinstance(request, InPlaceRead):
                 self._storage.read_into(path, item_offset + request.byte_offset, memory)
-                self._arena.tensor(request.arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
+                self._arena.tensor(request.arena_offset, (request.nbytes,), torch.uint8).copy_(
+                    staging, non_blocking=True
+                )
                 return
             self._gather(path, item_offset, request, staging)
 
@@ -367,5 +366,3 @@ def _strided(
 ) -> np.ndarray:
     byte_strides = tuple(stride * itemsize for stride in strides)
     return np.ndarray(sizes, dtype=_ELEMENT[itemsize], buffer=memory, offset=byte_offset, strides=byte_strides)
-
-

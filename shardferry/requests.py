@@ -114,7 +114,12 @@ class StridedCopy:
 
 
 def requests_for(
-    item: ItemLayout, *, source_offsets: tuple[int, ...], sizes: tuple[int, ...], arena_offset: int, strides: tuple[int, ...]
+    item: ItemLayout,
+    *,
+    source_offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    arena_offset: int,
+    strides: tuple[int, ...],
 ) -> list[Request]:
     """Requests that copy one box of a saved chunk to the arena.
 

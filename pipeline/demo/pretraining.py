@@ -48,13 +48,17 @@ def _collect(started: list[tuple[BaseProcess, Connection]], deadline: float) -> 
         open_pipes = {pipe: rank for rank, (_, pipe) in enumerate(started) if rank not in results}
         ready = wait(list(open_pipes), timeout=max(0.0, deadline - monotonic()))
         if not ready:
-            raise RankError(f"training: ranks {sorted(open_pipes.values())} are not done in time", sorted(open_pipes.values()))
+            raise RankError(
+                f"training: ranks {sorted(open_pipes.values())} are not done in time", sorted(open_pipes.values())
+            )
         for pipe in ready:
             rank = open_pipes[pipe]  # type: ignore[index]
             try:
                 results[rank] = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
-                raise RankError(f"training: the process of rank {rank} failed; its traceback stands above", [rank]) from None
+                raise RankError(
+                    f"training: the process of rank {rank} failed; its traceback stands above", [rank]
+                ) from None
     return [results[rank] for rank in range(len(started))]
 
 

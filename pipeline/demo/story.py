@@ -43,9 +43,15 @@ def tell(directory: Path | None) -> bool:
     with tempfile.TemporaryDirectory(prefix="shardferry-demo-") as scratch:
         checkpoint = (directory or Path(scratch)).absolute() / "checkpoint"
         start = time.time()
-        print(f"training a GPT on {SAVED_ON} processes for {PRETRAINED_STEPS} steps (FSDP2, AdamW, two param groups)", flush=True)
+        print(
+            f"training a GPT on {SAVED_ON} processes for {PRETRAINED_STEPS} steps (FSDP2, AdamW, two param groups)",
+            flush=True,
+        )
         before = pretrain(checkpoint, world_size=SAVED_ON, num_steps=PRETRAINED_STEPS)
-        print(f"saved by stock dcp.save after {time.time() - start:.1f} s; loss {before[0]:.4f} -> {before[-1]:.4f}", flush=True)
+        print(
+            f"saved by stock dcp.save after {time.time() - start:.1f} s; loss {before[0]:.4f} -> {before[-1]:.4f}",
+            flush=True,
+        )
         config = StageConfig.model_validate({"checkpoint": {"location": str(checkpoint)}})
         with ray_for(config, 2 * LOADED_ON, address=None, num_gpus=None):
             report, ours = _through_the_stage(config, Path(scratch))
@@ -98,7 +104,9 @@ def _print_losses(ours: Ending, control: Ending) -> None:
         (PRETRAINED_STEPS + step, repr(one), repr(other), "equal" if one == other else "DIFFERENT")
         for step, (one, other) in enumerate(zip(ours.losses[0], control.losses[0], strict=True))
     ]
-    print_table(f"training on, {SAVED_ON} -> {LOADED_ON} ranks", ("step", "loss, Shardferry", "loss, stock dcp.load", ""), rows)
+    print_table(
+        f"training on, {SAVED_ON} -> {LOADED_ON} ranks", ("step", "loss, Shardferry", "loss, stock dcp.load", ""), rows
+    )
 
 
 def _print_report(report: StageReport, ours: Ending, control: Ending) -> None:

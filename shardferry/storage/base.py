@@ -48,7 +48,9 @@ def open_storage(location: str | Path) -> RangeReader:
     if parts.scheme == "file":
         return LocalReader(Path(unquote(parts.path)))
     if "://" in text:
-        raise CheckpointNotFound(f"{text}: checkpoints are read from directories and file:// URLs, not from {parts.scheme}://")
+        raise CheckpointNotFound(
+            f"{text}: checkpoints are read from directories and file:// URLs, not from {parts.scheme}://"
+        )
     return LocalReader(Path(text))
 
 

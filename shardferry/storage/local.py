@@ -37,7 +37,9 @@ class LocalReader:
             try:
                 count = os.preadv(descriptor, [buffer[done:]], byte_offset + done)
             except OSError as error:
-                raise StorageError(f"{self.location}/{path}: reading at byte {byte_offset + done} failed: {error}") from error
+                raise StorageError(
+                    f"{self.location}/{path}: reading at byte {byte_offset + done} failed: {error}"
+                ) from error
             if count == 0:
                 raise StorageError(
                     f"{self.location}/{path}: ends at byte {self.size(path)}, "

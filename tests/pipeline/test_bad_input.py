@@ -58,17 +58,29 @@ def check_one_error(done: Finished, status: int, message: str) -> None:
         pytest.param(shutil.rmtree, r"ckpt: no such directory", id="no-directory"),
         pytest.param(damage.no_metadata, r"no \.metadata file among 2 files \(2 of them \.distcp\)", id="no-metadata"),
         pytest.param(damage.cut_metadata, r"\.metadata: not readable as checkpoint metadata \(\d+ bytes", id="cut"),
-        pytest.param(damage.random_metadata, r"\.metadata: .*(not readable as checkpoint metadata|names the global)", id="random"),
+        pytest.param(
+            damage.random_metadata, r"\.metadata: .*(not readable as checkpoint metadata|names the global)", id="random"
+        ),
         pytest.param(damage.forbidden_global, r"names the global posix\.system.*nothing was executed", id="forbidden"),
         pytest.param(damage.missing_file, r"__\d_0\.distcp: the file is missing", id="missing-file"),
-        pytest.param(damage.short_file, r"its item is bytes \d+ to \d+ of .*distcp, which has \d+ bytes", id="short-file"),
         pytest.param(
-            damage.hole, rf"{re.escape(damage.KEY)}: 144 of 288 wanted elements are in no saved chunk, first at \[24:48, 0:6\]", id="hole"
+            damage.short_file, r"its item is bytes \d+ to \d+ of .*distcp, which has \d+ bytes", id="short-file"
         ),
-        pytest.param(damage.outside_file, rf"{re.escape(damage.KEY)}: its item is bytes 1000000000 to", id="outside-file"),
+        pytest.param(
+            damage.hole,
+            rf"{re.escape(damage.KEY)}: 144 of 288 wanted elements are in no saved chunk, first at \[24:48, 0:6\]",
+            id="hole",
+        ),
+        pytest.param(
+            damage.outside_file, rf"{re.escape(damage.KEY)}: its item is bytes 1000000000 to", id="outside-file"
+        ),
         pytest.param(damage.header_outside_item, r"its data ends at byte \d+ of an item of \d+ bytes", id="header"),
-        pytest.param(damage.escaping_path, r"relative_path '\.\./elsewhere/__0_0\.distcp' leaves the checkpoint", id="path"),
-        pytest.param(damage.too_big, r"arena\(s\) need \d+ bytes, \d+ are available: \d+ bytes are missing", id="no-room"),
+        pytest.param(
+            damage.escaping_path, r"relative_path '\.\./elsewhere/__0_0\.distcp' leaves the checkpoint", id="path"
+        ),
+        pytest.param(
+            damage.too_big, r"arena\(s\) need \d+ bytes, \d+ are available: \d+ bytes are missing", id="no-room"
+        ),
     ],
 )
 def test_spoilt_checkpoint(checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
@@ -81,10 +93,18 @@ def test_spoilt_checkpoint(checkpoint: Path, tmp_path: Path, spoil: Callable[[Pa
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
-        pytest.param({"checkpoint": {"optimizer_key": "opt"}}, 1, r"optimizer_key 'opt'; top-level keys are 'model', 'optim'", id="key"),
+        pytest.param(
+            {"checkpoint": {"optimizer_key": "opt"}},
+            1,
+            r"optimizer_key 'opt'; top-level keys are 'model', 'optim'",
+            id="key",
+        ),
         pytest.param({"reads": {}}, 2, r"reads: unknown field .* known are checkpoint", id="field"),
         pytest.param(
-            {"topology": {"mesh": {"dp": 2}, "default": {"tp": "Shard(0)"}}}, 2, r"axis 'tp' is not in the mesh, which has dp", id="axis"
+            {"topology": {"mesh": {"dp": 2}, "default": {"tp": "Shard(0)"}}},
+            2,
+            r"axis 'tp' is not in the mesh, which has dp",
+            id="axis",
         ),
         pytest.param(
             {"topology": {"mesh": {"dp": 2}, "default": {"dp": "Shard(5)"}}},
@@ -94,7 +114,9 @@ def test_spoilt_checkpoint(checkpoint: Path, tmp_path: Path, spoil: Callable[[Pa
         ),
     ],
 )
-def test_wrong_spec(saved_by: dict[int, Path], tmp_path: Path, changes: dict[str, Any], status: int, message: str) -> None:
+def test_wrong_spec(
+    saved_by: dict[int, Path], tmp_path: Path, changes: dict[str, Any], status: int, message: str
+) -> None:
     check_one_error(run_stage(saved_by[2], tmp_path, {**SPEC, **changes}), status, message)
 
 

@@ -39,7 +39,10 @@ def bare_environment(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def head_node(bare_environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     """A bare head node with two logical GPUs, started in an empty directory; yields its jobs address."""
-    ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")}
+    ports = {
+        name: _free_port()
+        for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    }
     temporary = Path(f"/tmp/sf-job-{os.getpid()}")
     command = ["python", "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--temp-dir={temporary}"]
     command += ["--num-gpus=2", "--num-cpus=6", "--include-dashboard=true", "--disable-usage-stats"]

@@ -88,9 +88,7 @@ def check_shard(handle: ShardHandle) -> int:
 
 
 @pytest.mark.parametrize("transport", ["auto", "shared_memory", "object_store"])
-def test_run_delivers_to_trainers(
-    four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str
-) -> None:
+def test_run_delivers_to_trainers(four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str) -> None:
     trainers = trainers_of(2)
     stage = OptimizerLoadStage(
         StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}, "handoff": {"transport": transport}})
@@ -222,7 +220,9 @@ def test_cluster_that_never_grows_ends_at_the_deadline(four_saved: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        pytest.param({"checkpoint": {"optimizer_key": "opt"}}, PlanError, "top-level keys are 'model', 'optim'", id="key"),
+        pytest.param(
+            {"checkpoint": {"optimizer_key": "opt"}}, PlanError, "top-level keys are 'model', 'optim'", id="key"
+        ),
         pytest.param(
             {"topology": {"mesh": {"dp": 2}, "default": {"dp": "Shard(5)"}}}, LayoutError, "dimension 5", id="dim"
         ),

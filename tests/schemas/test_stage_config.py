@@ -43,7 +43,9 @@ def test_the_documented_spec(tmp_path: Path) -> None:
     ("values", "message"),
     [
         pytest.param({"chekpoint": {}}, r"chekpoint: unknown field .* known are checkpoint, topology", id="section"),
-        pytest.param({"read": {"concurency": 3}}, r"read\.concurency: unknown field .*known are .*concurrency", id="field"),
+        pytest.param(
+            {"read": {"concurency": 3}}, r"read\.concurency: unknown field .*known are .*concurrency", id="field"
+        ),
         pytest.param(
             {"topology": {"mesh": {"dp": 2}, "rules": [{"match": "*", "placement": {}}]}},
             r"topology\.rules\.0\.placement: unknown field .* known are match, placements",
@@ -61,9 +63,13 @@ def test_the_documented_spec(tmp_path: Path) -> None:
         ),
         pytest.param({"topology": {"mesh": {"dp": 0}}}, r"topology\.mesh\.dp: .*greater than 0 \(found 0\)", id="size"),
         pytest.param({"topology": {"mesh": {}}}, r"topology\.mesh: .*at least 1", id="no-axis"),
-        pytest.param({"actors": {"device": "tpu"}}, r"actors\.device: .*'auto', 'cpu' or 'cuda' \(found 'tpu'\)", id="device"),
+        pytest.param(
+            {"actors": {"device": "tpu"}}, r"actors\.device: .*'auto', 'cpu' or 'cuda' \(found 'tpu'\)", id="device"
+        ),
         pytest.param({"actors": {"gpus_per_actor": 1.5}}, r"actors\.gpus_per_actor: 1\.5 GPUs: above 1", id="gpus"),
-        pytest.param({"read": {"memory_budget": "1MiB"}}, r"read\.memory_budget: .*the least is 8388608 bytes", id="budget"),
+        pytest.param(
+            {"read": {"memory_budget": "1MiB"}}, r"read\.memory_budget: .*the least is 8388608 bytes", id="budget"
+        ),
         pytest.param({"timeouts": {"load_s": 0}}, r"timeouts\.load_s: .*greater than 0", id="timeout"),
         pytest.param({"timeouts": {"load_s": float("inf")}}, r"timeouts\.load_s: .*finite", id="no-deadline"),
         pytest.param(

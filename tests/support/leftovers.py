@@ -50,7 +50,9 @@ def _orphans() -> set[int]:
     found = set()
     for process in psutil.process_iter(["ppid", "cmdline"]):
         words = " ".join(process.info["cmdline"] or ())
-        if process.info["ppid"] == 1 and any(word in words for word in ("raylet", "gcs_server", "ray::", "-m pipeline")):
+        if process.info["ppid"] == 1 and any(
+            word in words for word in ("raylet", "gcs_server", "ray::", "-m pipeline")
+        ):
             found.add(process.pid)
     return found
 

@@ -70,7 +70,9 @@ def fsdp1(model: nn.Module, *, use_orig_params: bool) -> nn.Module:
     return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
 
 
-def distributed(model: nn.Module, mesh_shape: Sequence[int], placements: Mapping[str, Sequence[Placement]]) -> nn.Module:
+def distributed(
+    model: nn.Module, mesh_shape: Sequence[int], placements: Mapping[str, Sequence[Placement]]
+) -> nn.Module:
     """Parameters as DTensors on a mesh; those not named are left plain."""
     names = tuple(f"axis{axis}" for axis in range(len(mesh_shape)))
     mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
