@@ -16,6 +16,8 @@ from actors.loader import Loader, LoaderSettings
 from schemas.stage_config import StageConfig
 from shardferry.errors import SpecError
 
+PROGRESS = "progress"  # the concurrency group of Loader.progress
+
 
 @dataclass
 class LoaderGroup:
@@ -28,6 +30,10 @@ class LoaderGroup:
     @property
     def world_size(self) -> int:
         return len(self.loaders)
+
+    def ask_progress(self) -> list[ray.ObjectRef[Any]]:
+        """Every rank's progress, by rank, as Ray's promises."""
+        return [loader.progress.options(concurrency_group=PROGRESS).remote() for loader in self.loaders]
 
     def take_down(self) -> None:
         """Kill the loaders and give their bundles back. Arenas that trainers have mapped live on."""
@@ -66,7 +72,7 @@ def start_loaders(config: StageConfig, world_size: int) -> LoaderGroup:
         )
         for rank in range(world_size)
     ]
-    meeting = loaders[0].open_meeting.remote(uuid.uuid4().hex)
+    meeting: Any = loaders[0].open_meeting.remote(uuid.uuid4().hex)
     joined = [loader.join.remote(meeting) for loader in loaders]
     return LoaderGroup(loaders, bundles, joined)
 
@@ -95,7 +101,8 @@ def check_resources(config: StageConfig, world_size: int) -> None:
 
 def _remote_loader(config: StageConfig, bundles: PlacementGroup, settings: LoaderSettings) -> ActorHandle[Any]:
     bundle = bundle_of(config)
-    actor = ray.remote(concurrency_groups={"progress": 1})(_LoaderActor)
+    remote: Any = ray.remote  # its stubs lack concurrency_groups
+    actor = remote(concurrency_groups={PROGRESS: 1})(Loader)  # progress answers beside the work
     handle: ActorHandle[Any] = actor.options(
         num_cpus=bundle.get("CPU", 0),
         num_gpus=bundle.get("GPU", 0),
@@ -104,9 +111,3 @@ def _remote_loader(config: StageConfig, bundles: PlacementGroup, settings: Loade
         max_task_retries=0,
     ).remote(settings)
     return handle
-
-
-class _LoaderActor(Loader):
-    """The loader as Ray runs it: progress answers beside the work."""
-
-    progress = ray.method(concurrency_group="progress")(Loader.progress)

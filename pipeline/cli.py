@@ -106,11 +106,12 @@ def run(
     check_checkpoint(catalog, config.checkpoint.optimizer_key)
     check_topology(catalog, layout, config.checkpoint.optimizer_key)
     with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
-        with OptimizerLoadStage(config).run(
+        result = OptimizerLoadStage(config).run(
             location=catalog.location, on_progress=lambda ranks: show_ranks(bar, ranks)
-        ) as result:
-            done = result.report
-            show_ranks(bar, result.final_progress())
+        )
+        done = result.report
+        show_ranks(bar, result.final_progress())
+        result.close()
     if report:
         report.write_text(done.model_dump_json(indent=2), encoding="utf-8")
     if trace:

@@ -49,10 +49,12 @@ class _Lines:
             return
         self._last, self._finished = now, finished
         rate = done / max(now - self._start, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if rate and total and not finished else ""
-        share = f"{done / total:4.0%}" if total else "  ?%"
+        if not total:
+            print(f"{self._title}: waiting for the ranks to start", file=sys.stderr)
+            return
+        left = f", {(total - done) / rate:.0f} s left" if rate and not finished else ""
         print(
-            f"{self._title}: {share} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}",
+            f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}",
             file=sys.stderr,
         )
 

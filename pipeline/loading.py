@@ -224,9 +224,9 @@ class _ProgressPoll:
 
 
 def _ask_progress(group: LoaderGroup) -> list[Progress]:
-    asked = [loader.progress.remote() for loader in group.loaders]
+    asked = group.ask_progress()
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=_PROGRESS_EVERY_S)
-    answers = []
+    answers: list[Progress] = []
     for ref in asked:
         try:
             answers.append(ray.get(ref) if ref in ready else Progress(0, 0))

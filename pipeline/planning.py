@@ -36,7 +36,7 @@ def check_checkpoint(catalog: Catalog, optimizer_key: str) -> None:
     index = index_optimizer(catalog, optimizer_key)
     storage = open_storage(catalog.location)
     try:
-        check_files(catalog, index.keys(), storage)
+        check_files(catalog, index.all_keys(), storage)
     finally:
         storage.close()
 
@@ -48,7 +48,7 @@ def check_topology(catalog: Catalog, layout: SpecLayout, optimizer_key: str) -> 
         PlanError: a hole or an overlap anywhere in the optimizer's state.
         LayoutError: a placement that a tensor can't have.
     """
-    for key in index_optimizer(catalog, optimizer_key).keys():
+    for key in index_optimizer(catalog, optimizer_key).all_keys():
         if (saved := catalog.tensors.get(key)) is not None:
             covering_chunks(catalog, saved, Region.whole(saved.shape))
     plan_load(catalog, layout.rank(0), optimizer_key=optimizer_key)

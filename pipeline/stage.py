@@ -125,7 +125,7 @@ class OptimizerLoadStage:
             trainer.shardferry_layout.remote(rank, group.world_size) for rank, trainer in enumerate(trainers or ())
         ]
         targets: list[Any] = receptions or [ray.put(layout)] * group.world_size
-        reports = [
+        reports: list[ray.ObjectRef[Any]] = [
             loader.load.remote(catalog, target, key, read, joined)
             for loader, target, joined in zip(group.loaders, targets, group.joined, strict=True)
         ]

@@ -35,7 +35,9 @@ def gather(refs: Sequence[ray.ObjectRef[Any]], wait: Wait, *, on_poll: Callable[
     """
     deadline = time.monotonic() + wait.timeout_s
     rank_of = {ref: rank for rank, ref in enumerate(refs)}
-    pending, values, failures = list(refs), {}, {}
+    pending = list(refs)
+    values: dict[int, Any] = {}
+    failures: dict[int, RayError] = {}
     while pending:
         remaining = deadline - time.monotonic()
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(_POLL_S, remaining)), fetch_local=False)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shardferry.agreement import Agreement
-from shardferry.arena import Arena, allocate_arena, check_host_room
+from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import HandoffError
@@ -64,19 +64,19 @@ class LoadedShard:
                 and each opener gets private pages where it writes.
 
         Raises:
-            HandoffError: the arena is on a GPU, or the transport isn't one of the three.
+            HandoffError: shared memory of an arena on a GPU, or a transport that isn't one of the three.
         """
         if transport == "in_process":
             return ShardHandle(self.manifest, InProcess(self.arena, self.arena.nbytes))
-        if self.arena.device.type != "cpu":
-            raise HandoffError(
-                f"{transport} needs an arena on the host, this one is on {self.arena.device}; use device: cpu"
-            )
         if transport == "object_store":
-            data = self.arena.tensor(0, (self.arena.nbytes,), torch.uint8).numpy()
+            data = self.arena.tensor(0, (self.arena.nbytes,), torch.uint8).cpu().numpy()
             return ShardHandle(self.manifest, Payload(data))
         if transport != "shared_memory":
             raise HandoffError(f"{transport!r} is no transport; use shared_memory, object_store or in_process")
+        if not isinstance(self.arena, HostArena):
+            raise HandoffError(
+                f"shared_memory needs an arena on the host, this one is on {self.arena.device}; use device: cpu"
+            )
         if exclusive:
             self.arena.detach()
         else:

@@ -23,7 +23,7 @@ class OptimizerIndex:
     state: Mapping[str, Mapping[str, str]]  # FQN -> state name -> key
     param_groups: Mapping[KeyPath, str]  # path below "param_groups" -> key
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """All keys of this optimizer."""
         return [key for names in self.state.values() for key in names.values()] + list(self.param_groups.values())
 
@@ -66,7 +66,7 @@ def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
 
 def top_level_keys(catalog: Catalog) -> list[str]:
     """The keys of the state dict that was saved, sorted."""
-    return sorted({_components(catalog, key)[0] for key in [*catalog.tensors, *catalog.objects]})
+    return sorted({str(_components(catalog, key)[0]) for key in [*catalog.tensors, *catalog.objects]})
 
 
 def parameter_shape(tensors: Mapping[str, SavedTensor]) -> tuple[int, ...] | None:

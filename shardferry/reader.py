@@ -337,7 +337,7 @@ class _DeviceSink:
 
     def carry_out(self, path: str, item_offset: int, request: Request) -> None:
         with self._arena.staging(request.nbytes) as staging:
-            memory = memoryview(staging.numpy())
+            memory = staging.numpy().data
             if isinstance(request, InPlaceRead):
                 self._storage.read_into(path, item_offset + request.byte_offset, memory)
                 self._arena.tensor(request.arena_offset, (request.nbytes,), torch.uint8).copy_(
@@ -348,7 +348,7 @@ class _DeviceSink:
 
     def _gather(self, path: str, item_offset: int, request: Gather, staging: torch.Tensor) -> None:
         start, stop = item_offset + request.window_start, item_offset + request.window_stop
-        packed = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
+        packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
         with self._storage.window(path, start=start, stop=stop) as window:
             packed[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
         dtype = _TORCH_ELEMENT[request.itemsize]

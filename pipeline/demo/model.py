@@ -32,8 +32,8 @@ class Attention(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, width) -> the same."""
         batch, tokens, width = hidden.shape
-        heads = self.qkv(hidden).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        query, key, value = self.qkv(hidden).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         result: torch.Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
         return result
 

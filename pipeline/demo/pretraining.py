@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import monotonic
@@ -29,7 +29,7 @@ def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 arguments = (theirs, rank, world_size, f"{directory}/rendezvous", path, num_steps)
-                process = context.Process(target=_rank, args=arguments, daemon=True)
+                process: BaseProcess = context.Process(target=_rank, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 started.append((process, ours))
@@ -42,24 +42,17 @@ def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 
 
 
 def _collect(started: list[tuple[BaseProcess, Connection]], deadline: float) -> list[list[float]]:
-    """Every process's losses, by rank; the first that ends without any is an error."""
-    results: dict[int, list[float]] = {}
-    while len(results) < len(started):
-        open_pipes = {pipe: rank for rank, (_, pipe) in enumerate(started) if rank not in results}
-        ready = wait(list(open_pipes), timeout=max(0.0, deadline - monotonic()))
-        if not ready:
-            raise RankError(
-                f"training: ranks {sorted(open_pipes.values())} are not done in time", sorted(open_pipes.values())
-            )
-        for pipe in ready:
-            rank = open_pipes[pipe]  # type: ignore[index]
-            try:
-                results[rank] = pipe.recv()  # type: ignore[union-attr]
-            except EOFError:
-                raise RankError(
-                    f"training: the process of rank {rank} failed; its traceback stands above", [rank]
-                ) from None
-    return [results[rank] for rank in range(len(started))]
+    """Every process's losses, by rank; a process that ends without any, or too late, is an error."""
+    results: list[list[float]] = []
+    for rank, (_, pipe) in enumerate(started):
+        if not pipe.poll(max(0.0, deadline - monotonic())):
+            raise RankError(f"training: rank {rank} of {len(started)} is not done in time", [rank])
+        try:
+            results.append(pipe.recv())
+        except EOFError:
+            message = f"training: the process of rank {rank} failed; its traceback stands above"
+            raise RankError(message, [rank]) from None
+    return results
 
 
 def _rank(pipe: Connection, world_rank: int, world_size: int, rendezvous: str, path: Path, num_steps: int) -> None:

@@ -6,10 +6,13 @@ import torch.distributed as dist
 
 import shardferry
 from pipeline.demo import training
+from pipeline.demo.model import GPT
 
 
 class DemoTrainer(shardferry.OptimizerReceiver):
     """One rank of the job that goes on."""
+
+    model: GPT
 
     def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
         store = dist.FileStore(rendezvous, world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,6 @@ def load_model(model: nn.Module, path: str | Path) -> None:
 def load_all(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | Path) -> None:
     """Stock ``dcp.load`` of weights and optimizer state: the control that the stage is compared with."""
     weights, state = get_state_dict(model, optimizer)
-    state_dict = {"model": weights, "optim": state}
+    state_dict: dict[str, Any] = {"model": weights, "optim": state}
     dcp.load(state_dict, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state_dict["model"], optim_state_dict=state_dict["optim"])

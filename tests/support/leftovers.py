@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ def arena_holders() -> set[int]:
 def _holds_arena(pid: int) -> bool:
     name = "memfd:shardferry-arena"
     try:
-        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
         return name in Path(f"/proc/{pid}/maps").read_text() or any(name in target for target in opened)
     except OSError:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -77,6 +78,8 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Else a rank may be done, and its sockets closed, before a late one has connected to it.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     while True:
         try:
             work, args, rank, world_size, rendezvous = pipe.recv()
