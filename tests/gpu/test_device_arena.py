@@ -1,0 +1,75 @@
+"""On a real GPU: the arena on the device, filled through pinned memory, and the process group of NCCL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from shardferry.agreement import Agreement
+from shardferry.arena import DeviceArena, allocate_arena
+from shardferry.checkpoint import open_checkpoint
+from shardferry.errors import ArenaError
+from shardferry.layout import Mesh, Shard, SpecLayout
+from shardferry.load import LoadJob, load_rank
+from shardferry.reader import ReadOptions
+from tests.support.oracle import full_tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+
+SHAPES = {"matrix": (513, 260), "vector": (1001,), "cube": (7, 65, 130)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Row-major, transposed and bfloat16 state, written by stock torch."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for fqn, shape in SHAPES.items():
+        state[fqn] = {
+            "exp_avg": full_tensor(fqn, "exp_avg", shape),
+            "exp_avg_sq": full_tensor(fqn, "exp_avg_sq", shape, torch.bfloat16),
+        }
+    state["matrix"]["exp_avg"] = state["matrix"]["exp_avg"].t().contiguous().t()
+    dcp.save({"optim": {"state": state}}, checkpoint_id=str(tmp_path / "ckpt"))
+    return tmp_path / "ckpt"
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("world_rank", [0, 1, 2])
+def test_every_element_on_the_device(checkpoint: Path, dim: int, world_rank: int) -> None:
+    spec = SpecLayout(Mesh((("dp", 3),)), (), {"dp": Shard(dim)}) if dim == 0 else _columns()
+    device = torch.device("cuda", 0)
+    job = LoadJob(open_checkpoint(checkpoint), spec.rank(world_rank), "optim", device, ReadOptions(concurrency=4))
+    loaded = load_rank(job, Agreement(None))
+    assert loaded.arena.device == device
+    with loaded.handle("in_process", exclusive=True).open() as shard:
+        for fqn, shape in SHAPES.items():
+            for name, dtype in (("exp_avg", torch.float32), ("exp_avg_sq", torch.bfloat16)):
+                found = shard.state_dict()["state"][fqn][name]
+                assert found.device == device
+                for whole, local in shard.regions(fqn, name):
+                    box = tuple(slice(o, e) for o, e in zip(whole.offsets, whole.ends, strict=True))
+                    here = tuple(slice(o, e) for o, e in zip(local.offsets, local.ends, strict=True))
+                    assert torch.equal(found[here].cpu(), full_tensor(fqn, name, shape, dtype)[box])
+
+
+def _columns() -> SpecLayout:
+    from shardferry.layout import Rule
+
+    return SpecLayout(Mesh((("dp", 3),)), (Rule("vector", {}),), {"dp": Shard(1)})
+
+
+def test_no_room_on_the_device() -> None:
+    _, total = torch.cuda.mem_get_info(0)
+    with pytest.raises(ArenaError, match=r"the arena needs \d+ bytes, \d+ of \d+ are free: \d+ bytes are missing"):
+        allocate_arena(total * 2, torch.device("cuda", 0))
+
+
+def test_an_arena_of_nothing() -> None:
+    arena = DeviceArena(0, torch.device("cuda", 0))
+    assert arena.tensor(0, (0, 3), torch.float32).shape == (0, 3)

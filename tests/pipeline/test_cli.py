@@ -1,0 +1,150 @@
+"""The command line on the demo's checkpoint: what the design promises to others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.demo.story import FURTHER_STEPS
+from tests.support.commands import Finished, shardferry
+from tests.support.leftovers import nothing_left
+
+SPEC = """
+checkpoint: {{location: {location}, optimizer_key: optim}}
+topology:
+  mesh: {{dp: 2, tp: 2}}
+  rules:
+    - {{match: "*.weight", placements: {{dp: "Shard(0)"}}}}
+  default: {{}}
+read: {{storage_bandwidth: 1GiB}}
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    """The demo, run once: its output, and the checkpoint it kept."""
+    directory = tmp_path_factory.mktemp("demo")
+    with nothing_left():
+        done = shardferry("demo", "--directory", directory, timeout_s=240)
+    return done, directory / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(told: tuple[Finished, Path]) -> Path:
+    return told[1]
+
+
+@pytest.fixture
+def spec(checkpoint: Path, tmp_path: Path) -> Path:
+    (tmp_path / "stage.yaml").write_text(SPEC.format(location=checkpoint))
+    return tmp_path / "stage.yaml"
+
+
+def json_of(*arguments: str | Path) -> dict[str, Any]:
+    done = shardferry(*arguments)
+    assert done.status == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_demo_goes_on_with_equal_losses(told: tuple[Finished, Path]) -> None:
+    done, _ = told
+    assert done.status == 0, done.stdout + done.stderr
+    rows = re.findall(r"│ (\d+) +│ +([\d.]+) │ +([\d.]+) │ (\w+) │", done.stdout)
+    assert len(rows) == FURTHER_STEPS
+    assert all(ours == control and verdict == "equal" for _, ours, control, verdict in rows)
+    for line in ("bytes needed", "bytes read", "read amplification", "seconds, read", "losses are equal, bit for bit"):
+        assert line in done.stdout
+
+
+def test_demo_does_not_overwrite(told: tuple[Finished, Path]) -> None:
+    done = shardferry("demo", "--directory", told[1].parent)
+    assert (done.status, "exists already" in done.stderr) == (2, True)
+
+
+def test_inspect(checkpoint: Path) -> None:
+    report = json_of("inspect", checkpoint, "--json")
+    assert {"location", "torch_metadata_version", "num_tensors", "num_chunks", "num_files", "total_bytes"} <= set(report)
+    assert report["location"] == str(checkpoint)
+    assert report["num_files"] == 4
+    assert report["problems"] == []
+    assert report["num_tensors"] == len(report["tensors"])
+    assert report["num_chunks"] == sum(tensor["num_chunks"] for tensor in report["tensors"])
+    assert report["total_bytes"] == sum(tensor["nbytes"] for tensor in report["tensors"])
+    (head,) = [t for t in report["tensors"] if t["fqn"] == "optim.state.head.weight.exp_avg"]
+    assert {name: head[name] for name in ("shape", "dtype", "num_chunks", "nbytes")} == {
+        "shape": [256, 256],
+        "dtype": "float32",
+        "num_chunks": 4,
+        "nbytes": 256 * 256 * 4,
+    }
+    assert "saved as: " in shardferry("inspect", checkpoint).stdout
+
+
+def test_plan_and_run_agree_on_the_bytes(spec: Path, tmp_path: Path) -> None:
+    plan = json_of("plan", spec, "--json")
+    with nothing_left():
+        options = [f"--{name}={tmp_path / name}" for name in ("report", "trace", "html")]
+        done = shardferry("run", spec, *options)
+    assert done.status == 0, done.stderr
+    report = json.loads((tmp_path / "report").read_text())
+    for name in ("world_size", "unique_bytes_needed", "read_amplification", "num_requests"):
+        assert report[name] == plan[name], name
+    assert report["storage_bytes_read"] == plan["storage_bytes_planned"]
+    shared = ("rank", "bytes_needed", "bytes_read", "bytes_sent", "bytes_received", "num_requests", "arena_bytes")
+    assert [[r[name] for name in shared] for r in report["ranks"]] == [[r[n] for n in shared] for r in plan["ranks"]]
+    assert report["lower_bound_s"] > plan["lower_bound_s"] == plan["unique_bytes_needed"] / 2**30
+    assert report["ratio_to_lower_bound"] >= 1
+    assert set(report["phases"]) >= {"start", "plan", "allocate", "read"}
+    events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+    assert {(event["tid"], event["name"]) for event in events} >= {(rank, "read") for rank in range(4)}
+    assert (tmp_path / "html").read_text().count("<b>rank ") == 4
+
+
+def test_plan_of_the_needed_bytes_by_hand(spec: Path) -> None:
+    """FSDP rows over dp, replicated over tp: each rank of dp needs half of every matrix, and every vector whole."""
+    plan = json_of("plan", spec, "--json")
+    assert plan["world_size"] == 4
+    assert plan["ranks"][0]["bytes_needed"] == plan["ranks"][1]["bytes_needed"]
+    assert plan["unique_bytes_needed"] < plan["storage_bytes_planned"] <= 2.1 * plan["unique_bytes_needed"]
+
+
+def test_verify_reads_everything(checkpoint: Path) -> None:
+    done = shardferry("verify", checkpoint)
+    assert (done.status, "0 problems" in done.stdout) == (0, True)
+    report = json_of("verify", checkpoint, "--json")
+    assert report["problems"] == []
+    assert report["bytes_read"] == sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
+
+
+def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
+    file = spoilt / "__2_0.distcp"
+    data = bytearray(file.read_bytes())
+    before = zlib.crc32(data)
+    data[len(data) * 2 // 3] ^= 1
+    assert zlib.crc32(data) != before
+    file.write_bytes(data)
+    done = shardferry("verify", spoilt)
+    assert (done.status, "1 problems" in done.stdout) == (1, True)
+    assert re.search(r"item at byte \d+ of __2_0.distcp: .*checksum", done.stdout)
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "run", "verify", "demo"])
+def test_help_has_an_example(command: str) -> None:
+    done = shardferry(command, "--help")
+    assert done.status == 0
+    assert "Example: " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["bogus"], ["run", "stage.yaml", "--bogus"]], ids=" ".join)
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = shardferry(*arguments)
+    assert done.status == 2
+    assert "Traceback" not in done.stderr
+    assert "Usage:" in done.stderr
