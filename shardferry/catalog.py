@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,6 +112,7 @@ class _CatalogBuilder:
         self._location = location
         self._versions: set[str] = set()
         self._files: dict[str, int] = {}
+        self._file_of: dict[str, int] = {}  # by relative path as the metadata writes it
         self._tensors: dict[str, _TensorRows] = {}
         self._objects: dict[str, SavedObject] = {}
         self._paths: dict[str, KeyPath] | None = None
@@ -170,6 +171,12 @@ class _CatalogBuilder:
                 rows.add(offsets, sizes, file, item.offset, item.length, transformed=item.transformed)
 
     def _file(self, key: str, relative_path: str) -> int:
+        file = self._file_of.get(relative_path)
+        if file is None:
+            file = self._file_of[relative_path] = self._add_file(key, relative_path)
+        return file
+
+    def _add_file(self, key: str, relative_path: str) -> int:
         path = PurePosixPath(relative_path)
         outside = (
             path.is_absolute() or ".." in path.parts or PureWindowsPath(relative_path).drive or "\0" in relative_path
@@ -247,11 +254,10 @@ class _TensorRows:
             getattr(self, column).extend(getattr(other, column))
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):
     relative_path: str
-    offset: int
-    length: int
+    offset: int  # bytes
+    length: int  # bytes
     transformed: bool
 
 
@@ -279,8 +285,9 @@ def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[st
 
 
 def _check_box(source: str, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    fits = len(offsets) == len(sizes) == len(shape) and all(
-        o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)
-    )
-    if not fits or any(n < 0 for n in shape):
+    fits = len(offsets) == len(sizes) == len(shape)
+    for offset, size, length in zip(offsets, sizes, shape, strict=False):
+        if offset < 0 or size < 0 or offset + size > length:
+            fits = False
+    if not fits:
         raise CatalogError(f"{source}: {key}: chunk at {offsets} of sizes {sizes} lies outside the shape {shape}")

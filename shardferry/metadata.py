@@ -58,16 +58,10 @@ class BytesStorageMetadata(Record):
 
 
 class MetadataIndex(Record):
-    """Which box of which FQN; ``index`` is only a hint."""
+    """Which box of which FQN; ``index`` is only a hint. Compared by identity: it is a key only while it is unpickled."""
 
     fqn: str
     offset: tuple[int, ...] | None = None
-
-    def __hash__(self) -> int:
-        return hash((self.fqn, self.offset))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MetadataIndex) and (self.fqn, self.offset) == (other.fqn, other.offset)
 
 
 class StorageInfo(Record):
@@ -96,7 +90,7 @@ class TensorProperties(Record):
 
 
 def _size(values: Any = ()) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
+    return tuple(map(int, values))
 
 
 def _path(*parts: str) -> str:
