@@ -132,11 +132,23 @@ def _wanted_fqns(catalog: Catalog, index: OptimizerIndex, layout: RankLayout) ->
     return wanted
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A read item of any tensor that is saved and wanted in the same boxes."""
+
+    chunk: int  # counted from the tensor's first
+    source: Region
+    chunk_shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+
+
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+        self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}  # most tensors of a model look like some other
         self._tensors: list[PlannedTensor] = []
         self._reads: list[ReadItem] = []
         self._objects: list[PlannedObject] = []
@@ -161,15 +173,26 @@ class _Planner:
         tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, group_path)
         self._tensors.append(tensor)
         self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        for box in layout.boxes:
-            self._reads.extend(self._reads_of(row, saved, layout, box))
+        for cut in self._cuts(saved, layout):
+            chunk = saved.chunks[cut.chunk]
+            self._reads.append(ReadItem(row, chunk, cut.source, cut.chunk_shape, cut.offset, cut.strides))
 
-    def _reads_of(self, row: int, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[ReadItem]:
+    def _cuts(self, saved: SavedTensor, layout: TensorLayout) -> list[_Cut]:
+        stored = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
+        alike = (layout, *(column.tobytes() for column in (*self._catalog.boxes(saved), stored)))
+        cuts = self._known_cuts.get(alike)
+        if cuts is None:
+            cuts = [cut for box in layout.boxes for cut in self._cuts_of(saved, layout, box)]
+            self._known_cuts[alike] = cuts
+        return cuts
+
+    def _cuts_of(self, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[_Cut]:
         offset, strides = layout.destination(box)
         for chunk, chunk_region, common in covering_chunks(self._catalog, saved, box.region):
             inside = common.relative_to(box.region.offsets)
             start = offset + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
-            yield ReadItem(row, chunk, common.relative_to(chunk_region.offsets), chunk_region.sizes, start, strides)
+            source = common.relative_to(chunk_region.offsets)
+            yield _Cut(chunk - saved.chunks.start, source, chunk_region.sizes, start, strides)
 
     def finish(self, layout: RankLayout, optimizer_key: str) -> LoadPlan:
         return LoadPlan(
