@@ -7,17 +7,16 @@ the data: contiguous runs by positioned reads into place, strided boxes by a gat
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
 from shardferry.catalog import NO_FILE, Catalog
+from shardferry.crew import Crew, cores
 from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 from shardferry.errors import DecodeError, StorageError
 from shardferry.plan import LoadPlan, ReadItem
@@ -26,9 +25,6 @@ from shardferry.storage.base import RangeReader
 
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Counters:
@@ -98,20 +94,19 @@ def read_plan(
     """
     chunks = _chunks_in_reading_order(plan, catalog)
     _check_ends(((c.key, c.path, c.byte_offset, c.byte_length) for c in chunks), storage)
-    deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
-    with ThreadPoolExecutor(max_workers=options.concurrency, thread_name_prefix="shardferry-read") as pool:
-        heads = _HeadReader(storage, counters)
-        groups = [chunks[i : i + _BATCH_HEADS] for i in range(0, len(chunks), _BATCH_HEADS)]
-        requests = [request for part in _run_all(pool, heads.requests, groups, deadline) for request in part]
-        sink = make_sink(arena, storage)
+    heads, sink = _HeadReader(storage, counters), make_sink(arena, storage)
 
-        def carry_out(batch: Sequence[_PlacedRequest]) -> None:
-            for placed in batch:
-                sink.carry_out(placed.path, placed.item_offset, placed.request)
-            nbytes = sum(placed.request.nbytes for placed in batch)
-            counters.add(num_requests=len(batch), bytes_requested=nbytes, bytes_done=nbytes)
+    def carry_out(batch: Sequence[_PlacedRequest]) -> None:
+        for placed in batch:
+            sink.carry_out(placed.path, placed.item_offset, placed.request)
+        nbytes = sum(placed.request.nbytes for placed in batch)
+        counters.add(num_requests=len(batch), bytes_requested=nbytes, bytes_done=nbytes)
 
-        _run_all(pool, carry_out, list(_batches(requests)), deadline)
+    # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
+    alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
+    with Crew(options.concurrency, timeout_s=options.timeout_s, alone=alone) as crew:
+        requests = [request for part in crew.run(heads.requests, chunks, _groups) for request in part]
+        crew.run(carry_out, requests, _batches)
 
 
 def read_objects(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> dict[str, Any]:
@@ -275,6 +270,10 @@ def _damaged(chunk: _Chunk, what: str) -> DecodeError:
     return DecodeError(f"{chunk.key}: item at byte {chunk.byte_offset} of {chunk.path}: {what}; the file is damaged")
 
 
+def _groups(chunks: Sequence[_Chunk]) -> list[Sequence[_Chunk]]:
+    return [chunks[start : start + _BATCH_HEADS] for start in range(0, len(chunks), _BATCH_HEADS)]
+
+
 def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest]]:
     batch: list[_PlacedRequest] = []
     nbytes = 0
@@ -286,22 +285,6 @@ def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest
             batch, nbytes = [], 0
     if batch:
         yield batch
-
-
-def _run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Sequence[T], deadline: float | None) -> list[R]:
-    """Results in order. The first failure cancels what has not begun and is raised."""
-    futures: list[Future[R]] = [pool.submit(work, value) for value in inputs]
-    remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-    done, pending = wait(futures, timeout=remaining, return_when=FIRST_EXCEPTION)
-    for future in pending:
-        future.cancel()
-    for future in done:
-        future.result()
-    if pending:
-        raise StorageError(
-            f"{len(pending)} of {len(futures)} reads are not done within timeouts.load_s; raise it, or look at the storage"
-        )
-    return [future.result() for future in futures]
 
 
 class Sink(Protocol):
