@@ -100,7 +100,7 @@ def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
         UnsafeMetadata: a file's relative path leaves the checkpoint.
         CatalogError: boxes or byte positions contradict each other.
     """
-    builder = _CatalogBuilder(location)
+    builder = _CatalogBuilder(location, len(parts))
     with paused_gc():
         for source, metadata in parts.items():
             builder.add(source, metadata)
@@ -108,8 +108,9 @@ def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
 
 
 class _CatalogBuilder:
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, num_parts: int) -> None:
         self._location = location
+        self._num_parts = num_parts
         self._versions: set[str] = set()
         self._files: dict[str, int] = {}
         self._file_of: dict[str, int] = {}  # by relative path as the metadata writes it
@@ -117,6 +118,7 @@ class _CatalogBuilder:
         self._objects: dict[str, SavedObject] = {}
         self._paths: dict[str, KeyPath] | None = None
         self._problems: list[str] = []
+        self._earlier_boxes: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def add(self, source: str, metadata: Metadata) -> None:
         storage = _storage_by_box(source, metadata)
@@ -160,7 +162,10 @@ class _CatalogBuilder:
             raise CatalogError(
                 f"{source}: {key}: saved as {dtype} of shape {shape}, elsewhere as {rows.dtype} of shape {rows.shape}"
             )
+        earlier = self._earlier_boxes.get(key, set())
         for offsets, sizes in boxes:
+            if (offsets, sizes) in earlier:  # another rank's metadata has it: a replica, of which one is enough
+                continue
             _check_box(source, key, shape, offsets, sizes)
             item = storage.get((key, offsets)) or (storage.get((key, None)) if len(boxes) == 1 else None)
             if item is None:
@@ -169,6 +174,8 @@ class _CatalogBuilder:
             else:
                 file = self._file(key, item.relative_path)
                 rows.add(offsets, sizes, file, item.offset, item.length, transformed=item.transformed)
+        if self._num_parts > 1:
+            self._earlier_boxes[key] = earlier | set(boxes)
 
     def _file(self, key: str, relative_path: str) -> int:
         file = self._file_of.get(relative_path)

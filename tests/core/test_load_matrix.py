@@ -139,3 +139,23 @@ def load_plain(path: str) -> int:
 @pytest.mark.parametrize("target", [1, 3])
 def test_fsdp2_to_replicated(ranks: RankPool, saved_by: dict[int, Path], target: int) -> None:
     assert all(ranks.run(target, load_plain, str(saved_by[4])))
+
+
+def save_each_rank_alone(path: str) -> None:
+    """Without collectives every rank writes its own metadata, and its own copy of what is replicated."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = fsdp2(Model())
+    optimizer = adamw(model)
+    fill_state(model, optimizer)
+    state = {"optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(path), use_collectives=False)
+
+
+@pytest.mark.parametrize("target", [2, 4])
+def test_rank_local_metadata(ranks: RankPool, tmp_path: Path, target: int) -> None:
+    ranks.run(3, save_each_rank_alone, str(tmp_path / "ckpt"))
+    assert not (tmp_path / "ckpt" / ".metadata").exists()
+    compared = ranks.run(target, load_fsdp2, str(tmp_path / "ckpt"))
+    assert sum(compared) == 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
