@@ -95,5 +95,3 @@ def test_wrapped_to_plain(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     ranks.run(1, save_plain, str(tmp_path / "ckpt"), EVEN)
     ranks.run(4, save_wrapped, str(tmp_path / "ckpt"), kind, EVEN, 2, 2)
     assert all(ranks.run(3, load_plain, str(tmp_path / "ckpt-again"), EVEN))
-
-

@@ -69,7 +69,9 @@ def test_demo_does_not_overwrite(told: tuple[Finished, Path]) -> None:
 
 def test_inspect(checkpoint: Path) -> None:
     report = json_of("inspect", checkpoint, "--json")
-    assert {"location", "torch_metadata_version", "num_tensors", "num_chunks", "num_files", "total_bytes"} <= set(report)
+    assert {"location", "torch_metadata_version", "num_tensors", "num_chunks", "num_files", "total_bytes"} <= set(
+        report
+    )
     assert report["location"] == str(checkpoint)
     assert report["num_files"] == 4
     assert report["problems"] == []
