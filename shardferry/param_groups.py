@@ -10,6 +10,7 @@ from typing import Any
 
 from shardferry.catalog import KeyPath
 from shardferry.errors import InstallError
+from shardferry.nesting import nest
 
 ParamGroup = dict[str, Any]  # "params": [fqn, ...], and the hyperparameters by name
 
@@ -23,31 +24,16 @@ def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
     """
     if () in entries:
         return [dict(group) for group in entries[()]]
-    groups: dict[int | str, ParamGroup] = {}
+    flattened: dict[str, ParamGroup] = {}
+    nested: dict[KeyPath, Any] = {}
     for path, value in entries.items():
         if len(path) == 1 and isinstance(path[0], str):
             fqn, _, name = path[0].rpartition(".")
-            groups.setdefault(fqn, {"params": [fqn]})[name] = value
+            flattened.setdefault(fqn, {"params": [fqn]})[name] = value
         else:
-            _insert(groups.setdefault(path[0], {}), path[1:], value)
-    ordered = sorted(groups, key=lambda index: (isinstance(index, str), index))
-    return [_lists_from_indices(groups[index]) for index in ordered]
-
-
-def _insert(tree: dict[Any, Any], path: KeyPath, value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
-
-
-def _lists_from_indices(tree: Any) -> Any:
-    """Flattening turns lists into integer keys; turn them back."""
-    if not isinstance(tree, dict):
-        return tree
-    values = {key: _lists_from_indices(value) for key, value in tree.items()}
-    if values and all(isinstance(key, int) for key in values):
-        return [values[key] for key in sorted(values)]
-    return values
+            nested[path] = value
+    groups: list[ParamGroup] = nest(nested) or []
+    return groups + [flattened[fqn] for fqn in sorted(flattened)]
 
 
 def hyperparameters_for(fqns: Sequence[str], saved: Sequence[ParamGroup]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from shardferry.catalog import NO_FILE, Catalog, KeyPath, SavedTensor
 from shardferry.errors import PlanError
-from shardferry.layout import Box, Mesh, RankLayout, TensorLayout, replicated
+from shardferry.layout import Box, LiveLayout, Mesh, RankLayout, TensorLayout, replicated
 from shardferry.optimizer_index import SCALAR_STATE, OptimizerIndex, index_optimizer, parameter_shape
 from shardferry.region import Region, first_overlap, uncovered
 
@@ -104,6 +104,20 @@ def plan_load(catalog: Catalog, layout: RankLayout, *, optimizer_key: str) -> Lo
     for path, key in index.param_groups.items():
         planner.add_group_entry(path, key)
     return planner.finish(layout, optimizer_key)
+
+
+def plan_tensors(
+    catalog: Catalog, wanted: Sequence[tuple[str, TensorLayout]], *, world_rank: int, world_size: int
+) -> LoadPlan:
+    """Plan the load of some tensors of one rank, each by its key and where it lies; no optimizer is looked for.
+
+    Raises:
+        PlanError: a hole or an overlap.
+    """
+    planner = _Planner(catalog)
+    for key, layout in wanted:
+        planner.add_tensor("", key, catalog.tensors[key], layout)
+    return planner.finish(LiveLayout(world_rank, world_size, {}), "")
 
 
 def _layout_of(

@@ -111,19 +111,21 @@ def read_plan(
 
 def read_objects(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> dict[str, Any]:
     """The planned Python objects, by key. Raises StorageError, DecodeError."""
-    values: dict[str, Any] = {}
-    for planned in plan.objects:
-        saved = catalog.objects[planned.key]
-        path = catalog.files[saved.file]
-        _check_inside(planned.key, path, saved.byte_offset, saved.byte_length, storage)
-        data = bytearray(saved.byte_length)
-        storage.read_into(path, saved.byte_offset, memoryview(data))
-        counters.add(num_requests=1, bytes_requested=len(data), bytes_done=len(data))
-        try:
-            values[planned.key] = decode_object(bytes(data))
-        except DecodeError as error:
-            raise DecodeError(f"{planned.key}: {path} at byte {saved.byte_offset}: {error}") from error
-    return values
+    return {planned.key: read_object(catalog, planned.key, storage, counters) for planned in plan.objects}
+
+
+def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Counters) -> Any:
+    """One saved Python object. Raises StorageError, DecodeError."""
+    saved = catalog.objects[key]
+    path = catalog.files[saved.file]
+    _check_inside(key, path, saved.byte_offset, saved.byte_length, storage)
+    data = bytearray(saved.byte_length)
+    storage.read_into(path, saved.byte_offset, memoryview(data))
+    counters.add(num_requests=1, bytes_requested=len(data), bytes_done=len(data))
+    try:
+        return decode_object(bytes(data))
+    except DecodeError as error:
+        raise DecodeError(f"{key}: {path} at byte {saved.byte_offset}: {error}") from error
 
 
 def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog) -> list[_Chunk]:
