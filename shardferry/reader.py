@@ -78,8 +78,11 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _PlacedRequest:
+    """A request, which looks the same for all alike pieces, with its file and its places."""
+
     path: str
     item_offset: int  # bytes, of the item in its file
+    arena_offset: int  # bytes, from where the request's own is counted
     request: Request
 
 
@@ -98,7 +101,7 @@ def read_plan(
 
     def carry_out(batch: Sequence[_PlacedRequest]) -> None:
         for placed in batch:
-            sink.carry_out(placed.path, placed.item_offset, placed.request)
+            sink.carry_out(placed)
         nbytes = sum(placed.request.nbytes for placed in batch)
         counters.add(num_requests=len(batch), bytes_requested=nbytes, bytes_done=nbytes)
 
@@ -207,6 +210,7 @@ class _HeadReader:
         self._counters = counters
         self._parsed: dict[bytes, ItemLayout] = {}
         self._head_lengths: set[int] = set()
+        self._known_requests: dict[tuple[object, ...], Sequence[Request]] = {}  # most pieces look like some other
 
     def requests(self, chunks: Sequence[_Chunk]) -> list[_PlacedRequest]:
         requests: list[_PlacedRequest] = []
@@ -216,7 +220,8 @@ class _HeadReader:
             nbytes += len(head)
             _check_layout(chunk, layout)
             for piece in chunk.pieces:
-                requests += [_PlacedRequest(chunk.path, chunk.byte_offset, r) for r in _piece_requests(piece, layout)]
+                for request in self._requests_of(piece.item, layout):
+                    requests.append(_PlacedRequest(chunk.path, chunk.byte_offset, piece.arena_offset, request))
         self._counters.add(num_requests=len(chunks), bytes_requested=nbytes, bytes_done=0)
         return requests
 
@@ -234,6 +239,21 @@ class _HeadReader:
             except DecodeError as error:
                 raise _damaged(chunk, str(error)) from error
 
+    def _requests_of(self, item: ReadItem, layout: ItemLayout) -> Sequence[Request]:
+        """Of one piece; where they go is counted from the piece's place in the arena."""
+        alike = (layout, item.source, item.strides)
+        requests = self._known_requests.get(alike)
+        if requests is None:
+            requests = requests_for(
+                layout,
+                source_offsets=item.source.offsets,
+                sizes=item.source.sizes,
+                arena_offset=0,
+                strides=item.strides,
+            )
+            self._known_requests[alike] = requests
+        return requests
+
     def _parse(self, head: bytes) -> ItemLayout:
         for length in self._head_lengths:
             if layout := self._parsed.get(head[:length]):
@@ -242,17 +262,6 @@ class _HeadReader:
         self._parsed[head[: layout.raw_start]] = layout
         self._head_lengths = self._head_lengths | {layout.raw_start}  # a new set: other threads may be iterating
         return layout
-
-
-def _piece_requests(piece: _Piece, layout: ItemLayout) -> list[Request]:
-    item = piece.item
-    return requests_for(
-        layout,
-        source_offsets=item.source.offsets,
-        sizes=item.source.sizes,
-        arena_offset=piece.arena_offset,
-        strides=item.strides,
-    )
 
 
 def _check_layout(chunk: _Chunk, layout: ItemLayout) -> None:
@@ -292,7 +301,7 @@ def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest
 class Sink(Protocol):
     """Carries out one request so that its bytes end up in the arena."""
 
-    def carry_out(self, path: str, item_offset: int, request: Request) -> None: ...
+    def carry_out(self, placed: _PlacedRequest) -> None: ...
 
 
 def make_sink(arena: Arena, storage: RangeReader) -> Sink:
@@ -304,14 +313,16 @@ class _HostSink:
         self._memory = arena.memory
         self._storage = storage
 
-    def carry_out(self, path: str, item_offset: int, request: Request) -> None:
+    def carry_out(self, placed: _PlacedRequest) -> None:
+        path, request = placed.path, placed.request
+        arena_offset = placed.arena_offset + request.arena_offset
         if isinstance(request, InPlaceRead):
-            place = self._memory[request.arena_offset : request.arena_offset + request.nbytes]
-            self._storage.read_into(path, item_offset + request.byte_offset, place)
+            place = self._memory[arena_offset : arena_offset + request.nbytes]
+            self._storage.read_into(path, placed.item_offset + request.byte_offset, place)
             return
-        start, stop = item_offset + request.window_start, item_offset + request.window_stop
+        start, stop = placed.item_offset + request.window_start, placed.item_offset + request.window_stop
         with self._storage.window(path, start=start, stop=stop) as window:
-            target = _strided(self._memory, request.arena_offset, request.sizes, request.strides, request.itemsize)
+            target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
             target[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
 
 
@@ -320,25 +331,24 @@ class _DeviceSink:
         self._arena = arena
         self._storage = storage
 
-    def carry_out(self, path: str, item_offset: int, request: Request) -> None:
+    def carry_out(self, placed: _PlacedRequest) -> None:
+        request = placed.request
+        arena_offset = placed.arena_offset + request.arena_offset
         with self._arena.staging(request.nbytes) as staging:
-            memory = staging.numpy().data
             if isinstance(request, InPlaceRead):
-                self._storage.read_into(path, item_offset + request.byte_offset, memory)
-                self._arena.tensor(request.arena_offset, (request.nbytes,), torch.uint8).copy_(
-                    staging, non_blocking=True
-                )
+                self._storage.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
+                self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
                 return
-            self._gather(path, item_offset, request, staging)
+            self._gather(placed, request, arena_offset, staging)
 
-    def _gather(self, path: str, item_offset: int, request: Gather, staging: torch.Tensor) -> None:
-        start, stop = item_offset + request.window_start, item_offset + request.window_stop
+    def _gather(self, placed: _PlacedRequest, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
+        start, stop = placed.item_offset + request.window_start, placed.item_offset + request.window_stop
         packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-        with self._storage.window(path, start=start, stop=stop) as window:
+        with self._storage.window(placed.path, start=start, stop=stop) as window:
             packed[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
         dtype = _TORCH_ELEMENT[request.itemsize]
         arena = self._arena.tensor(0, (self._arena.nbytes // request.itemsize,), dtype)
-        target = torch.as_strided(arena, request.sizes, request.strides, request.arena_offset // request.itemsize)
+        target = torch.as_strided(arena, request.sizes, request.strides, arena_offset // request.itemsize)
         target.copy_(staging.view(dtype).view(request.sizes), non_blocking=True)
 
 
