@@ -57,8 +57,9 @@ class Loading:
         return {**self.__dict__, "_watcher": None}  # a thread of the submitting process, which owns the loaders
 
     def __del__(self) -> None:
-        if getattr(self, "_watcher", None) is not None:
-            self._group.take_down()
+        watcher: _Watcher | None = getattr(self, "_watcher", None)
+        if watcher is not None:
+            watcher.abandon()
 
     def wait(self, timeout: float | None = None, *, on_progress: ProgressCallback | None = None) -> None:
         """Return when every rank is loaded.
@@ -154,19 +155,19 @@ def watch(config: StageConfig, group: LoaderGroup, refs: Refs, *, on_start: Call
         if isinstance(refs.location, ray.ObjectRef):
             gather([refs.location], Wait("waiting for the checkpoint's location", timeouts.load_s, "timeouts.load_s"))
         reports = gather(refs.reports, Wait("loading", timeouts.load_s, "timeouts.load_s"))
+        _wait_for_handles(refs.handles, timeouts.handoff_s)
         if all(report.transport == "object_store" for report in reports):
-            _wait_for_payloads(refs.handles, timeouts.handoff_s)
             group.take_down()  # the shards are in the object store: the GPUs can go to others
     except BaseException:
         group.take_down()
         raise
 
 
-def _wait_for_payloads(handles: Sequence[ray.ObjectRef[Any]], timeout_s: float) -> None:
+def _wait_for_handles(handles: Sequence[ray.ObjectRef[Any]], timeout_s: float) -> None:
     _, late = ray.wait(list(handles), num_returns=len(handles), timeout=timeout_s, fetch_local=False)
     if late:
         raise RankError(
-            f"putting shards into the object store: {len(late)} of {len(handles)} were not done within "
+            f"making the shards' handles: {len(late)} of {len(handles)} were not done within "
             f"timeouts.handoff_s = {timeout_s:g} s",
             [rank for rank, handle in enumerate(handles) if handle in late],
         )
@@ -182,7 +183,10 @@ class _Watcher:
     def __init__(self, loading: Loading) -> None:
         self.started = 0.0
         self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._abandoned = self._finished = False
         config, group, refs = loading._config, loading._group, loading._promised  # not `loading`: it may be forgotten
+        self._group = group
         self._thread = threading.Thread(
             target=self._watch, args=(config, group, refs), daemon=True, name="shardferry-watch"
         )
@@ -201,11 +205,24 @@ class _Watcher:
             raise self._error
         return True
 
+    def abandon(self) -> None:
+        """Nobody holds the stage any more: take the loaders down once the refs that were given out are made."""
+        with self._lock:
+            self._abandoned = True
+            if not self._finished:
+                return
+        self._group.take_down()
+
     def _watch(self, config: StageConfig, group: LoaderGroup, refs: Refs) -> None:
         try:
             watch(config, group, refs, on_start=self._note_start)
         except BaseException as error:  # raised again by join
             self._error = error
+        with self._lock:
+            self._finished = True
+            if not self._abandoned:
+                return
+        group.take_down()
 
     def _note_start(self) -> None:
         self.started = time.time()

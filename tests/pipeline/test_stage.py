@@ -120,6 +120,11 @@ def test_submit_gives_one_ref_a_rank(four_saved: Path, transport: str, world_siz
     loading.close()
 
 
+def test_refs_of_a_forgotten_stage_are_kept_and_its_gpus_given_back(four_saved: Path) -> None:
+    refs = OptimizerLoadStage(config(four_saved, 2, handoff={"transport": "object_store"})).submit().refs
+    assert sum(map(check_shard, ray.get(refs))) == NUM_ELEMENTS
+
+
 class Keeper:
     """A trainer that opens its shard and keeps a tensor of it."""
 
