@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from shardferry.agreement import Agreement
 from shardferry.arena import DeviceArena, allocate_arena
@@ -15,6 +14,7 @@ from shardferry.errors import ArenaError
 from shardferry.layout import Mesh, Shard, SpecLayout
 from shardferry.load import LoadJob, load_rank
 from shardferry.reader import ReadOptions
+from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 
 pytestmark = [
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
             "exp_avg_sq": full_tensor(fqn, "exp_avg_sq", shape, torch.bfloat16),
         }
     state["matrix"]["exp_avg"] = state["matrix"]["exp_avg"].t().contiguous().t()
-    dcp.save({"optim": {"state": state}}, checkpoint_id=str(tmp_path / "ckpt"))
+    save_alone({"optim": {"state": state}}, tmp_path / "ckpt")
     return tmp_path / "ckpt"
 
 

@@ -1,0 +1,156 @@
+"""Catalogs of what stock torch saved, and of what other torch versions write."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardedTensorProperties
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties
+
+from shardferry.catalog import Catalog, SavedTensor
+from shardferry.checkpoint import open_checkpoint
+from tests.support.damage import edit_metadata
+from tests.support.oracle import full_tensor
+
+OBJECTS = {"name": "adamw", "betas": (0.5, 0.25), "epoch": 3}
+MATRIX = "model.matrix"
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "matrix": full_tensor("matrix", "weight", (6, 4)),
+        "vector": full_tensor("vector", "weight", (5,), torch.int64),
+        "scalar": torch.tensor(7.0),
+        "empty": torch.zeros(0, 3),
+        "bf16": full_tensor("bf16", "weight", (3, 3), torch.bfloat16),
+        "fp8": torch.tensor([1.0, 2.0, -4.0]).to(torch.float8_e4m3fn),
+        "bool": torch.tensor([True, False, True]),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Written by stock torch in one process."""
+    path = tmp_path / "ckpt"
+    dcp.save({"model": tensors(), "extra": dict(OBJECTS)}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def torch_metadata(path: Path) -> Metadata:
+    return pickle.loads((path / ".metadata").read_bytes())
+
+
+def places(catalog: Catalog) -> dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]:
+    """File, byte offset and byte length of each item, by key and offsets of its box."""
+    found: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    for tensor in catalog.tensors.values():
+        for chunk in tensor.chunks:
+            byte_offset, byte_length = catalog.chunk_byte_offset[chunk], catalog.chunk_byte_length[chunk]
+            file = catalog.files[catalog.chunk_file[chunk]]
+            found[tensor.key, catalog.region(tensor, chunk).offsets] = (file, int(byte_offset), int(byte_length))
+    for item in catalog.objects.values():
+        found[item.key, None] = (catalog.files[item.file], item.byte_offset, item.byte_length)
+    return found
+
+
+def shapes_and_dtypes(catalog: Catalog) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in catalog.tensors.items()}
+
+
+def test_every_item_lies_where_torch_says(saved: Path) -> None:
+    metadata, catalog = torch_metadata(saved), open_checkpoint(saved)
+    assert places(catalog) == {
+        (index.fqn, None if index.offset is None else tuple(index.offset)): (
+            info.relative_path,
+            info.offset,
+            info.length,
+        )
+        for index, info in metadata.storage_data.items()
+    }
+    assert len(places(catalog)) == len(tensors()) + len(OBJECTS)
+    assert catalog.problems == ()
+
+
+def test_shapes_dtypes_chunks_and_paths_are_those_of_torch(saved: Path) -> None:
+    metadata, catalog = torch_metadata(saved), open_checkpoint(saved)
+    assert shapes_and_dtypes(catalog) == {f"model.{key}": (tuple(t.shape), t.dtype) for key, t in tensors().items()}
+    for key, tensor in catalog.tensors.items():
+        theirs = [(tuple(c.offsets), tuple(c.sizes)) for c in metadata.state_dict_metadata[key].chunks]
+        ours = [catalog.region(tensor, chunk) for chunk in tensor.chunks]
+        assert [(region.offsets, region.sizes) for region in ours] == theirs, key
+    objects = {key for key, value in metadata.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)}
+    assert set(catalog.objects) == objects == {f"extra.{key}" for key in OBJECTS}
+    assert {key: catalog.path(key) for key in metadata.planner_data} == metadata.planner_data
+    assert catalog.total_bytes == sum(t.numel() * t.element_size() for t in tensors().values())
+
+
+def test_the_item_at_each_place_is_the_value(saved: Path) -> None:
+    whole = {f"model.{key}": tensor for key, tensor in tensors().items()}
+    for (key, _), (file, byte_offset, byte_length) in places(open_checkpoint(saved)).items():
+        item = (saved / file).read_bytes()[byte_offset : byte_offset + byte_length]
+        value = torch.load(io.BytesIO(item), weights_only=True)
+        if key in whole:
+            assert (value.dtype, value.tolist()) == (whole[key].dtype, whole[key].tolist()), key
+        else:
+            assert value == OBJECTS[key.removeprefix("extra.")]
+
+
+def as_torch_2_1(metadata: Metadata) -> None:
+    """torch 2.1 and 2.2: the sharded tensors' TensorProperties, and neither storage_meta nor version."""
+    for value in metadata.state_dict_metadata.values():
+        if not isinstance(value, BytesStorageMetadata):
+            value.properties = ShardedTensorProperties(dtype=value.properties.dtype)
+    for later in ("storage_meta", "version"):
+        metadata.__dict__.pop(later, None)
+
+
+def test_metadata_of_torch_2_1(saved: Path) -> None:
+    before = open_checkpoint(saved)
+    edit_metadata(saved, as_torch_2_1)
+    data = (saved / ".metadata").read_bytes()
+    assert b"MEM_FORMAT_ENCODING" in data
+    assert b"_MEM_FORMAT_ENCODING" not in data
+    assert b"storage_meta" not in data
+    catalog = open_checkpoint(saved)
+    assert (places(catalog), shapes_and_dtypes(catalog)) == (places(before), shapes_and_dtypes(before))
+    assert catalog.torch_metadata_version == "unversioned"
+
+
+@pytest.mark.parametrize("num_values", [5, 6])
+def test_the_state_of_tensor_properties(saved: Path, monkeypatch: pytest.MonkeyPatch, num_values: int) -> None:
+    """Five values until torch 2.14; torch 2.15 appends the strides, which an older torch can't read."""
+    before, five = open_checkpoint(saved), TensorProperties.__getstate__
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorProperties, "__getstate__", lambda self: (*five(self)[:5], (4, 1))[:num_values])
+        edit_metadata(saved, lambda metadata: None)
+    if num_values == 6:
+        with pytest.raises(ValueError, match="too many values to unpack"):
+            TensorProperties().__setstate__((*five(TensorProperties())[:5], (4, 1)))
+    catalog = open_checkpoint(saved)
+    assert (places(catalog), shapes_and_dtypes(catalog)) == (places(before), shapes_and_dtypes(before))
+
+
+def test_without_planner_data_the_keys_are_the_paths(saved: Path) -> None:
+    before = open_checkpoint(saved)
+    edit_metadata(saved, lambda metadata: setattr(metadata, "planner_data", None))
+    catalog = open_checkpoint(saved)
+    assert catalog.paths is None
+    assert catalog.path(MATRIX) == (MATRIX,)
+    assert before.path(MATRIX) == ("model", "matrix")
+    assert places(catalog) == places(before)
+
+
+def test_a_chunk_without_a_file_is_a_problem_of_the_catalog(saved: Path) -> None:
+    def forget(metadata: Metadata) -> None:
+        del metadata.storage_data[next(index for index in metadata.storage_data if index.fqn == MATRIX)]
+
+    edit_metadata(saved, forget)
+    catalog = open_checkpoint(saved)
+    matrix: SavedTensor = catalog.tensors[MATRIX]
+    assert [catalog.chunk_file[chunk] for chunk in matrix.chunks] == [-1]
+    assert [problem.partition(":")[0] for problem in catalog.problems] == [MATRIX]

@@ -1,0 +1,74 @@
+"""Saved tensors that are not row-major: the strides stand only in the item, and every element must still be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardferry.agreement import Agreement
+from shardferry.checkpoint import open_checkpoint
+from shardferry.layout import Mesh, Rule, Shard, SpecLayout
+from shardferry.load import LoadedShard, LoadJob, load_rank
+from shardferry.reader import ReadOptions
+from tests.support.alone import save_alone
+from tests.support.oracle import full_tensor
+
+SHAPES = {"transposed": (40, 30), "channels_last": (8, 12, 4, 4), "row_major": (64, 48), "vector": (77,)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
+
+
+def strided(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
+    if fqn == "transposed":
+        return tensor.t().contiguous().t()
+    return tensor.contiguous(memory_format=torch.channels_last) if fqn == "channels_last" else tensor
+
+
+def load(path: Path, dim: int, world_rank: int, world_size: int, *, concurrency: int = 4) -> LoadedShard:
+    mesh = Mesh((("dp", world_size),))
+    spec = SpecLayout(mesh, (Rule("vector", {"dp": Shard(0)}),), {"dp": Shard(dim)})
+    options = ReadOptions(concurrency=concurrency)
+    job = LoadJob(open_checkpoint(path), spec.rank(world_rank), "optim", torch.device("cpu"), options)
+    return load_rank(job, Agreement(None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_every_element(tmp_path: Path, dtype: torch.dtype, dim: int) -> None:
+    state = {fqn: {"exp_avg": strided(fqn, full_tensor(fqn, "exp_avg", shape, dtype))} for fqn, shape in SHAPES.items()}
+    assert state["transposed"]["exp_avg"].stride() == (1, 40)
+    save_alone({"optim": {"state": state}}, tmp_path / "ckpt")
+    compared = 0
+    for rank in range(3):
+        with load(tmp_path / "ckpt", dim, rank, 3).handle("in_process", exclusive=True).open() as shard:
+            for fqn, shape in SHAPES.items():
+                found = shard.state_dict()["state"][fqn]["exp_avg"]
+                assert found.is_contiguous()
+                for whole, local in shard.regions(fqn, "exp_avg"):
+                    box = tuple(map(slice, whole.offsets, whole.ends))
+                    here = tuple(map(slice, local.offsets, local.ends))
+                    assert torch.equal(found[here], full_tensor(fqn, "exp_avg", shape, dtype)[box]), fqn
+                    compared += found[here].numel()
+    assert compared == sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_bytes_asked_for_are_those_needed(tmp_path: Path, dim: int, concurrency: int) -> None:
+    """Rows and columns of matrices of a usual size: at most 5 % more than the needed bytes, on each rank."""
+    state = {f"w{n}": {"exp_avg": full_tensor(f"w{n}", "exp_avg", (512, 512))} for n in range(6)}
+    save_alone({"optim": {"state": state}}, tmp_path / "ckpt")
+    for rank in range(4):
+        loaded = load(tmp_path / "ckpt", dim, rank, 4, concurrency=concurrency)
+        assert loaded.plan.bytes_needed == 6 * 512 * 512 * 4 // 4
+        assert loaded.plan.bytes_needed <= loaded.counters.bytes_requested <= 1.05 * loaded.plan.bytes_needed
+
+
+def test_compressed_items_are_refused(tmp_path: Path) -> None:
+    from tests.support import damage
+
+    save_alone({"optim": {"state": {"even.weight": {"exp_avg": torch.ones(4, 4)}}}}, tmp_path / "ckpt")
+    damage.replace_info(tmp_path / "ckpt", transform_descriptors=["stream.zstd/1"])
+    with pytest.raises(OSError, match=r"even\.weight\.exp_avg: its item in .* was transformed \(compressed\)"):
+        load(tmp_path / "ckpt", 0, 0, 1)

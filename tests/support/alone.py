@@ -1,0 +1,16 @@
+"""Stock saves by a process on its own."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+
+def save_alone(state_dict: dict[str, Any], path: Path, **options: Any) -> None:
+    """``dcp.save`` without a process group, which torch remarks on each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save(state_dict, checkpoint_id=str(path), **options)
