@@ -1,0 +1,164 @@
+"""Arenas and handles: who may write, how long memory lives, what is left behind."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import signal
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shardferry import errors
+from shardferry.arena import HostArena, check_host_room
+from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryError
+from shardferry.handoff import Manifest, Payload, ShardHandle, SharedMemory, StateTensor
+from shardferry.layout import replicated
+
+SHAPE = (3, 5)
+CONTENT = torch.arange(15.0).view(SHAPE)
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:shardferry-arena")
+
+
+def manifest() -> Manifest:
+    tensor = StateTensor("w", "exp_avg", torch.float32, replicated(SHAPE), 256)
+    return Manifest(0, 1, None, (tensor,), {"w": {"step": 3}}, ({"params": ["w"], "lr": 0.5},))
+
+
+def filled_arena() -> HostArena:
+    arena = HostArena(512)
+    arena.tensor(256, SHAPE, torch.float32).copy_(CONTENT)
+    return arena
+
+
+def test_memory_lives_as_long_as_a_tensor_uses_it() -> None:
+    files = set(Path("/dev/shm").iterdir())
+    before = mappings()
+    arena = filled_arena()
+    tensor = arena.tensor(256, SHAPE, torch.float32)
+    arena.close()
+    assert torch.equal(tensor, CONTENT)
+    assert mappings() == before + 1
+    del tensor, arena
+    assert mappings() == before
+    assert set(Path("/dev/shm").iterdir()) == files
+
+
+def test_a_frozen_arena_is_immutable_for_everybody() -> None:
+    arena = filled_arena()
+    arena.freeze()
+    with pytest.raises(PermissionError):
+        mmap.mmap(arena.descriptor, 512, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    with pytest.raises(PermissionError):
+        os.pwrite(arena.descriptor, b"x", 0)
+
+
+def test_an_empty_arena() -> None:
+    assert HostArena(0).tensor(0, (0, 4), torch.float32).shape == (0, 4)
+
+
+def test_no_room() -> None:
+    with pytest.raises(
+        ArenaError, match=r"host here: 2 arena\(s\) need 1125899906842624 bytes, \d+ are available: \d+ bytes"
+    ):
+        check_host_room(arenas_bytes=1 << 50, num_arenas=2, host="here")
+
+
+def serve(pipe: Connection, exclusive: bool) -> None:
+    """A loader: hands out its arena, and waits to be killed."""
+    arena = filled_arena()
+    if exclusive:
+        arena.detach()
+    else:
+        arena.freeze()
+    pipe.send(ShardHandle(manifest(), SharedMemory.of(arena, exclusive=exclusive)))
+    pipe.recv()
+
+
+class Loader:
+    """A process that holds an arena."""
+
+    def __init__(self, *, exclusive: bool) -> None:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, exclusive), daemon=True)
+        self.process.start()
+        assert self._pipe.poll(60), "the loader did not start"
+        self.handle: ShardHandle = self._pipe.recv()
+
+    def kill(self) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join(10)
+        self._pipe.close()
+
+
+def test_private_openers_do_not_see_each_others_writes() -> None:
+    loader = Loader(exclusive=False)
+    try:
+        with loader.handle.open() as one, loader.handle.open() as other:
+            mine, theirs = (shard.state_dict()["state"]["w"]["exp_avg"] for shard in (one, other))
+        mine.fill_(-1)
+        assert torch.equal(theirs, CONTENT)
+    finally:
+        loader.kill()
+    assert torch.equal(theirs, CONTENT), "the memory outlives its loader"
+    with pytest.raises(HandoffError, match="has ended before the shard was opened"):
+        loader.handle.open()
+
+
+def test_an_exclusive_shard_is_taken_once() -> None:
+    loader = Loader(exclusive=True)
+    try:
+        with loader.handle.open() as shard:
+            tensor = shard.state_dict()["state"]["w"]["exp_avg"]
+        tensor.add_(1)
+        with pytest.raises(HandoffError, match="handed over already"):
+            loader.handle.open()
+    finally:
+        loader.kill()
+    assert torch.equal(tensor, CONTENT + 1)
+
+
+def test_payload_travels_out_of_band_and_is_copied_once() -> None:
+    data = filled_arena().tensor(0, (512,), torch.uint8).numpy()
+    buffers: list[pickle.PickleBuffer] = []
+    text = pickle.dumps(ShardHandle(manifest(), Payload(data)), protocol=5, buffer_callback=buffers.append)
+    assert [buffer.raw().nbytes for buffer in buffers] == [512]
+    shared = np.frombuffer(bytes(buffers[0].raw()), np.uint8)  # read-only, as an object store gives it
+    handle: ShardHandle = pickle.loads(text, buffers=[shared])
+    with handle.open() as shard:
+        tensor = shard.state_dict()["state"]["w"]["exp_avg"]
+        tensor.add_(1)
+    with handle.open() as shard:
+        assert torch.equal(shard.state_dict()["state"]["w"]["exp_avg"], CONTENT)
+
+
+def test_what_a_shard_tells() -> None:
+    handle = ShardHandle(manifest(), Payload(filled_arena().tensor(0, (512,), torch.uint8).numpy()))
+    with handle.open() as shard:
+        assert shard.state_dict()["param_groups"] == [{"params": ["w"], "lr": 0.5}]
+        assert shard.state_dict()["state"]["w"]["step"] == 3
+        assert shard.global_shape("w", "exp_avg") == SHAPE
+        assert [(str(whole), str(local)) for whole, local in shard.regions("w", "exp_avg")] == [("[0:3, 0:5]",) * 2]
+        with pytest.raises(KeyError, match="no state tensor 'step'"):
+            shard.regions("w", "step")
+    with pytest.raises(HandoffError, match="was closed"):
+        shard.state_dict()
+
+
+def test_every_error_survives_pickling() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ShardferryError)]
+    assert len(classes) > 10
+    for error in classes:
+        again = pickle.loads(pickle.dumps(error("w: 3 of 4")))
+        assert (type(again), str(again)) == (error, "w: 3 of 4")
+    assert pickle.loads(pickle.dumps(RankError("late", (1, 2)))).world_ranks == (1, 2)
