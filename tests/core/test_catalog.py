@@ -17,6 +17,8 @@ from shardferry.checkpoint import open_checkpoint
 from tests.support.damage import edit_metadata
 from tests.support.oracle import full_tensor
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 OBJECTS = {"name": "adamw", "betas": (0.5, 0.25), "epoch": 3}
 MATRIX = "model.matrix"
 
