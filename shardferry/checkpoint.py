@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardferry.catalog import Catalog, build_catalog
 from shardferry.errors import CheckpointNotFound
-from shardferry.metadata import parse_metadata
+from shardferry.metadata import Metadata, parse_metadata
 from shardferry.storage.base import RangeReader, open_storage, read_file
 
 METADATA_FILE = ".metadata"
@@ -35,7 +35,10 @@ def open_checkpoint(location: str | Path) -> Catalog:
 def read_catalog(storage: RangeReader) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
     sources = _metadata_files(storage)
-    parts = {name: parse_metadata(read_file(storage, name), source=f"{storage.location}/{name}") for name in sources}
+    parts: dict[str, Metadata] = {}
+    for name in sources:
+        source = f"{storage.location}/{name}"
+        parts[source] = parse_metadata(read_file(storage, name), source=source)
     return build_catalog(parts, location=storage.location)
 
 
