@@ -1,23 +1,24 @@
-"""Catalogs of what stock torch saved, and of what other torch versions write."""
+"""Catalogs of what stock torch saved, and what is said of metadata that makes none."""
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardedTensorProperties
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from shardferry.catalog import Catalog, SavedTensor
 from shardferry.checkpoint import open_checkpoint
-from tests.support.damage import edit_metadata
+from shardferry.errors import CatalogError, CheckpointNotFound, UnsafeMetadata
+from tests.support.alone import save_alone
+from tests.support.damage import edit_metadata, forbidden_global, index_of
 from tests.support.oracle import full_tensor
-
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 OBJECTS = {"name": "adamw", "betas": (0.5, 0.25), "epoch": 3}
 MATRIX = "model.matrix"
@@ -39,7 +40,7 @@ def tensors() -> dict[str, torch.Tensor]:
 def saved(tmp_path: Path) -> Path:
     """Written by stock torch in one process."""
     path = tmp_path / "ckpt"
-    dcp.save({"model": tensors(), "extra": dict(OBJECTS)}, checkpoint_id=path, no_dist=True)
+    save_alone({"model": tensors(), "extra": dict(OBJECTS)}, path)
     return path
 
 
@@ -123,20 +124,6 @@ def test_metadata_of_torch_2_1(saved: Path) -> None:
     assert catalog.torch_metadata_version == "unversioned"
 
 
-@pytest.mark.parametrize("num_values", [5, 6])
-def test_the_state_of_tensor_properties(saved: Path, monkeypatch: pytest.MonkeyPatch, num_values: int) -> None:
-    """Five values until torch 2.14; torch 2.15 appends the strides, which an older torch can't read."""
-    before, five = open_checkpoint(saved), TensorProperties.__getstate__
-    with monkeypatch.context() as patch:
-        patch.setattr(TensorProperties, "__getstate__", lambda self: (*five(self)[:5], (4, 1))[:num_values])
-        edit_metadata(saved, lambda metadata: None)
-    if num_values == 6:
-        with pytest.raises(ValueError, match="too many values to unpack"):
-            TensorProperties().__setstate__((*five(TensorProperties())[:5], (4, 1)))
-    catalog = open_checkpoint(saved)
-    assert (places(catalog), shapes_and_dtypes(catalog)) == (places(before), shapes_and_dtypes(before))
-
-
 def test_without_planner_data_the_keys_are_the_paths(saved: Path) -> None:
     before = open_checkpoint(saved)
     edit_metadata(saved, lambda metadata: setattr(metadata, "planner_data", None))
@@ -156,3 +143,61 @@ def test_a_chunk_without_a_file_is_a_problem_of_the_catalog(saved: Path) -> None
     matrix: SavedTensor = catalog.tensors[MATRIX]
     assert [catalog.chunk_file[chunk] for chunk in matrix.chunks] == [-1]
     assert [problem.partition(":")[0] for problem in catalog.problems] == [MATRIX]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        pytest.param(Metadata({}), "holds no table of stored items", id="no storage table"),
+        pytest.param(Metadata({}, None, {"a": 1}), "keyed by str, not MetadataIndex", id="other keys"),
+        pytest.param(Metadata({"a": 1}, None, {}), "a: is a int, neither tensor nor bytes", id="an int"),
+        pytest.param(Metadata({1: 1}, None, {}), "the key 1 is a int, not a string", id="a key that is no string"),
+    ],
+)
+def test_metadata_of_something_else_names_the_file(tmp_path: Path, metadata: Metadata, says: str) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CatalogError, match=re.escape(says)) as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / '.metadata'}: ")
+
+
+def outside_box(metadata: Metadata) -> None:
+    metadata.state_dict_metadata[MATRIX].chunks[0].sizes = torch.Size((7, 4))
+
+
+def no_dtype(metadata: Metadata) -> None:
+    del metadata.state_dict_metadata[MATRIX].__dict__["properties"]
+
+
+def negative_length(metadata: Metadata) -> None:
+    metadata.storage_data[index_of(metadata, MATRIX)].length = -1
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (outside_box, "chunk at (0, 0) of sizes (7, 4) lies outside the shape (6, 4)"),
+        (no_dtype, "incomplete tensor metadata"),
+        (negative_length, "with -1 bytes"),
+    ],
+)
+def test_contradictions_name_file_and_key(saved: Path, edit: Callable[[Metadata], None], says: str) -> None:
+    edit_metadata(saved, edit)
+    with pytest.raises(CatalogError, match=re.escape(says)) as caught:
+        open_checkpoint(saved)
+    assert str(caught.value).startswith(f"{saved / '.metadata'}: {MATRIX}: ")
+
+
+def test_a_command_is_refused_that_a_careless_reader_would_run(saved: Path) -> None:
+    forbidden_global(saved)
+    with pytest.raises(UnsafeMetadata, match=r"names the global (os|posix)\.system"):
+        open_checkpoint(saved)
+    assert not (saved / "executed").exists()
+    pickle.loads((saved / ".metadata").read_bytes())
+    assert (saved / "executed").exists()
+
+
+def test_a_save_that_was_not_completed(saved: Path) -> None:
+    (saved / ".metadata").unlink()
+    with pytest.raises(CheckpointNotFound, match=r"no \.metadata file among 1 files .* the save was not completed"):
+        open_checkpoint(saved)

@@ -1,0 +1,176 @@
+"""Heads of items as torch.save writes them, and heads that nobody should believe."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.serialization import config
+
+from shardferry.decode import HeadTooShort, ItemLayout, decode_object, parse_head
+from shardferry.errors import DecodeError
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+]
+
+
+def item_of(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """Of the elements, row-major."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def gathered(item: bytes, layout: ItemLayout) -> bytes:
+    """The elements at the byte positions that the layout gives, row-major."""
+    indices = torch.cartesian_prod(*(torch.arange(n) for n in layout.shape)).view(-1, len(layout.shape)).tolist()
+    positions = [layout.byte_position(tuple(index)) for index in indices]
+    return b"".join(item[start : start + layout.dtype.itemsize] for start in positions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_dtype(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[1, 0, 2], [3, 5, 7]], dtype=torch.float32).to(dtype)
+    item = item_of(tensor)
+    layout = parse_head(item[:1024])
+    assert (layout.dtype, layout.shape, layout.strides, layout.storage_offset) == (dtype, (2, 3), (3, 1), 0)
+    assert gathered(item, layout) == raw_bytes(tensor)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.arange(12.0).view(3, 4).t(), id="transposed"),
+        pytest.param(torch.arange(48.0).view(2, 3, 2, 4).contiguous(memory_format=torch.channels_last), id="channels"),
+        pytest.param(torch.arange(20.0).view(4, 5)[1:3, 2:], id="inside a bigger storage"),
+        pytest.param(torch.arange(20.0)[::3], id="every third"),
+        pytest.param(torch.arange(3.0).expand(2, 3), id="stride 0"),
+        pytest.param(torch.nn.Parameter(torch.arange(6.0).view(2, 3)), id="parameter"),
+        pytest.param(torch.arange(6.0).requires_grad_(), id="requires grad"),
+    ],
+)
+def test_each_stride(tensor: torch.Tensor) -> None:
+    item = item_of(tensor)
+    layout = parse_head(item)
+    assert (layout.shape, layout.strides) == (tuple(tensor.shape), tensor.stride())
+    assert layout.storage_offset == tensor.storage_offset()
+    assert gathered(item, layout) == raw_bytes(tensor)
+
+
+def test_a_scalar_and_an_empty_tensor() -> None:
+    item = item_of(torch.tensor(2.5))
+    layout = parse_head(item)
+    assert (layout.shape, layout.strides) == ((), ())
+    assert item[layout.byte_position(()) :][:4] == raw_bytes(torch.tensor([2.5]))
+    empty = parse_head(item_of(torch.zeros(0, 3)))
+    assert (empty.shape, empty.dtype) == ((0, 3), torch.float32)
+
+
+@pytest.fixture
+def alignment() -> Iterator[None]:
+    before = config.save.storage_alignment
+    yield
+    config.save.storage_alignment = before
+
+
+@pytest.mark.usefixtures("alignment")
+@pytest.mark.parametrize("num_bytes", [64, 256, 4096])
+def test_the_start_of_the_data_is_what_the_zip_says(num_bytes: int) -> None:
+    config.save.storage_alignment = num_bytes
+    tensor = torch.arange(10.0)
+    item = item_of(tensor)
+    layout = parse_head(item)
+    assert layout.raw_start == item.index(raw_bytes(tensor))
+    assert layout.raw_start % num_bytes == 0
+
+
+def test_a_head_that_is_cut_asks_for_more() -> None:
+    item = item_of(torch.arange(10.0))
+    layout = parse_head(item)
+    for length in range(layout.raw_start):
+        with pytest.raises(HeadTooShort):
+            parse_head(item[:length])
+    assert parse_head(item[: layout.raw_start]) == layout
+
+
+class _Custom:
+    """No plain data."""
+
+    def __reduce__(self) -> Any:
+        return os.getcwd, ()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        pytest.param(_Custom(), "names (os|posix).getcwd, which no plain tensor needs", id="forbidden global"),
+        pytest.param({"a": 1}, "holds a dict, not a tensor", id="no tensor"),
+        pytest.param([torch.ones(1), torch.ones(2)], "not to its own storage", id="two storages"),
+        pytest.param(torch.eye(3).to_sparse(), "which no plain tensor needs", id="sparse"),
+    ],
+)
+def test_items_of_something_else(value: Any, says: str) -> None:
+    with pytest.raises(DecodeError, match=says):
+        parse_head(item_of(value).ljust(64 * 1024, b"\0"))
+
+
+def test_damaged_heads() -> None:
+    item = item_of(torch.arange(10.0))
+    with pytest.raises(DecodeError, match=r"no zip record at byte 0 of the item \(found b'PK\\x03\\x05'\)"):
+        parse_head(item.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+    with pytest.raises(DecodeError, match="saved on a b'gittle'-endian machine, this one is little-endian"):
+        parse_head(item.replace(b"little", b"gittle", 1))
+    with pytest.raises(DecodeError, match=r"compressed \(method 8\)"):
+        parse_head(item[:8] + b"\x08\x00" + item[10:])
+    noise = random.Random(0)
+    for _ in range(200):
+        with pytest.raises(DecodeError, match="no zip record at byte 0"):
+            parse_head(noise.randbytes(1024))
+
+
+def test_any_damaged_byte_is_an_answer_or_an_error_of_ours() -> None:
+    item, noise, refused = bytearray(item_of(torch.arange(10.0))), random.Random(1), 0
+    for position in range(parse_head(bytes(item)).raw_start):
+        damaged = bytearray(item)
+        damaged[position] ^= noise.randrange(1, 256)
+        try:
+            assert isinstance(parse_head(bytes(damaged)), ItemLayout)
+        except (DecodeError, HeadTooShort):
+            refused += 1
+    assert refused > 50
+
+
+def test_objects() -> None:
+    value = {"lr": 0.5, "betas": (0.25, 0.5), "names": ["a", None], "on": True, "count": 3}
+    assert decode_object(item_of(value)) == value
+    assert torch.equal(decode_object(item_of(torch.arange(3))), torch.arange(3))
+    with pytest.raises(DecodeError, match="is damaged or not plain data"):
+        decode_object(item_of(_Custom()))
+    with pytest.raises(DecodeError, match="the saved object of 10 bytes is damaged"):
+        decode_object(item_of(value)[:10])
