@@ -29,18 +29,19 @@ def load_into(shard: Shard, model: torch.nn.Module, optimizer: torch.optim.Optim
         InstallError: the shard lies otherwise than the model's parameters, or lacks one of them.
     """
     groups = live_parameters(model, optimizer)
-    fused = [bool(group.get("fused") or group.get("capturable")) for group in optimizer.param_groups]
-    state: dict[torch.Tensor, dict[str, Any]] = {}
-    for parameters, on_device in zip(groups, fused, strict=True):
-        for parameter in parameters:
-            if entries := _state_of(shard, parameter, step_on_device=on_device):
-                state[parameter.tensor] = entries
     hyperparameters = [
         hyperparameters_for([part.fqn for parameter in group for part in parameter.parts], shard.param_groups)
         if shard.param_groups
         else {}
         for group in groups
     ]
+    state: dict[torch.Tensor, dict[str, Any]] = {}
+    for group, parameters, values in zip(optimizer.param_groups, groups, hyperparameters, strict=True):
+        flags = {**group, **values}  # as they will be: a fused or capturable optimizer keeps `step` on the device
+        on_device = bool(flags.get("fused") or flags.get("capturable"))
+        for parameter in parameters:
+            if entries := _state_of(shard, parameter, step_on_device=on_device):
+                state[parameter.tensor] = entries
     for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(values)
     optimizer.state.clear()
