@@ -28,7 +28,7 @@ from shardferry.agreement import Agreement
 from shardferry.arena import HostArena, allocate_arena
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import METADATA_FILE, open_checkpoint
-from shardferry.load import LoadJob, PhaseClock, load_rank
+from shardferry.load import LoadJob, PhaseClock, catalog_of_all, load_rank
 from shardferry.param_groups import ParamGroup, build_param_groups
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
@@ -133,7 +133,7 @@ class Shardferry:
         agreement = Agreement(dist.group.WORLD)
         self._counters, self._clock = Counters(), PhaseClock()
         with self._clock.phase("open"):
-            catalog = self._catalog(agreement)
+            catalog = catalog_of_all(self._task.path, agreement, dist.group.WORLD)
         if self._arena is None:
             self._load_fresh(catalog, agreement)
             return
@@ -143,15 +143,6 @@ class Shardferry:
             arena = self._arena
             agreement.attempt("reading", lambda: self._read(plan, catalog, arena))
         self._plan = plan
-
-    def _catalog(self, agreement: Agreement) -> Catalog:
-        def open_on_first_rank() -> Catalog | None:
-            return open_checkpoint(self._task.path) if self._task.rank == 0 else None
-
-        found = [agreement.attempt("opening the checkpoint", open_on_first_rank)]
-        dist.broadcast_object_list(found)
-        assert found[0] is not None
-        return found[0]
 
     def _read(self, plan: LoadPlan, catalog: Catalog, arena: HostArena) -> None:
         storage = open_storage(catalog.location)

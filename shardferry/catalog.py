@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from shardferry.collector import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
-from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata, paused_gc
+from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from shardferry.region import Region
 
 NO_FILE = -1  # in Catalog.chunk_file: the metadata lists the chunk, but not where it was stored

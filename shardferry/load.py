@@ -18,6 +18,7 @@ from shardferry.agreement import Agreement
 from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint
+from shardferry.collector import paused_gc
 from shardferry.errors import HandoffError
 from shardferry.handoff import InProcess, Manifest, Payload, ShardHandle, SharedMemory, StateTensor, node_identity
 from shardferry.install import load_into
@@ -193,7 +194,7 @@ def load_optimizer_state(
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD
     agreement = Agreement(process_group)
-    catalog = _catalog_of_all(location, agreement, process_group)
+    catalog = catalog_of_all(location, agreement, process_group)
     layout, device = agreement.attempt(
         "reading the model's layout",
         lambda: (
@@ -209,7 +210,7 @@ def load_optimizer_state(
     )
 
 
-def _catalog_of_all(location: str | Path, agreement: Agreement, process_group: dist.ProcessGroup | None) -> Catalog:
+def catalog_of_all(location: str | Path, agreement: Agreement, process_group: dist.ProcessGroup | None) -> Catalog:
     """Rank 0 reads the metadata; the others get the catalog from it."""
     found: list[Catalog | None] = [None]
     if agreement.rank == 0:
@@ -217,7 +218,8 @@ def _catalog_of_all(location: str | Path, agreement: Agreement, process_group: d
     else:
         agreement.attempt("opening the checkpoint", lambda: None)
     if process_group is not None:
-        dist.broadcast_object_list(found, group=process_group, group_src=0)
+        with paused_gc():
+            dist.broadcast_object_list(found, group=process_group, group_src=0)
     assert found[0] is not None
     return found[0]
 

@@ -6,15 +6,14 @@ other global is refused by name. Format: torch/distributed/checkpoint/metadata.p
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from shardferry.collector import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
 
 
@@ -138,18 +137,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             f"metadata names the global {module}.{name}, which no PyTorch writer of checkpoints needs; nothing was executed. "
             "Don't load this checkpoint unless you know who wrote it."
         )
-
-
-@contextmanager
-def paused_gc() -> Iterator[None]:
-    """No cyclic garbage collection inside: a million new objects would make it walk the whole heap again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def parse_metadata(data: bytes, *, source: str) -> Metadata:

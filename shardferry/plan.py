@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from shardferry.catalog import NO_FILE, Catalog, KeyPath, SavedTensor
+from shardferry.collector import paused_gc
 from shardferry.errors import PlanError
 from shardferry.layout import Box, LiveLayout, Mesh, RankLayout, TensorLayout, replicated
 from shardferry.optimizer_index import SCALAR_STATE, OptimizerIndex, index_optimizer, parameter_shape
@@ -81,6 +82,7 @@ class LoadPlan:
         return tensors + sum(o.nbytes for o in self.objects)
 
 
+@paused_gc()
 def plan_load(catalog: Catalog, layout: RankLayout, *, optimizer_key: str) -> LoadPlan:
     """Plan one rank's load of one optimizer.
 

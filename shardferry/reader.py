@@ -16,6 +16,7 @@ import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
 from shardferry.catalog import NO_FILE, Catalog
+from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
 from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 from shardferry.errors import DecodeError, StorageError
@@ -108,7 +109,8 @@ def read_plan(
     # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
     with Crew(options.concurrency, timeout_s=options.timeout_s, alone=alone) as crew:
-        requests = [request for part in crew.run(heads.requests, chunks, _groups) for request in part]
+        with paused_gc():
+            requests = [request for part in crew.run(heads.requests, chunks, _groups) for request in part]
         crew.run(carry_out, requests, _batches)
 
 
