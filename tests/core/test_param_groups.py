@@ -1,0 +1,76 @@
+"""Param groups by parameter: whatever the saver's shape, whatever the live optimizer's split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardferry.catalog import KeyPath
+from shardferry.errors import InstallError
+from shardferry.param_groups import build_param_groups, hyperparameters_for
+
+hyperparameters = st.fixed_dictionaries(
+    {"lr": st.sampled_from([0.1, 0.2]), "betas": st.sampled_from([(0.9, 0.95), (0.9, 0.99)])}
+)
+
+
+@st.composite
+def saved_groups(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Param groups over up to twelve parameters, each in one group."""
+    fqns = [f"layers.{i}.weight" for i in range(draw(st.integers(1, 12)))]
+    groups: list[dict[str, Any]] = [{"params": [], **draw(hyperparameters)} for _ in range(draw(st.integers(1, 4)))]
+    for fqn in fqns:
+        groups[draw(st.integers(0, len(groups) - 1))]["params"].append(fqn)
+    return [group for group in groups if group["params"]]
+
+
+def flattened(groups: list[dict[str, Any]]) -> dict[KeyPath, Any]:
+    """As torch flattens lists of dicts."""
+    return {(i, name): value for i, group in enumerate(groups) for name, value in group.items()}
+
+
+def by_parameter(groups: list[dict[str, Any]]) -> dict[KeyPath, Any]:
+    """As ``flatten_optimizer_state_dict`` writes them."""
+    return {
+        (f"{fqn}.{name}",): value
+        for group in groups
+        for fqn in group["params"]
+        for name, value in group.items()
+        if name != "params"
+    }
+
+
+@given(saved_groups())
+def test_each_way_of_saving_gives_each_parameter_its_hyperparameters(groups: list[dict[str, Any]]) -> None:
+    wanted = {fqn: {"lr": group["lr"], "betas": group["betas"]} for group in groups for fqn in group["params"]}
+    for entries in ({(): groups}, flattened(groups), by_parameter(groups)):
+        rebuilt = build_param_groups(entries)
+        assert {fqn: hyperparameters_for([fqn], rebuilt) for fqn in wanted} == wanted
+
+
+@given(saved_groups(), st.data())
+def test_any_split_finds_its_values_or_is_refused(groups: list[dict[str, Any]], data: st.DataObject) -> None:
+    owner = {fqn: group for group in groups for fqn in group["params"]}
+    live = data.draw(st.lists(st.sampled_from(sorted(owner)), unique=True))
+    alike = {(owner[fqn]["lr"], owner[fqn]["betas"]) for fqn in live}
+    if len(alike) > 1:
+        with pytest.raises(InstallError, match="joins saved groups that differ in"):
+            hyperparameters_for(live, groups)
+    else:
+        found = hyperparameters_for(live, groups)
+        assert {(found["lr"], found["betas"])} == alike if live else found == {}
+
+
+def test_a_parameter_in_no_saved_group_is_named() -> None:
+    groups = [{"params": ["a"], "lr": 0.1}]
+    with pytest.raises(InstallError, match=r"b: in none of the 1 saved param groups \(1 of the live group's 2"):
+        hyperparameters_for(["a", "b"], groups)
+
+
+def test_groups_beyond_the_tenth_keep_their_order() -> None:
+    groups = [{"params": [f"p{i}"], "lr": float(i)} for i in range(12)]
+    entries = dict(sorted(flattened(groups).items(), key=lambda entry: str(entry[0])))  # "10" before "2"
+    assert build_param_groups(entries) == groups
