@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardferry.errors import LayoutError
 from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import LiveLayout
 from shardferry.live import live_layout
@@ -48,7 +49,7 @@ class OptimizerReceiver:
         """Called by the stage before it loads. Raises InstallError, LayoutError."""
         own = dist.get_rank() if dist.is_initialized() else 0
         if dist.is_initialized() and dist.get_world_size() == world_size and own != world_rank:
-            raise ValueError(
+            raise LayoutError(
                 f"trainer {world_rank} of the list given to the stage is rank {own} of its process group; give the trainers "
                 "in the order of their ranks"
             )
