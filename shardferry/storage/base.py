@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from shardferry.errors import CheckpointNotFound
+from shardferry.storage.runs import Runs
 
 
-class RangeReader(Protocol):
-    """Reads byte ranges of the files of one checkpoint. Safe to use from several threads."""
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of a file, of which only some runs may be looked at, and what it cost."""
+
+    view: memoryview  # read-only; from the first run's start to the last one's stop
+    num_requests: int
+    bytes_requested: int
+
+
+class ByteSource(Protocol):
+    """Reads byte ranges of files. Safe to use from several threads."""
+
+    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from ``byte_offset`` on. Raises StorageError where the file has fewer bytes."""
+
+    def window(self, path: str, runs: Runs) -> AbstractContextManager[Window]:
+        """The bytes of some runs, in place, valid inside the ``with``. Raises StorageError where the file has fewer bytes.
+
+        Where the storage can, nothing is fetched before it is looked at. Else the runs are fetched, with the gaps between
+        them as far as these are small.
+        """
+
+
+class RangeReader(ByteSource, Protocol):
+    """The files of one checkpoint."""
 
     location: str
 
@@ -20,16 +45,6 @@ class RangeReader(Protocol):
 
     def size(self, path: str) -> int:
         """Bytes of a file. Raises StorageError where it is missing."""
-
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from ``byte_offset`` on. Raises StorageError where the file has fewer bytes."""
-
-    def window(self, path: str, *, start: int, stop: int) -> AbstractContextManager[memoryview]:
-        """The bytes ``start`` to ``stop`` (exclusive), read-only, valid inside the ``with``.
-
-        Where the storage can, nothing is fetched before it is looked at, so that looking at a few runs of a wide window
-        costs these runs.
-        """
 
     def close(self) -> None:
         """Give back files and connections."""
