@@ -69,6 +69,10 @@ class Catalog:
     box_sizes: np.ndarray  # int64, elements
     chunk_format: np.ndarray  # int16[num_chunks], row of formats
     formats: tuple[ItemFormat, ...]
+    file_bytes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by name, as far as the storage told when it was opened
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # for fsspec; may hold credentials
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -97,8 +101,13 @@ class Catalog:
         return (self.paths or {}).get(key, (key,))
 
 
-def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
+def build_catalog(
+    parts: Mapping[str, Metadata], *, location: str, listing: Mapping[str, int | None] | None = None
+) -> Catalog:
     """Build the catalog from the parsed metadata files of one checkpoint (one, or one a rank).
+
+    Args:
+        listing: bytes of the checkpoint's files, as far as known.
 
     Raises:
         UnsafeMetadata: a file's relative path leaves the checkpoint.
@@ -108,7 +117,7 @@ def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
     with paused_gc():
         for source, metadata in parts.items():
             builder.add(source, metadata)
-        return builder.finish()
+        return builder.finish(listing or {})
 
 
 class _CatalogBuilder:
@@ -204,7 +213,7 @@ class _CatalogBuilder:
             )
         return self._files.setdefault(str(path), len(self._files))
 
-    def finish(self) -> Catalog:
+    def finish(self, listing: Mapping[str, int | None]) -> Catalog:
         tensors: dict[str, SavedTensor] = {}
         columns = _TensorRows((), torch.uint8)
         for key, rows in self._tensors.items():
@@ -227,6 +236,7 @@ class _CatalogBuilder:
             box_sizes=np.array(columns.sizes, dtype=np.int64),
             chunk_format=np.array(columns.formats, dtype=np.int16),
             formats=tuple(self._formats),
+            file_bytes={file: size for file in self._files if (size := listing.get(file)) is not None},
             problems=tuple(self._problems),
         )
 

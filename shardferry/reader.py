@@ -129,7 +129,7 @@ def read_plan(
         DecodeError: an item is damaged or not what the metadata says.
     """
     chunks = _chunks_in_reading_order(plan, catalog)
-    _check_ends((chunk.item for chunk in chunks), storage)
+    _check_ends((chunk.item for chunk in chunks), catalog, storage)
     source = CountedSource(storage, counters)
     placer, sink = _Placer(ItemReader(source)), make_sink(arena)
 
@@ -159,7 +159,7 @@ def read_objects(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counter
 def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Counters) -> Any:
     """One saved Python object. Raises StorageError, DecodeError."""
     item = object_item(catalog, key)
-    _check_inside(item, storage)
+    _check_inside(item, catalog, storage)
     value = ItemReader(CountedSource(storage, counters)).value(item)
     counters.done(item.byte_length)
     return value
@@ -182,25 +182,25 @@ def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog) -> list[_Chunk]:
 
 
 def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> None:
-    """Before anything is started or read: every file that holds something of ``keys`` is there, and long enough.
+    """Before anything is started or read: every file that holds something of ``keys`` is there, and as long as it was.
 
     Raises:
         StorageError: names the key, the file, and both lengths.
     """
-    _check_ends((item for key in keys for item in items_of(catalog, key)), storage)
+    _check_ends((item for key in keys for item in items_of(catalog, key)), catalog, storage)
 
 
-def _check_ends(items: Iterable[StoredItem], storage: RangeReader) -> None:
+def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader) -> None:
     """Check the last item of each file."""
     last: dict[str, StoredItem] = {}
     for item in items:
         if item.path not in last or item.byte_stop > last[item.path].byte_stop:
             last[item.path] = item
     for item in last.values():
-        _check_inside(item, storage)
+        _check_inside(item, catalog, storage)
 
 
-def _check_inside(item: StoredItem, storage: RangeReader) -> None:
+def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
     try:
         size = storage.size(item.path)
     except StorageError as error:
@@ -209,6 +209,12 @@ def _check_inside(item: StoredItem, storage: RangeReader) -> None:
         raise StorageError(
             f"{item.key}: its item is bytes {item.byte_offset} to {item.byte_stop} of {storage.location}/{item.path}, "
             f"which has {size} bytes; the file is cut, or the metadata is not of this checkpoint"
+        )
+    before = catalog.file_bytes.get(item.path, size)
+    if size != before:
+        raise StorageError(
+            f"{item.key}: {storage.location}/{item.path} has {size} bytes, it had {before} when the catalog was read: it was "
+            "written again since. Open the checkpoint again."
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from shardferry.errors import CheckpointNotFound
 from shardferry.storage.runs import Runs
 
 
@@ -40,8 +40,8 @@ class RangeReader(ByteSource, Protocol):
 
     location: str
 
-    def names(self) -> list[str]:
-        """Names of the files directly in the checkpoint, sorted."""
+    def listing(self) -> dict[str, int | None]:
+        """The files directly in the checkpoint: their bytes (None: not told), by name, ascending."""
 
     def size(self, path: str) -> int:
         """Bytes of a file. Raises StorageError where it is missing."""
@@ -50,23 +50,26 @@ class RangeReader(ByteSource, Protocol):
         """Give back files and connections."""
 
 
-def open_storage(location: str | Path) -> RangeReader:
-    """The storage of a checkpoint: a directory, as a path or a ``file://`` URL.
+def open_storage(location: str | Path, storage_options: Mapping[str, Any] | None = None) -> RangeReader:
+    """The storage of a checkpoint: a directory, as a path or a ``file://`` URL, or any URL that fsspec can open.
+
+    Args:
+        storage_options: for fsspec: credentials, an endpoint. A directory needs none.
 
     Raises:
-        CheckpointNotFound: no such directory, or a kind of URL that isn't supported.
+        CheckpointNotFound: no such directory, or a kind of URL that isn't known or whose package isn't installed.
     """
     from shardferry.storage.local import LocalReader
 
     text = str(location)
+    if "://" not in text:
+        return LocalReader(Path(text))
     parts = urlsplit(text)
     if parts.scheme == "file":
         return LocalReader(Path(unquote(parts.path)))
-    if "://" in text:
-        raise CheckpointNotFound(
-            f"{text}: checkpoints are read from directories and file:// URLs, not from {parts.scheme}://"
-        )
-    return LocalReader(Path(text))
+    from shardferry.storage.remote import open_url
+
+    return open_url(text, storage_options or {})
 
 
 def read_file(storage: RangeReader, path: str) -> bytes:

@@ -26,8 +26,10 @@ class LocalReader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def names(self) -> list[str]:
-        return sorted(entry.name for entry in self._directory.iterdir() if entry.is_file())
+    def listing(self) -> dict[str, int | None]:
+        with os.scandir(self._directory) as entries:
+            files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return dict(sorted(files.items()))
 
     def size(self, path: str) -> int:
         return os.fstat(self._descriptor(path)).st_size
