@@ -110,7 +110,8 @@ class RemoteReader:
         """Whether the backend has no ranges of its own, so that fsspec reads them through a file with a cache."""
         from fsspec import AbstractFileSystem
 
-        return getattr(type(self._filesystem), "cat_file", None) is AbstractFileSystem.cat_file
+        # Asked of the object, not of its class: asynchronous backends get their methods when they are made.
+        return getattr(self._filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
 
     def _check_length(self, path: str, start: int, stop: int, data: bytes) -> None:
         if len(data) != stop - start:
