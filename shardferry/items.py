@@ -20,6 +20,7 @@ from shardferry.errors import DecodeError
 from shardferry.item_format import ItemFormat, RawItem, TransformedItem
 from shardferry.region import row_major_strides
 from shardferry.storage.base import ByteSource
+from shardferry.transforms import undo_transforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,12 @@ class ItemReader:
     def content(self, item: StoredItem) -> bytes:
         """The whole item as ``torch.save`` wrote it. Raises StorageError, DecodeError."""
         data = self._read(item, item.byte_length)
-        if isinstance(item.format, TransformedItem):
-            raise DecodeError(
-                f"{item.key}: its item in {item.path} was transformed (compressed) by the writer, which can't be read in "
-                "ranges; save without transforms"
-            )
-        return data
+        if not isinstance(item.format, TransformedItem):
+            return data
+        try:
+            return undo_transforms(data, item.format.descriptors)
+        except DecodeError as error:
+            raise DecodeError(f"{item.key}: item at byte {item.byte_offset} of {item.path}: {error}") from error
 
     def layout_in(self, content: bytes, item: TensorItem) -> ItemLayout:
         """Where the elements are in an item's content. Raises DecodeError."""
