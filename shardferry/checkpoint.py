@@ -10,7 +10,8 @@ from typing import Any
 
 from shardferry.catalog import Catalog, build_catalog
 from shardferry.errors import CheckpointNotFound
-from shardferry.metadata import Metadata, parse_metadata
+from shardferry.metadata import parse_metadata
+from shardferry.safetensors_files import is_safetensors, read_safetensors, with_safetensors_positions
 from shardferry.storage.base import RangeReader, open_storage, read_file
 
 METADATA_FILE = ".metadata"
@@ -44,22 +45,30 @@ def storage_of(catalog: Catalog) -> RangeReader:
 def read_catalog(storage: RangeReader) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
     listing = storage.listing()
-    sources = _metadata_files(storage.location, list(listing))
-    parts: dict[str, Metadata] = {}
+    names = list(listing)
+    sources = _metadata_files(names)
+    if not sources and is_safetensors(names):
+        parts = {storage.location: read_safetensors(storage, names)}
+        return build_catalog(parts, location=storage.location, listing=listing)
+    if not sources:
+        raise _no_checkpoint(storage.location, names)
+    parts = {}
     for name in sources:
         source = f"{storage.location}/{name}"
         parts[source] = parse_metadata(read_file(storage, name), source=source)
-    return build_catalog(parts, location=storage.location, listing=listing)
+    catalog = build_catalog(parts, location=storage.location, listing=listing)
+    return with_safetensors_positions(catalog, storage)
 
 
-def _metadata_files(location: str, names: list[str]) -> list[str]:
+def _metadata_files(names: list[str]) -> list[str]:
     if METADATA_FILE in names:
         return [METADATA_FILE]
-    parts = [name for name in names if _RANK_METADATA.fullmatch(name)]
-    if parts:
-        return parts
+    return [name for name in names if _RANK_METADATA.fullmatch(name)]
+
+
+def _no_checkpoint(location: str, names: list[str]) -> CheckpointNotFound:
     saved = sum(name.endswith(".distcp") for name in names)
     hint = "the save was not completed" if saved else "this is no distributed checkpoint"
-    raise CheckpointNotFound(
+    return CheckpointNotFound(
         f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
     )
