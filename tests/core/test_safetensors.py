@@ -31,7 +31,7 @@ from shardferry.safetensors import parse_header
 from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
-from tests.support.oracle import full_tensor
+from tests.support.oracle import full_tensor, random_bits
 from tests.support.ranks import RankPool
 
 SHAPES = {"rows.weight": (10, 6), "columns.weight": (7, 9), "vector.bias": (5,)}
@@ -102,14 +102,6 @@ DTYPES = [
     torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.complex64, torch.int64, torch.int32, torch.int16,
     torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
 ]  # fmt: skip
-
-
-def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Every bit pattern, NaNs too; of booleans only the two that there are."""
-    generator = torch.Generator().manual_seed(seed)
-    size = (*shape[:-1], shape[-1] * dtype.itemsize)
-    raw = torch.randint(0, 2 if dtype == torch.bool else 256, size, dtype=torch.uint8, generator=generator)
-    return raw.view(dtype)
 
 
 def test_files_of_the_package_in_every_dtype(tmp_path: Path) -> None:
