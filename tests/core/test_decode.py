@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 from torch.utils.serialization import config
 
 from shardferry.decode import MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
@@ -111,6 +112,43 @@ def test_the_start_of_the_data_is_what_the_zip_says(num_bytes: int) -> None:
     layout = parse_head(item)
     assert layout.raw_start == item.index(raw_bytes(tensor))
     assert layout.raw_start % num_bytes == 0
+
+
+class _Ends:
+    """A file of which only the first bytes are kept: the item below is as long as it says, and takes no room."""
+
+    def __init__(self) -> None:
+        self.head = bytearray()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.head += view[: max(0, 4096 - len(self.head))]
+        self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+@pytest.fixture
+def no_checksums() -> Iterator[None]:
+    before = get_crc32_options()
+    set_crc32_options(False)
+    yield
+    set_crc32_options(before)
+
+
+@pytest.mark.usefixtures("no_checksums")
+def test_an_item_longer_than_a_zip_of_32_bits_can_say() -> None:
+    tensor, file = torch.empty(2**30 + 5), _Ends()
+    tensor[:3] = torch.tensor([1.0, 2.0, 4.0])
+    torch.save(tensor, file)
+    assert file.num_bytes > 2**32
+    layout = parse_head(bytes(file.head[:1024]))
+    assert (layout.shape, layout.strides) == ((2**30 + 5,), (1,))
+    assert layout.byte_position((2**30 + 4,)) == layout.raw_start + 2**32 + 16
+    assert file.head[layout.raw_start :][:12] == raw_bytes(tensor[:3])
 
 
 def test_a_head_that_is_cut_asks_for_more() -> None:
