@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,11 +64,10 @@ class CountedSource:
         self._counters.asked(num_requests=1, nbytes=len(buffer))
         self._source.read_into(path, byte_offset, buffer)
 
-    @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[Window]:
-        with self._source.window(path, runs) as window:
-            self._counters.asked(num_requests=window.num_requests, nbytes=window.bytes_requested)
-            yield window
+    def window(self, path: str, runs: Runs) -> Window:
+        window = self._source.window(path, runs)
+        self._counters.asked(num_requests=window.num_requests, nbytes=window.bytes_requested)
+        return window
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,9 +298,9 @@ class _HostSink:
             place = self._memory[arena_offset : arena_offset + request.nbytes]
             source.read_into(placed.path, placed.item_offset + request.byte_offset, place)
             return
-        with source.window(placed.path, request.runs(placed.item_offset)) as window:
-            target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
-            target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+        window = source.window(placed.path, request.runs(placed.item_offset))
+        target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
+        target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
 
 
 class _DeviceSink:
@@ -317,8 +315,8 @@ class _DeviceSink:
                 self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
                 return
             packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-            with source.window(placed.path, request.runs(placed.item_offset)) as window:
-                packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+            window = source.window(placed.path, request.runs(placed.item_offset))
+            packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
             self._scatter(request, arena_offset, staging)
 
     def _scatter(self, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
