@@ -25,7 +25,13 @@ from tests.support.topologies import TOPOLOGIES, Topology
 
 PAIRS = covering_pairs(TOPOLOGIES)
 
-pytestmark = [pytest.mark.conformance(group) for group in (1, 3, 4, 5, 6)]
+pytestmark = [
+    pytest.mark.conformance(1),
+    pytest.mark.conformance(3),
+    pytest.mark.conformance(4),
+    pytest.mark.conformance(5),
+    pytest.mark.conformance(6),
+]
 
 
 @dataclass(frozen=True)

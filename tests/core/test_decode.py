@@ -54,6 +54,7 @@ def gathered(item: bytes, layout: ItemLayout) -> bytes:
     return b"".join(item[start : start + layout.dtype.itemsize] for start in positions)
 
 
+@pytest.mark.conformance(13)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_dtype(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[1, 0, 2], [3, 5, 7]], dtype=torch.float32).to(dtype)
@@ -63,6 +64,7 @@ def test_each_dtype(dtype: torch.dtype) -> None:
     assert gathered(item, layout) == raw_bytes(tensor)
 
 
+@pytest.mark.conformance(12)
 @pytest.mark.parametrize(
     "tensor",
     [

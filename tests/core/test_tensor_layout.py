@@ -58,6 +58,7 @@ def compare_with_torch(mesh_shape: Sequence[int], seed: int) -> int:
     return compared
 
 
+@pytest.mark.conformance(4)
 @pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
 def test_any_placements_on_any_mesh(ranks: RankPool, mesh_shape: tuple[int, ...]) -> None:
     assert all(ranks.run(torch.Size(mesh_shape).numel(), compare_with_torch, mesh_shape, 7))
@@ -85,6 +86,7 @@ def compare_with_fsdp2(mesh_shape: Sequence[int], axes: tuple[str, ...]) -> int:
     return compared
 
 
+@pytest.mark.conformance(4)
 @pytest.mark.parametrize(
     ("mesh_shape", "axes"),
     [((4, 2), "dp-tp"), ((3, 2), "dp-tp"), ((2, 4), "dp-tp"), ((2, 2, 2), "dp-ep-tp")],
