@@ -75,13 +75,13 @@ def test_a_rank_that_differs(ranks: RankPool, saved_by: dict[int, Path], fault: 
 def test_a_file_that_one_rank_needs_is_gone(
     ranks: RankPool, saved_by: dict[int, Path], tmp_path: Path, failing: int
 ) -> None:
-    """Saved and loaded on the same ranks, each rank reads its own file (and rank 0's, where the param groups are)."""
+    """Saved and loaded on the same ranks, each rank reads what it needs from its own file; what all need, one reads."""
     path = shutil.copytree(saved_by[NUM_RANKS], tmp_path / "ckpt")
     gone = f"__{failing}_0.distcp"
     (path / gone).unlink()
     raised = ranks.run(NUM_RANKS, load_with, str(path), None, failing)
     assert all(gone in message for _, message in raised)
-    assert raised[failing][0] != "RankError"
+    assert {kind for kind, _ in raised} - {"RankError"}, "somebody saw it"
 
 
 @pytest.mark.conformance(19)

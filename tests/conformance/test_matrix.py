@@ -16,6 +16,7 @@ import pytest
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint
 from shardferry.plan import PlannedTensor, plan_load
+from shardferry.request import LoadRequest
 from tests.support.covering import covering_pairs, traits
 from tests.support.matrix import Held, load_and_compare, save_and_describe
 from tests.support.networks import STATES, numbers_of, parameters
@@ -72,7 +73,7 @@ def test_plans_to_all_targets(laid_out: dict[Topology, LaidOut], source: Topolog
 
 def check_plan(catalog: Catalog, held: Held, unsaved: frozenset[str], *, where: str) -> None:
     layouts = {fqn: layout for fqn, layout in held.layout.parameters.items() if fqn not in unsaved}
-    plan = plan_load(catalog, dataclasses.replace(held.layout, parameters=layouts), optimizer_key="optim")
+    plan = plan_load(catalog, dataclasses.replace(held.layout, parameters=layouts), LoadRequest("optim"))
     memories = simulate(plan, catalog, whole_of)
     planned = {(tensor.fqn, tensor.name) for tensor in plan.tensors}
     assert planned >= {(fqn, name) for fqn in layouts for name in ("step", *STATES)}, where

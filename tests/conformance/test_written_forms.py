@@ -20,6 +20,7 @@ from shardferry.errors import PlanError
 from shardferry.layout import Mesh, Shard, SpecLayout
 from shardferry.load import LoadJob, load_rank
 from shardferry.reader import ReadOptions
+from shardferry.request import LoadRequest
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.matrix import load_and_compare, save_and_describe
@@ -137,7 +138,9 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     spec = SpecLayout(Mesh((("tp", 2),)), default={"tp": Shard(1)})
     catalog = open_checkpoint(tmp_path / "ckpt")
     for world_rank in range(2):
-        job = LoadJob(catalog, spec.rank(world_rank), "optim", torch.device("cpu"), ReadOptions(concurrency=2))
+        job = LoadJob(
+            catalog, spec.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), ReadOptions(concurrency=2)
+        )
         shard = load_rank(job, Agreement(None)).handle("in_process", exclusive=True).open()
         found = shard.state_dict()["state"]["w"]["exp_avg"]
         expected = whole[:, 2 * world_rank : 2 * world_rank + 2].contiguous()

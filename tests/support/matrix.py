@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import shardferry
 from shardferry.layout import LiveLayout
-from shardferry.live import live_layout, live_parameters
+from shardferry.live import LiveModel, live_layout
 from tests.support.networks import HYPERPARAMETERS, OTHERS, STATES, STEP, group_of, state_of
 from tests.support.topologies import Topology
 
@@ -45,9 +45,10 @@ def save_and_describe(topology: Topology, path: str) -> Held:
 
 
 def _describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
-    layout = live_layout(model, optimizer, world_rank=dist.get_rank(), world_size=dist.get_world_size())
+    live = LiveModel((model,), (optimizer,))
+    layout = live_layout(live, world_rank=dist.get_rank(), world_size=dist.get_world_size())
     numbers: dict[str, np.ndarray] = {}
-    for parameter in (parameter for group in live_parameters(model, optimizer) for parameter in group):
+    for parameter in live.parameters:
         memory = parameter.local.detach().contiguous().view(-1).to(torch.int64).numpy()
         for part in parameter.parts:
             numbers[part.fqn] = memory[part.position : part.position + part.layout.local_numel]
