@@ -22,7 +22,7 @@ from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import HandoffError
 from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory, node_identity
-from shardferry.install import load_into
+from shardferry.install import fit
 from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, as_tuple, live_layout
@@ -264,10 +264,9 @@ def load_optimizer_state(
     request, layout, device = agreement.attempt("reading the model's layout", prepare)
     catalog = catalog_of_all(location, agreement)
     loaded = load_rank(LoadJob(catalog, layout, request, device, ReadOptions(concurrency)), agreement)
-    agreement.attempt(
-        "installing the state",
-        lambda: load_into(loaded.handle("in_process", exclusive=True).open(), live),
-    )
+    shard = loaded.handle("in_process", exclusive=True).open()
+    install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
+    agreement.attempt("installing the state", install)
     return KeyReport(loaded.plan.missing, loaded.unexpected)
 
 

@@ -181,6 +181,7 @@ def load_fsdp1(path: str, replicas: int) -> int:
     return compared
 
 
+@pytest.mark.conformance(5)
 @pytest.mark.parametrize(("target", "replicas"), [(2, 1), (3, 1), (4, 2)], ids=["shrink", "3", "hsdp"])
 def test_fsdp1_takes_it(ranks: RankPool, tmp_path: Path, target: int, replicas: int) -> None:
     ranks.run(4, save_fsdp1, str(tmp_path / "ckpt"))
@@ -192,6 +193,7 @@ def load_key(path: str, key: str, reader: Any) -> None:
     ours.load_sharded_optimizer_state_dict({}, key, reader(path))
 
 
+@pytest.mark.conformance(9)
 @pytest.mark.parametrize("reader", [FileSystemReader, CountingReader])
 def test_wrong_key(ranks: RankPool, saved_by: dict[int, Path], reader: Any) -> None:
     outcomes = ranks.outcomes(2, load_key, str(saved_by[2]), "opt", reader)
@@ -201,6 +203,7 @@ def test_wrong_key(ranks: RankPool, saved_by: dict[int, Path], reader: Any) -> N
         assert "optimizer_key 'opt'; top-level keys are" in message
 
 
+@pytest.mark.conformance(7)
 def test_hole(ranks: RankPool, saved_by: dict[int, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -219,6 +222,7 @@ def load_in_subgroups(path: str) -> int:
     return compare(loaded)
 
 
+@pytest.mark.conformance(18)
 def test_process_group(ranks: RankPool, saved_by: dict[int, Path]) -> None:
     compared = ranks.run(4, load_in_subgroups, str(saved_by[3]))
     assert compared[0] + compared[1] == compared[2] + compared[3] == NUM_ELEMENTS
@@ -247,6 +251,7 @@ def load_shifted(path: str) -> int:
     return start
 
 
+@pytest.mark.conformance(6)
 def test_reader_with_offset_in_groups_that_do_not_lead(ranks: RankPool, saved_by: dict[int, Path]) -> None:
     assert sorted(ranks.run(4, load_shifted, str(saved_by[3]))) == [0, 12, 24, 36]
 
@@ -270,6 +275,7 @@ def test_same_names_and_parameters_as_torch(name: str) -> None:
     assert [p.default for p in list(mine.values())[: len(theirs)]] == [p.default for p in theirs.values()]
 
 
+@pytest.mark.conformance(18)
 def test_rank_device() -> None:
     assert ours.rank_device(3, "cpu") == "cpu"
     assert ours.rank_device(3) == ("cpu" if not torch.cuda.is_available() else f"cuda:{3 % torch.cuda.device_count()}")

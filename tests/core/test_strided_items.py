@@ -34,6 +34,7 @@ def load(path: Path, dim: int, world_rank: int, world_size: int, *, concurrency:
     return load_rank(job, Agreement(None))
 
 
+@pytest.mark.conformance(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_every_element(tmp_path: Path, dtype: torch.dtype, dim: int) -> None:

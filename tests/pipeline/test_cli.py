@@ -128,6 +128,7 @@ def test_verify_reads_everything(checkpoint: Path) -> None:
     assert report["bytes_read"] == sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
 
 
+@pytest.mark.conformance(20)
 def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
     spoilt = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
     file = spoilt / "__2_0.distcp"

@@ -104,6 +104,7 @@ def test_run_delivers_to_trainers(four_saved: Path, trainers_of: Callable[..., l
     assert report.lower_bound_s > 0
 
 
+@pytest.mark.conformance(18)
 def test_loaders_are_pinned_to_gpus_of_their_own(four_saved: Path) -> None:
     with OptimizerLoadStage(config(four_saved, 4)).run() as result:
         assert sorted(gpu for rank in result.report.ranks for gpu in rank.gpu_ids) == ["0", "1", "2", "3"]
