@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shardferry.catalog import Catalog, build_catalog
-from shardferry.errors import CheckpointNotFound
+from shardferry.errors import CatalogError, CheckpointNotFound
+from shardferry.megatron import COMMON_FILE, with_common_values
 from shardferry.metadata import Metadata, parse_metadata
 from shardferry.storage.base import RangeReader, open_storage, read_file
 
@@ -49,17 +50,32 @@ def read_catalog(storage: RangeReader) -> Catalog:
     for name in sources:
         source = f"{storage.location}/{name}"
         parts[source] = parse_metadata(read_file(storage, name), source=source)
-    return build_catalog(parts, location=storage.location, listing=listing)
+    catalog = build_catalog(parts, location=storage.location, listing=listing)
+    if COMMON_FILE in listing:
+        return with_common_values(catalog, read_file(storage, COMMON_FILE))
+    return catalog
 
 
 def _metadata_files(location: str, names: list[str]) -> list[str]:
     if METADATA_FILE in names:
         return [METADATA_FILE]
-    parts = [name for name in names if _RANK_METADATA.fullmatch(name)]
+    parts = {int(found[1]): name for name in names if (found := _RANK_METADATA.fullmatch(name))}
     if parts:
-        return parts
+        _check_ranks(location, parts)
+        return [parts[rank] for rank in sorted(parts)]
     saved = sum(name.endswith(".distcp") for name in names)
     hint = "the save was not completed" if saved else "this is no distributed checkpoint"
     raise CheckpointNotFound(
         f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
     )
+
+
+def _check_ranks(location: str, parts: Mapping[int, str]) -> None:
+    """Each rank wrote its own metadata: a rank that is missing between two others was lost. (After the last, none can know.)"""
+    lost = sorted(set(range(max(parts))) - set(parts))
+    if lost:
+        raise CatalogError(
+            f"{location}: {len(parts)} ranks wrote metadata of their own, up to {parts[max(parts)]}, but that of rank {lost[0]} "
+            f"is missing ({len(lost)} of {max(parts) + 1} are); without it its share can't be found. Copy all of the "
+            "checkpoint, or use another one"
+        )

@@ -176,8 +176,8 @@ def parse_metadata(data: bytes, *, source: str) -> Metadata:
     try:
         with paused_gc():
             metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-    except UnsafeMetadata as error:
-        raise UnsafeMetadata(f"{source}: {error}") from None
+    except CatalogError as error:
+        raise type(error)(f"{source}: {error}") from None
     except Exception as error:  # damaged pickles raise nearly any type
         raise CatalogError(
             f"{source}: not readable as checkpoint metadata ({len(data)} bytes, {type(error).__name__}: {error}). "

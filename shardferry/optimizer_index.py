@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shardferry.catalog import Catalog, KeyPath, SavedTensor
 from shardferry.errors import PlanError
+from shardferry.megatron import BUFFERS, COMMON_FILE, megatron_entry
 
 SCALAR_STATE = frozenset({"step"})  # never has its parameter's shape, whatever its size
 
@@ -39,29 +40,54 @@ def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
     """
     state: dict[str, dict[str, str]] = {}
     groups: dict[KeyPath, str] = {}
-    found = False
+    sections: set[str] = set()
+    of_megatron: set[str] = set()
     for key in [*catalog.tensors, *catalog.objects]:
         tail = _below(catalog, key, optimizer_key)
         if tail is None:
             continue
-        found = True
         section, rest = _split_section(tail)
+        sections.add(section)
         if section == "state" and rest:
-            fqn, name = _split_state(rest)
+            entry = megatron_entry(rest) if catalog.paths is None else None
+            fqn, name = entry or _split_state(rest)
+            if entry:
+                of_megatron.add(fqn)
             state.setdefault(fqn, {})[name] = key
         elif section == "param_groups":
             groups[rest] = key
-    if not found:
+    if not sections:
         raise PlanError(
             f"{catalog.location}: nothing is saved under optimizer_key {optimizer_key!r}; "
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog))) or 'none'}"
+        )
+    if sections == {BUFFERS}:
+        raise PlanError(
+            f"{catalog.location}: {optimizer_key!r} holds Megatron-Core's flat buffers (dp_reshardable or "
+            "dp_zero_gather_scatter), which don't tell where a parameter lies; load them with Megatron and save with "
+            "--dist-ckpt-optim-fully-reshardable"
         )
     if not state and not groups:
         raise PlanError(
             f"{catalog.location}: {optimizer_key!r} holds no optimizer: neither 'state' nor 'param_groups' is below it; "
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
         )
+    _check_steps(catalog, {fqn: state[fqn] for fqn in state if fqn in of_megatron})
     return OptimizerIndex(optimizer_key, state, groups)
+
+
+def _check_steps(catalog: Catalog, state: Mapping[str, Mapping[str, str]]) -> None:
+    """Megatron-Core's steps stand outside its metadata: without them Adam's state is only half there."""
+    lacking = [fqn for fqn, names in state.items() if "exp_avg" in names and "step" not in names]
+    if not lacking:
+        return
+    known = [problem for problem in catalog.problems if problem.startswith(COMMON_FILE)]
+    why = known[0] if known else f"there is no {COMMON_FILE}, or it holds none for this optimizer"
+    raise PlanError(
+        f"{lacking[0]}: no step ({len(lacking)} of {len(state)} parameters have none), which Megatron-Core keeps in "
+        f"{catalog.location}/{COMMON_FILE}: {why}. Where it names classes that you trust, allow them with "
+        "torch.serialization.add_safe_globals before the checkpoint is opened; else save again"
+    )
 
 
 def top_level_keys(catalog: Catalog) -> list[str]:

@@ -20,8 +20,13 @@ OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
 
 # What stands in tests/data, by version: a checkpoint that is no longer found is a failure, not one test fewer.
 KINDS = {
+    "2.1.2": ("alone", "sharded"),  # before flatten_optimizer_state_dict
     "2.3.1": ("alone", "sharded"),
+    "2.4.1": ("alone", "flattened", "sharded"),
+    "2.7.1": ("alone", "flattened", "sharded"),
+    "2.9.1": ("alone", "flattened", "sharded"),
     "2.14.1": ("alone", "flattened", "sharded"),
+    "2.15.0": ("alone", "flattened", "sharded"),
 }
 CHECKPOINTS = [f"{version}/{kind}" for version, kinds in KINDS.items() for kind in kinds]
 

@@ -68,7 +68,7 @@ def adamw(model: torch.nn.Module, mesh: Any) -> torch.optim.Optimizer:
     named = dict(model.named_parameters())
     matrices = [p for fqn, p in named.items() if len(SHAPES[fqn]) == 2]
     vectors = [p for fqn, p in named.items() if len(SHAPES[fqn]) == 1]
-    groups = [{"params": p, **values} for p, values in zip((matrices, vectors), GROUPS)]
+    groups = [{"params": p, **values} for p, values in zip((matrices, vectors), GROUPS, strict=True)]
     optimizer = torch.optim.AdamW(groups)
     for fqn, parameter in named.items():
         state = {name: placed(oracle(fqn, name), mesh) for name in ("exp_avg", "exp_avg_sq")}

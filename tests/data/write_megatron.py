@@ -19,13 +19,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
-warnings.simplefilter("ignore")  # Megatron misses Apex and Transformer Engine
 
 import torch
 import torch.distributed as dist
@@ -53,9 +49,7 @@ def sharded(fqn: str, tensor: torch.Tensor, *, stacked: bool) -> ShardedTensor:
     cut = [(CUT[fqn] + len(layers), rank, 2)] if fqn in CUT else []
     replica = 0 if fqn in CUT else rank
     key = "layers.weight" if stacked else fqn
-    return ShardedTensor.from_rank_offsets(
-        key, tensor, *layers, *cut, replica_id=replica, prepend_axis_num=len(layers)
-    )
+    return ShardedTensor.from_rank_offsets(key, tensor, *layers, *cut, replica_id=replica, prepend_axis_num=len(layers))
 
 
 def optimizer_state(*, num_groups: int, stack: str | None) -> dict[str, Any]:
@@ -63,7 +57,7 @@ def optimizer_state(*, num_groups: int, stack: str | None) -> dict[str, Any]:
     parameters = {fqn: torch.nn.Parameter(local(oracle(fqn, "weight"), fqn)) for fqn in SHAPES}
     matrices, vectors = list(parameters.values())[:2], list(parameters.values())[2:]
     split = [matrices, vectors] if num_groups == 2 else [matrices + vectors]
-    optimizer = torch.optim.AdamW([{"params": p, **g} for p, g in zip(split, GROUPS)])
+    optimizer = torch.optim.AdamW([{"params": p, **g} for p, g in zip(split, GROUPS, strict=False)])
     for fqn, parameter in parameters.items():
         state = {name: local(oracle(fqn, name), fqn) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(STEP), **state}
@@ -88,7 +82,9 @@ def bucket_state() -> dict[str, Any]:
     """What DistributedOptimizer.sharded_param_state_dp_reshardable gives: each rank's half of one flat buffer."""
     rank = dist.get_rank()
     state: dict[str, Any] = {
-        "per_bucket_numel": ShardedObject(f"{BUCKET.partition('.gbuf')[0]}.per_bucket_numel", [[48]], (1,), (0,), replica_id=rank)
+        "per_bucket_numel": ShardedObject(
+            f"{BUCKET.partition('.gbuf')[0]}.per_bucket_numel", [[48]], (1,), (0,), replica_id=rank
+        )
     }
     for name in ("param", "exp_avg", "exp_avg_sq"):
         whole = torch.cat([oracle(fqn, name).view(-1) for fqn in SHAPES])
