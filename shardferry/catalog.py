@@ -192,12 +192,13 @@ class _CatalogBuilder:
             raise CatalogError(f"{source}: {key}: saved as a tensor, by another rank's metadata as an object")
         for offsets, sizes in boxes:
             _check_box(source, key, shape, offsets, sizes)
+            if not rows.lacks((offsets, sizes)):  # a replica
+                continue
             item = storage.get((key, offsets)) or (storage.get((key, None)) if len(boxes) == 1 else None)
-            if item is None:
-                rows.add((offsets, sizes), _NOT_STORED)
-            else:
-                file = self._file(key, item.relative_path)
-                rows.add((offsets, sizes), _Stored(file, item.offset, item.length, self._format(item.format)))
+            rows.stored[offsets, sizes] = _NOT_STORED if item is None else self._stored(key, item)
+
+    def _stored(self, key: str, item: _Item) -> _Stored:
+        return _Stored(self._file(key, item.relative_path), item.offset, item.length, self._format(item.format))
 
     def _format(self, item_format: ItemFormat) -> int:
         return self._formats.setdefault(item_format, len(self._formats))
@@ -273,9 +274,8 @@ class _TensorRows:
         self.dtype = dtype
         self.stored: dict[_Box, _Stored] = {}
 
-    def add(self, box: _Box, stored: _Stored) -> None:
-        if self.stored.get(box, _NOT_STORED) is _NOT_STORED:
-            self.stored[box] = stored
+    def lacks(self, box: _Box) -> bool:
+        return self.stored.get(box, _NOT_STORED) is _NOT_STORED
 
 
 class _Columns:

@@ -39,7 +39,7 @@ def save_with(path: str, options: dict[str, Any], saving: dict[str, Any]) -> Non
 
 
 def save_async(path: str) -> None:
-    """Each of two saves goes on in the background while the optimizer's state changes under it."""
+    """The save goes on in the background while the optimizer's state changes under it."""
     state = state_of_fsdp2()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of the group that it saves with
