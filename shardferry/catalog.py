@@ -17,7 +17,7 @@ import torch
 
 from shardferry.collector import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
-from shardferry.item_format import ItemFormat, TransformedItem, ZipItem
+from shardferry.item_format import ItemFormat, RawItem, TransformedItem, ZipItem
 from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from shardferry.region import Region
 
@@ -305,7 +305,7 @@ class _Item(NamedTuple):
     format: ItemFormat
 
 
-_ZIP = ZipItem()  # one for all: there may be a million items
+_ZIP, _RAW = ZipItem(), RawItem()  # one for all: there may be a million items
 
 _Storage = dict[tuple[str, tuple[int, ...] | None], _Item]
 
@@ -354,6 +354,8 @@ def _flattened_by_megatron(metadata: Metadata) -> Iterator[str]:
 
 def _format_of(info: Any) -> ItemFormat:
     """Raises TypeError where the descriptors are no list."""
+    if info.is_raw:
+        return _RAW
     return TransformedItem(tuple(map(str, info.transform_descriptors))) if info.transform_descriptors else _ZIP
 
 

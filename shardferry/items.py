@@ -95,6 +95,7 @@ class ItemReader:
         self._source = source
         self._parsed: dict[bytes, ItemLayout] = {}
         self._head_lengths: set[int] = set()
+        self._head_bytes = HEAD_BYTES  # to begin with; a writer that aligns records widely does so in all items
 
     def layout(self, item: TensorItem) -> ItemLayout:
         """Where the elements of a ranged item are, from its start. Raises StorageError, DecodeError."""
@@ -137,17 +138,20 @@ class ItemReader:
         return bytes(data)
 
     def _layout(self, item: StoredItem, head_of: Callable[[int], bytes], num_bytes: int) -> ItemLayout:
-        wanted = HEAD_BYTES
+        wanted = self._head_bytes
         while True:
             head = head_of(min(wanted, num_bytes))
             try:
-                return self._parse(head)
+                layout = self._parse(head)
             except HeadTooShort:
                 if wanted >= min(num_bytes, MAX_HEAD_BYTES):
                     raise item.damaged(f"its header does not end within {len(head)} bytes") from None
-                wanted *= 4
+                wanted *= 2
             except DecodeError as error:
                 raise item.damaged(str(error)) from error
+            else:
+                self._head_bytes = wanted
+                return layout
 
     def _parse(self, head: bytes) -> ItemLayout:
         for length in self._head_lengths:

@@ -75,6 +75,7 @@ class StorageInfo(Record):
     offset: int
     length: int
     transform_descriptors: list[str] | None = None
+    is_raw: bool = False  # the raw bytes alone; no pickle says so, only a safetensors file's header
 
 
 class StorageMeta(Record):

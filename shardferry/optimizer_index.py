@@ -56,6 +56,11 @@ def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
             state.setdefault(fqn, {})[name] = key
         elif section == "param_groups":
             groups[rest] = key
+    if optimizer_key in catalog.objects:
+        raise PlanError(
+            f"{catalog.location}: {optimizer_key!r} is one Python object, its tensors in it: it was saved nested and with "
+            "flatten_state_dict=False. Save with torch's default planner, or with flatten_optimizer_state_dict=True"
+        )
     if not sections:
         raise PlanError(
             f"{catalog.location}: nothing is saved under optimizer_key {optimizer_key!r}; "

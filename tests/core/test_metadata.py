@@ -171,5 +171,5 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         shardferry.open_checkpoint(tmp_path / "file")
     with pytest.raises(CheckpointNotFound, match=r"no \.metadata file among 1 files \(0 of them \.distcp\)"):
         shardferry.open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointNotFound, match="not from s3://"):
-        shardferry.open_checkpoint("s3://bucket/run")
+    with pytest.raises(CheckpointNotFound, match="warp://bucket/run: warp:// can't be opened"):
+        shardferry.open_checkpoint("warp://bucket/run")

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import shardferry
 from shardferry.errors import CatalogError, PlanError, UnsafeMetadata
+from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.models import SHAPES, Model, adamw, check_groups, check_state, fill_state, fsdp2
 from tests.support.ranks import RankPool
@@ -174,11 +175,33 @@ def saved(saved_by: dict[int, Path], tmp_path: Path) -> Path:
 
 
 def test_without_planner_data(saved: Path) -> None:
-    """The paths are then taken from the keys; that is enough where each group stands by itself."""
+    """The paths are then taken from the keys."""
     edit_metadata(saved, lambda metadata: setattr(metadata, "planner_data", None))
     catalog = shardferry.open_checkpoint(saved)
     assert (catalog.paths, catalog.problems) == (None, ())
-    assert catalog.tensors.keys() >= {f"optim.state.{fqn}.exp_avg" for fqn in SHAPES}
+    assert load_plain(saved) == NUM_ELEMENTS
+
+
+def unflattened(*, flat: bool) -> dict[str, Any]:
+    model = Model()
+    optimizer = adamw(model)
+    fill_state(model, optimizer)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    return {f"optim.{key}": value for key, value in state.items()} if flat else {"optim": state}
+
+
+def test_a_planner_that_does_not_flatten(tmp_path: Path) -> None:
+    """Tensors are found where the state dict was flat before; else all of it is one pickled object."""
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    save_alone(unflattened(flat=True), tmp_path / "flat", planner=planner)
+    assert shardferry.open_checkpoint(tmp_path / "flat").paths is None
+    assert load_plain(tmp_path / "flat") == NUM_ELEMENTS
+    save_alone(unflattened(flat=False), tmp_path / "nested", planner=planner)
+    with pytest.raises(
+        PlanError, match=r"'optim' is one Python object, its tensors in it: .* flatten_state_dict=False"
+    ):
+        load_plain(tmp_path / "nested")
 
 
 class PlannerData:
