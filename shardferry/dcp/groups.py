@@ -1,15 +1,41 @@
-"""Say which ranks a process group has, and where its tensors live."""
+"""Say which process group a call is about, which ranks it has, and where its tensors live."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from shardferry.errors import SpecError
+
+
+def group_of_call(process_group: Any) -> dist.ProcessGroup:
+    """The group that was given, or the whole job.
+
+    Raises:
+        SpecError: there is no group, this rank is not in it, or it is something else.
+    """
+    if process_group is None:
+        return world()
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise SpecError(
+            f"process_group: rank {dist.get_rank()} of the job is not in it; call on the ranks that the group was made of"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise SpecError(f"process_group: is a {type(process_group).__name__}, not a ProcessGroup")
+    return process_group
+
 
 def world() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is not initialised"
-    return world
+    """The whole job. Raises SpecError where torch.distributed is not initialised."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if group is None:
+        raise SpecError(
+            "torch.distributed is not initialised, and sharded tensors need a process group; "
+            "call torch.distributed.init_process_group first (a group of one process will do)"
+        )
+    return group
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
@@ -18,6 +44,7 @@ def device_type_of(group: dist.ProcessGroup) -> str:
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
+    """This rank's device."""
     if device_type_of(group) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
