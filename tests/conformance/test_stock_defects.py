@@ -52,6 +52,8 @@ from tests.support.sharded import chunked, cut, nested, place_of_nested, sharded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning",
+    "ignore:`_get_pg_default_device` will be deprecated:UserWarning",
+    "ignore:Multiple backends are registered with this ProcessGroup:UserWarning",
     "ignore:`load_state_dict` is deprecated:FutureWarning",
     "ignore:Please use DTensor instead and we are deprecating ShardedTensor:FutureWarning",
 )
@@ -386,7 +388,9 @@ def test_b10_the_end_of_an_item(tmp_path: Path) -> None:
 def test_b11_safetensors_by_the_file_system_writer(job: None, tmp_path: Path) -> None:
     """Stock writes zips and safetensors into one file, which nothing can read; what we do with it is an error."""
     writer = FileSystemWriter(tmp_path / "ckpt", serialization_format=SerializationFormat.SAFETENSORS)
-    save_alone({"optim": {"state": {"even.weight": {"exp_avg": EVEN, "count": 5}}}}, None, storage_writer=writer)
+    save_alone(
+        {"optim": {"state": {"even.weight": {"exp_avg": EVEN, "count": 5}}}}, tmp_path / "ckpt", storage_writer=writer
+    )
     with pytest.raises(BaseException, match=r"optim\.state|Weights only|pickle|zip"):
         STOCK({}, "optim", FileSystemReader(tmp_path / "ckpt"))
     with pytest.raises(ShardferryError, match=r"optim\.state\.even\.weight\.exp_avg"):

@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -155,7 +154,7 @@ def create_metadata(state_dict: dict[str, Any]) -> Metadata:
     """What torch's own save planner makes of a state dict."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(state_dict, is_coordinator=True)
-    _, metadata = planner.create_global_plan([create_default_local_save_plan(planner.state_dict, True)])
+    _, metadata = planner.create_global_plan([planner.create_local_plan()])
     return metadata
 
 
