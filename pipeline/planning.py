@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from schemas.plan_report import PlanReport, RankPlan
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
+from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout, SpecLayout
 from shardferry.optimizer_index import index_optimizer
@@ -16,7 +17,6 @@ from shardferry.predict import predict_reads
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.requests import MAX_REQUEST
-from shardferry.storage.base import open_storage
 
 
 def target_layout(config: StageConfig) -> SpecLayout:
@@ -34,7 +34,7 @@ def check_checkpoint(catalog: Catalog, optimizer_key: str) -> None:
         StorageError: a file is missing or short.
     """
     index = index_optimizer(catalog, optimizer_key)
-    storage = open_storage(catalog.location)
+    storage = storage_of(catalog)
     try:
         check_files(catalog, index.all_keys(), storage)
     finally:

@@ -17,6 +17,7 @@ import torch
 
 from shardferry.collector import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
+from shardferry.item_format import ItemFormat, TransformedItem, ZipItem
 from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from shardferry.region import Region
 
@@ -48,6 +49,7 @@ class SavedObject:
     file: int  # row of Catalog.files
     byte_offset: int
     byte_length: int
+    format: ItemFormat
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,12 @@ class Catalog:
     chunk_byte_length: np.ndarray  # int64[num_chunks], of the item
     box_offsets: np.ndarray  # int64, elements
     box_sizes: np.ndarray  # int64, elements
-    transformed: frozenset[int] = frozenset()  # chunks whose items were compressed or otherwise transformed
+    chunk_format: np.ndarray  # int16[num_chunks], row of formats
+    formats: tuple[ItemFormat, ...]
+    file_bytes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by name, as far as the storage told when it was opened
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # for fsspec; may hold credentials
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -94,8 +101,13 @@ class Catalog:
         return (self.paths or {}).get(key, (key,))
 
 
-def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
+def build_catalog(
+    parts: Mapping[str, Metadata], *, location: str, listing: Mapping[str, int | None] | None = None
+) -> Catalog:
     """Build the catalog from the parsed metadata files of one checkpoint (one, or one a rank).
+
+    Args:
+        listing: bytes of the checkpoint's files, as far as known.
 
     Raises:
         UnsafeMetadata: a file's relative path leaves the checkpoint.
@@ -105,7 +117,7 @@ def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
     with paused_gc():
         for source, metadata in parts.items():
             builder.add(source, metadata)
-        return builder.finish()
+        return builder.finish(listing or {})
 
 
 class _CatalogBuilder:
@@ -118,6 +130,7 @@ class _CatalogBuilder:
         self._tensors: dict[str, _TensorRows] = {}
         self._objects: dict[str, SavedObject] = {}
         self._paths: dict[str, KeyPath] | None = None
+        self._formats: dict[ItemFormat, int] = {_ZIP: 0}
         self._problems: list[str] = []
         self._earlier_boxes: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
@@ -150,7 +163,8 @@ class _CatalogBuilder:
         if item is None:
             self._problems.append(f"{key}: no file holds it")
             return
-        self._objects[key] = SavedObject(key, self._file(key, item.relative_path), item.offset, item.length)
+        file = self._file(key, item.relative_path)
+        self._objects[key] = SavedObject(key, file, item.offset, item.length, item.format)
 
     def _add_tensor(self, source: str, key: str, value: TensorStorageMetadata, storage: _Storage) -> None:
         try:
@@ -171,12 +185,15 @@ class _CatalogBuilder:
             item = storage.get((key, offsets)) or (storage.get((key, None)) if len(boxes) == 1 else None)
             if item is None:
                 self._problems.append(f"{key}: no file holds the chunk {Region(offsets, sizes)}")
-                rows.add(offsets, sizes, NO_FILE, 0, 0, transformed=False)
+                rows.add(offsets, sizes, NO_FILE, 0, 0, 0)
             else:
                 file = self._file(key, item.relative_path)
-                rows.add(offsets, sizes, file, item.offset, item.length, transformed=item.transformed)
+                rows.add(offsets, sizes, file, item.offset, item.length, self._format(item.format))
         if self._num_parts > 1:
             self._earlier_boxes[key] = earlier | set(boxes)
+
+    def _format(self, item_format: ItemFormat) -> int:
+        return self._formats.setdefault(item_format, len(self._formats))
 
     def _file(self, key: str, relative_path: str) -> int:
         file = self._file_of.get(relative_path)
@@ -196,7 +213,7 @@ class _CatalogBuilder:
             )
         return self._files.setdefault(str(path), len(self._files))
 
-    def finish(self) -> Catalog:
+    def finish(self, listing: Mapping[str, int | None]) -> Catalog:
         tensors: dict[str, SavedTensor] = {}
         columns = _TensorRows((), torch.uint8)
         for key, rows in self._tensors.items():
@@ -217,7 +234,9 @@ class _CatalogBuilder:
             chunk_byte_length=np.array(columns.byte_lengths, dtype=np.int64),
             box_offsets=np.array(columns.offsets, dtype=np.int64),
             box_sizes=np.array(columns.sizes, dtype=np.int64),
-            transformed=frozenset(np.flatnonzero(columns.transformed).tolist()),
+            chunk_format=np.array(columns.formats, dtype=np.int16),
+            formats=tuple(self._formats),
+            file_bytes={file: size for file in self._files if (size := listing.get(file)) is not None},
             problems=tuple(self._problems),
         )
 
@@ -231,7 +250,7 @@ class _TensorRows:
         self.files: list[int] = []
         self.byte_offsets: list[int] = []
         self.byte_lengths: list[int] = []
-        self.transformed: list[bool] = []
+        self.formats: list[int] = []
         self.offsets: list[int] = []
         self.sizes: list[int] = []
         self._seen: set[tuple[Any, ...]] = set()
@@ -243,8 +262,7 @@ class _TensorRows:
         file: int,
         byte_offset: int,
         byte_length: int,
-        *,
-        transformed: bool,
+        item_format: int,
     ) -> None:
         row = (offsets, sizes, file, byte_offset)
         if row in self._seen:  # listed twice, stored once: the same chunk
@@ -253,12 +271,12 @@ class _TensorRows:
         self.files.append(file)
         self.byte_offsets.append(byte_offset)
         self.byte_lengths.append(byte_length)
-        self.transformed.append(transformed)
+        self.formats.append(item_format)
         self.offsets += offsets
         self.sizes += sizes
 
     def extend(self, other: _TensorRows) -> None:
-        for column in ("files", "byte_offsets", "byte_lengths", "transformed", "offsets", "sizes"):
+        for column in ("files", "byte_offsets", "byte_lengths", "formats", "offsets", "sizes"):
             getattr(self, column).extend(getattr(other, column))
 
 
@@ -266,8 +284,10 @@ class _Item(NamedTuple):
     relative_path: str
     offset: int  # bytes
     length: int  # bytes
-    transformed: bool
+    format: ItemFormat
 
+
+_ZIP = ZipItem()  # one for all: there may be a million items
 
 _Storage = dict[tuple[str, tuple[int, ...] | None], _Item]
 
@@ -283,13 +303,18 @@ def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[st
         if not isinstance(index, MetadataIndex):
             raise CatalogError(f"{source}: the storage table is keyed by {type(index).__name__}, not MetadataIndex")
         try:
-            item = _Item(str(info.relative_path), int(info.offset), int(info.length), bool(info.transform_descriptors))
+            item = _Item(str(info.relative_path), int(info.offset), int(info.length), _format_of(info))
             key = (index.fqn, None if index.offset is None else tuple(index.offset))
         except (AttributeError, TypeError, ValueError) as error:
             raise CatalogError(f"{source}: an incomplete entry in the storage table ({error})") from error
         if item.offset < 0 or item.length < 0:
             raise CatalogError(f"{source}: {key[0]}: item at byte {item.offset} with {item.length} bytes")
         yield key, item
+
+
+def _format_of(info: Any) -> ItemFormat:
+    """Raises TypeError where the descriptors are no list."""
+    return TransformedItem(tuple(map(str, info.transform_descriptors))) if info.transform_descriptors else _ZIP
 
 
 def _check_box(source: str, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:

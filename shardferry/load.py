@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardferry.agreement import Agreement
 from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.collector import paused_gc
 from shardferry.errors import HandoffError
 from shardferry.handoff import InProcess, Manifest, Payload, ShardHandle, SharedMemory, StateTensor, node_identity
@@ -27,7 +27,6 @@ from shardferry.live import live_layout
 from shardferry.param_groups import build_param_groups
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
-from shardferry.storage.base import open_storage
 
 
 class PhaseClock:
@@ -142,7 +141,7 @@ def _allocate(plan: LoadPlan, device: torch.device, agreement: Agreement) -> Are
 
 
 def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters) -> dict[str, Any]:
-    storage = open_storage(job.catalog.location)
+    storage = storage_of(job.catalog)
     try:
         read_plan(plan, job.catalog, storage, arena, job.read, counters)
         return read_objects(plan, job.catalog, storage, counters)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shardferry.errors import CheckpointNotFound, StorageError
+from shardferry.storage.base import Window
+from shardferry.storage.runs import Runs
 
 
 class LocalReader:
@@ -24,8 +26,10 @@ class LocalReader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def names(self) -> list[str]:
-        return sorted(entry.name for entry in self._directory.iterdir() if entry.is_file())
+    def listing(self) -> dict[str, int | None]:
+        with os.scandir(self._directory) as entries:
+            files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return dict(sorted(files.items()))
 
     def size(self, path: str) -> int:
         return os.fstat(self._descriptor(path)).st_size
@@ -48,15 +52,16 @@ class LocalReader:
             done += count
 
     @contextmanager
-    def window(self, path: str, *, start: int, stop: int) -> Iterator[memoryview]:
+    def window(self, path: str, runs: Runs) -> Iterator[Window]:
         # A page beyond the file's end would kill the process (SIGBUS): look at the size first.
-        size = self.size(path)
+        start, stop, size = runs.start, runs.stop, self.size(path)
         if stop > size:
             raise StorageError(f"{self.location}/{path}: has {size} bytes, but bytes {start} to {stop} are needed")
         first_page = start - start % mmap.ALLOCATIONGRANULARITY
         # The mapping goes with its last view: closing it by hand would fail while an array still looks at it.
         pages = mmap.mmap(self._descriptor(path), stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
-        yield memoryview(pages)[start - first_page :]
+        # Only the pages that are looked at are read, once each.
+        yield Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
 
     def close(self) -> None:
         with self._lock:
