@@ -7,13 +7,16 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fsspec.implementations.memory import MemoryFileSystem
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, StorageReader
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint._extension import ExtensionRegistry, ZStandard
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -22,6 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_read_items
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardferry.dcp as ours
+from shardferry.dcp.storages import has_ranges
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.models import SHAPES, STATES, STEP
@@ -244,6 +248,57 @@ def load_enormous(path: str, reader: type[FileSystemReader], planner: Any) -> No
 def test_a_tensor_that_no_memory_holds(ranks: RankPool, tmp_path: Path, reader: Any) -> None:
     make_enormous(tmp_path / "ckpt")
     ranks.run(2, load_enormous, str(tmp_path / "ckpt"), reader, None)
+
+
+class CountingFileSystem(MemoryFileSystem):
+    """Files in this process's memory; counts the bytes that are read."""
+
+    protocol = "counting"
+    num_bytes = 0
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        data: bytes = super().cat_file(path, start, end, **options)
+        CountingFileSystem.num_bytes += len(data)
+        return data
+
+
+def test_fsspec_reader_is_read_in_ranges(tmp_path: Path) -> None:
+    """One chunk of 4 MiB is saved, 1/16 of it is wanted."""
+    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
+    full = full_tensor("big", "exp_avg", (1024, 1024))
+    save_alone(
+        {"optim": {"state": {"big": {"exp_avg": full}}}},
+        "counting://ckpt",
+        storage_writer=FsspecWriter("counting://ckpt"),
+    )
+    store = dist.FileStore(str(tmp_path / "rendezvous"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        like = mostly_elsewhere((1024, 1024), ((64, 0), (64, 1024)), [((0, 0), (64, 1024)), ((128, 0), (896, 1024))])
+        before = CountingFileSystem.num_bytes
+        loaded = ours.load_sharded_optimizer_state_dict({"big": like}, "optim", FsspecReader("counting://ckpt"))
+    finally:
+        dist.destroy_process_group()
+    (shard,) = loaded["optim"]["state"]["big"]["exp_avg"].local_shards()
+    assert torch.equal(shard.tensor, full[64:128])
+    assert 64 * 1024 * 4 <= CountingFileSystem.num_bytes - before < 64 * 1024 * 4 + 16 * 1024
+
+
+class OwnExtension(ZStandard):
+    """Somebody's own way to undo what a writer did."""
+
+    @staticmethod
+    def registry_name() -> str:
+        return "own"
+
+
+def test_which_readers_are_read_in_ranges(tmp_path: Path) -> None:
+    registry = ExtensionRegistry()
+    assert has_ranges(FileSystemReader(tmp_path, _extension_registry=registry))
+    registry.register(OwnExtension)
+    assert not has_ranges(FileSystemReader(tmp_path, _extension_registry=registry))
+    assert not has_ranges(CountingReader(tmp_path))
+    assert not has_ranges(HuggingFaceStorageReader(str(tmp_path)))
 
 
 class RecordingPlanner(DefaultLoadPlanner):

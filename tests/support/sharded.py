@@ -43,18 +43,29 @@ def chunked(shape: Sequence[int], group: Any, dim: int = 0) -> ShardedTensor:
     return _of_table(shape, [shard for shard in table if 0 not in shard.shard_sizes], torch.float32, group)
 
 
-def nested(shape: Sequence[int], *, dim: int, tp: int) -> ShardedTensor:
+def nested(shape: Sequence[int], *, dim: int, tp: int, tp_inside: bool = True) -> ShardedTensor:
     """What FSDP1 gives over TP: a slice along ``dim`` a TP rank, cut again by rows over its own data-parallel group.
 
-    TP ranks are neighbours, as they are on a node: with 4 ranks and ``tp=2`` the data-parallel groups are 0, 2 and 1, 3.
     The second cut is torch's own code.
+
+    Args:
+        tp_inside: TP ranks are neighbours, as they are on a node: of 4 ranks with ``tp=2``, data-parallel groups are 0, 2
+            and 1, 3. Otherwise these are neighbours: 0, 1 and 2, 3.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    tp_groups = [dist.new_group(list(range(start, start + tp))) for start in range(0, world_size, tp)]
-    dp_groups = [dist.new_group(list(range(start, world_size, tp))) for start in range(tp)]
-    outer = chunked(shape, tp_groups[rank // tp], dim)
-    group = dp_groups[rank % tp]
-    return _chunk_tensor(outer, dist.get_rank(group), dist.get_world_size(group), 1, group)
+    inside = tp if tp_inside else world_size // tp
+    neighbours = [list(range(start, start + inside)) for start in range(0, world_size, inside)]
+    apart = [list(range(start, world_size, inside)) for start in range(inside)]
+    tp_group = _group_of(rank, neighbours if tp_inside else apart)
+    dp_group = _group_of(rank, apart if tp_inside else neighbours)
+    outer = chunked(shape, tp_group, dim)
+    return _chunk_tensor(outer, dist.get_rank(dp_group), dist.get_world_size(dp_group), 1, dp_group)
+
+
+def _group_of(rank: int, all_ranks: Sequence[list[int]]) -> Any:
+    """Make all groups, as all ranks must; give this rank's."""
+    groups = [dist.new_group(ranks) for ranks in all_ranks]
+    return next(group for group, ranks in zip(groups, all_ranks, strict=True) if rank in ranks)
 
 
 def place_of_nested(tensor: ShardedTensor) -> list[Region]:
