@@ -20,7 +20,7 @@ from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
 from shardferry.dcp.reader_with_offset import ReaderWithOffset
 from shardferry.dcp.targets import SavedState, Target, targets_of
-from shardferry.errors import CatalogError, CheckpointNotFound, RankError, ShardferryError
+from shardferry.errors import CatalogError, CheckpointNotFound, PlanError, RankError, ShardferryError
 
 _OBJECT = "<bytes_io>"  # stands where a planner puts a Python object
 
@@ -44,14 +44,28 @@ def load_by_reader(
     paths, targets, local = agreement.attempt("planning", prepare)
     for_planner = agreement.attempt("planning", lambda: {t.key: t.for_planner(local[t.key]) for t in targets})
     state_dict: dict[str, Any] = {key: for_planner.get(key, _OBJECT) for key in paths}
-    _load(state_dict, reader, planner or ReaderWithOffset({}), group)
-    # A planner may have put something else in a tensor's place; then that is the result.
-    values = state_dict | {
-        target.key: target.result(local[target.key])
-        for target in targets
-        if state_dict[target.key] is for_planner[target.key]
-    }
-    return nest_optimizer(paths, {key: values[key] for key in paths}, optimizer_key)
+    planner = planner or ReaderWithOffset({})
+    _load(state_dict, reader, planner, group)
+    results = {target.key: target.result for target in targets}
+    values: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        if value is _OBJECT:
+            values[key] = _object_of(planner, key)
+        elif key in results and value is for_planner[key]:
+            values[key] = results[key](local[key])
+        else:  # a planner may have put something else in a tensor's place
+            values[key] = value
+    return nest_optimizer(paths, values, optimizer_key)
+
+
+def _object_of(planner: LoadPlanner, key: str) -> Any:
+    """A Python object that isn't where it was asked for: torch's planner, when it doesn't flatten, keeps it in a copy."""
+    value = getattr(planner, "state_dict", {}).get(key, _OBJECT)
+    if value is _OBJECT:
+        raise PlanError(
+            f"{key}: {type(planner).__name__} left out this Python object; its load_bytes must put it into the state dict"
+        )
+    return value
 
 
 _Tensors = dict[str, list[torch.Tensor]]

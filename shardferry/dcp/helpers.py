@@ -12,7 +12,8 @@ from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
-from shardferry.dcp.groups import device_type_of, world
+from shardferry.dcp.groups import device_type_of, group_of_call
+from shardferry.dcp.sharded_tensors import size_of
 from shardferry.errors import LayoutError
 
 STATE_DICT_2D_LAYOUT = dict[str, tuple[Sequence[int] | None, Sequence[int]]]
@@ -30,7 +31,7 @@ def rank_device(global_rank: int, device_type: str = "cuda") -> str:
 
 def create_colwise_spec(pg: dist.ProcessGroup | None = None) -> ChunkShardingSpec:
     """Chunks of dimension 0 over a process group (default: the world), placed by *global* ranks."""
-    group = pg or world()
+    group = group_of_call(pg)
     device_type = device_type_of(group)
     ranks = dist.get_process_group_ranks(group)
     return ChunkShardingSpec(dim=0, placements=[f"rank:{rank}/{rank_device(rank, device_type)}" for rank in ranks])
@@ -40,15 +41,15 @@ def is_nested_tensor(val: torch.Tensor) -> bool:
     """Whether a ShardedTensor's local shard is itself a ShardedTensor (FSDP1 over TP).
 
     Raises:
-        ValueError: another nesting, which nobody writes.
+        LayoutError: another nesting, which nobody writes.
     """
     if isinstance(val, ShardedTensor):
         tensors = [shard.tensor for shard in val.local_shards()]
         if any(isinstance(tensor, DTensor) for tensor in tensors):
-            raise ValueError("Cannot handle DTensor nested inside ShardedTensor")
+            raise LayoutError("Cannot handle DTensor nested inside ShardedTensor")
         return any(isinstance(tensor, ShardedTensor) for tensor in tensors)
     if isinstance(val, DTensor) and isinstance(val._local_tensor, DTensor | ShardedTensor):
-        raise ValueError("Cannot handle nested DTensor")  # noqa: TRY004 - as torch does
+        raise LayoutError("Cannot handle nested DTensor")
     return False
 
 
@@ -78,8 +79,10 @@ def get_state_dict_2d_layout(
     layout: STATE_DICT_2D_LAYOUT = {}
     group: dist.ProcessGroup | None = None
     for key, value in state_dict.items():
-        layout[key] = (None, value.size())
-        if is_nested_tensor(value):
+        if not isinstance(value, torch.Tensor):
+            continue  # a module's extra state
+        layout[key] = (None, size_of(value))
+        if isinstance(value, ShardedTensor) and is_nested_tensor(value):
             shard = only_shard(value, key)
             layout[key] = (shard.metadata.shard_offsets, shard.metadata.shard_sizes)
             group = inner(shard)._process_group
@@ -87,6 +90,7 @@ def get_state_dict_2d_layout(
 
 
 def only_shard(tensor: ShardedTensor, key: str) -> Shard:
+    """The local shard of a nested tensor. Raises LayoutError where there are several."""
     shards = tensor.local_shards()
     if len(shards) != 1:
         raise LayoutError(f"{key}: a nested ShardedTensor with {len(shards)} local shards; one is supported")

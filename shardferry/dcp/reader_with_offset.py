@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list, cre
 from torch.distributed.tensor import DTensor
 
 from shardferry.dcp.cover import check_cover
-from shardferry.dcp.sharded_tensors import region_of
+from shardferry.dcp.sharded_tensors import region_of, size_of
 from shardferry.decode import decode_object
 from shardferry.errors import PlanError
 from shardferry.region import Region
@@ -82,8 +82,8 @@ class ReaderWithOffset(DefaultLoadPlanner):
         loaded = decode_object(value.getvalue())
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[key], loaded)
-        else:
-            self.state_dict[key] = loaded
+        else:  # torch's planner puts it into its own copy only
+            self.state_dict[key] = self.original_state_dict[key] = loaded
 
     def _flatten_as_its_writer_did(self, metadata: Metadata) -> None:
         """Writers before torch 2.4 left lists and dicts whole that hold no tensor.
@@ -121,9 +121,9 @@ class ReaderWithOffset(DefaultLoadPlanner):
             return objects
         if not isinstance(value, torch.Tensor):
             raise PlanError(f"{key}: is wanted as a {type(value).__name__}, but was saved as a tensor")
-        if tuple(value.size()) != tuple(saved.size):
+        if tuple(size_of(value)) != tuple(saved.size):
             raise PlanError(
-                f"{key}: size mismatch: {tuple(saved.size)} is saved, {tuple(value.size())} is wanted; "
+                f"{key}: size mismatch: {tuple(saved.size)} is saved, {tuple(size_of(value))} is wanted; "
                 "this checkpoint belongs to another model"
             )
         if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
@@ -133,9 +133,9 @@ class ReaderWithOffset(DefaultLoadPlanner):
     def _shifted(self, key: str, saved: Any, value: ShardedTensor, offset: Sequence[int]) -> list[ReadItem]:
         if not isinstance(saved, TensorStorageMetadata):
             raise PlanError(f"{key}: is wanted as a tensor, but was saved as a Python object")
-        if not len(offset) == len(saved.size) == len(value.size()):
+        if not len(offset) == len(saved.size) == len(size_of(value)):
             raise PlanError(
-                f"{key}: size mismatch: {tuple(saved.size)} is saved, {tuple(value.size())} at {tuple(offset)} is wanted"
+                f"{key}: size mismatch: {tuple(saved.size)} is saved, {tuple(size_of(value))} at {tuple(offset)} is wanted"
             )
         requests = _read_items(key, saved, [region_of(shard.metadata, offset) for shard in value.local_shards()])
         for request in requests:

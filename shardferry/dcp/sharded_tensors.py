@@ -68,6 +68,11 @@ def boxes_as_sharded_tensor(
     return sharded_tensor(shape, dtype, table=[*own, *rest], own=own, local=tensors, group=group)
 
 
+def size_of(tensor: torch.Tensor) -> torch.Size:
+    """The size of a tensor of any kind. A ShardedTensor's own method remarks each time that the class is deprecated."""
+    return torch.Size(tensor.metadata().size) if isinstance(tensor, ShardedTensor) else tensor.size()
+
+
 def is_here(shard: ShardMetadata) -> bool:
     """Whether a shard is this rank's."""
     return isinstance(shard.placement, torch.distributed._remote_device) and shard.placement.rank() == dist.get_rank()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from shardferry.catalog import KeyPath
 from shardferry.dcp.helpers import create_colwise_spec, inner, is_nested_tensor, only_shard
 from shardferry.dcp.key_paths import fqn_and_name
-from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, is_here, region_of, sharded_tensor
+from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, is_here, region_of, sharded_tensor, size_of
 from shardferry.errors import LayoutError
 from shardferry.layout import TensorLayout, replicated, single_box
 from shardferry.live import layout_of_tensor
@@ -91,11 +91,12 @@ def _the_one(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 def _target(state: SavedState, like: Any, guessed: tuple[int, ...] | None, group: dist.ProcessGroup) -> Target:
     known = isinstance(like, torch.Tensor)
-    wanted = tuple(like.size()) if known else guessed
+    wanted = tuple(size_of(like)) if known else guessed
     if state.name in SCALAR_STATE or not state.shape or state.shape != wanted:
         return _whole(state)
+    nested = known and _is_nested(state, like)
     if isinstance(like, ShardedTensor):
-        return _like_sharded_tensor(state, like, group)
+        return _nested(state, like, group) if nested else _as_shards(state, like, (0,) * len(state.shape))
     if isinstance(like, DTensor):
         return _like_dtensor(state, like, group)
     return _whole(state) if known else _chunked(state, group)
@@ -148,9 +149,14 @@ def _dtensor(like: DTensor, local: torch.Tensor) -> DTensor:
     )
 
 
-def _like_sharded_tensor(state: SavedState, like: ShardedTensor, group: dist.ProcessGroup) -> Target:
-    if not is_nested_tensor(like):
-        return _as_shards(state, like, (0,) * len(state.shape))
+def _is_nested(state: SavedState, like: torch.Tensor) -> bool:
+    try:
+        return is_nested_tensor(like)
+    except LayoutError as error:
+        raise LayoutError(f"{state.fqn}: {error}") from None
+
+
+def _nested(state: SavedState, like: ShardedTensor, group: dist.ProcessGroup) -> Target:
     outer = only_shard(like, state.key)
     target = _as_shards(state, inner(outer), outer.metadata.shard_offsets)
     regions = [box.region for layout in target.layouts for box in layout.boxes]
@@ -165,7 +171,7 @@ def _like_sharded_tensor(state: SavedState, like: ShardedTensor, group: dist.Pro
 def _as_shards(state: SavedState, like: ShardedTensor, origin: Sequence[int]) -> Target:
     """As another ShardedTensor stands, whose own origin is at ``origin`` in the saved tensor."""
     own = [shard.metadata for shard in like.local_shards()]
-    return _sharded(state, like.size(), own, like.metadata().shards_metadata, origin, like._process_group)
+    return _sharded(state, size_of(like), own, like.metadata().shards_metadata, origin, like._process_group)
 
 
 def _chunked(state: SavedState, group: dist.ProcessGroup) -> Target:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardferry.dcp as ours
 from shardferry.dcp.storages import has_ranges
+from shardferry.errors import PlanError
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.models import SHAPES, STATES, STEP
@@ -132,6 +133,8 @@ def test_nested_tensors_without_a_planner(
         (FileSystemReader, CountingPlanner, 1),
         (FileSystemReader, DefaultLoadPlanner(allow_partial_load=True), 1),
         (FileSystemReader, DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False), 1),
+        (FileSystemReader, CountingPlanner(flatten_state_dict=False, flatten_sharded_tensors=False), 1),
+        (FileSystemReader, CountingPlanner(flatten_state_dict=False), 1),
         (FileSystemReader, DoublingPlanner, 2),
         (FileSystemReader, PlannerFromScratch, 1),
         (CountingReader, None, 1),
@@ -299,6 +302,22 @@ def test_which_readers_are_read_in_ranges(tmp_path: Path) -> None:
     assert not has_ranges(FileSystemReader(tmp_path, _extension_registry=registry))
     assert not has_ranges(CountingReader(tmp_path))
     assert not has_ranges(HuggingFaceStorageReader(str(tmp_path)))
+
+
+class ForgetfulPlanner(DefaultLoadPlanner):
+    """Loads no Python object."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        pass
+
+
+def load_forgetfully(path: str) -> None:
+    with pytest.raises(PlanError, match=r"optim\.param_groups\.\S+: ForgetfulPlanner left out this Python object"):
+        ours.load_sharded_optimizer_state_dict({}, "optim", FileSystemReader(path), ForgetfulPlanner())
+
+
+def test_objects_that_a_planner_leaves_out(ranks: RankPool, saved_by: dict[int, Path]) -> None:
+    ranks.run(2, load_forgetfully, str(saved_by[2]))
 
 
 class RecordingPlanner(DefaultLoadPlanner):
