@@ -12,6 +12,7 @@ from shardferry.errors import InstallError
 from shardferry.layout import TensorLayout
 from shardferry.live import LiveParameter, Part, live_parameters
 from shardferry.param_groups import hyperparameters_for
+from shardferry.wrappers import param_groups, torch_optimizers
 
 if TYPE_CHECKING:
     from shardferry.handoff import Shard, StateTensor
@@ -36,16 +37,22 @@ def load_into(shard: Shard, model: torch.nn.Module, optimizer: torch.optim.Optim
         for group in groups
     ]
     state: dict[torch.Tensor, dict[str, Any]] = {}
-    for group, parameters, values in zip(optimizer.param_groups, groups, hyperparameters, strict=True):
+    for group, parameters, values in zip(param_groups(optimizer), groups, hyperparameters, strict=True):
         flags = {**group, **values}  # as they will be: a fused or capturable optimizer keeps `step` on the device
         on_device = bool(flags.get("fused") or flags.get("capturable"))
         for parameter in parameters:
             if entries := _state_of(shard, parameter, step_on_device=on_device):
                 state[parameter.tensor] = entries
-    for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
+    for group, values in zip(param_groups(optimizer), hyperparameters, strict=True):
         group.update(values)
+    for one in torch_optimizers(optimizer):
+        _replace_state(one, state)
+
+
+def _replace_state(optimizer: torch.optim.Optimizer, state: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.state.clear()
-    optimizer.state.update(state)
+    optimizer.state.update({parameter: state[parameter] for parameter in trained if parameter in state})
     # What torch's own load_state_dict ends with: optimizers fill in defaults of older checkpoints here.
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 

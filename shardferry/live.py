@@ -26,9 +26,10 @@ from shardferry.layout import (
     sharded,
 )
 from shardferry.region import Region
+from shardferry.wrappers import param_groups
 
 # What wrappers put into the names of parameters; the checkpoint's FQNs are without them.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_forward_module.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def live_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
             known[id(parameter)] = LiveParameter(parameter, (Part(fqn, layout_of_tensor(parameter, name=fqn)),))
     return [
         [_known(known, parameter, place=(index, place)) for place, parameter in enumerate(group["params"])]
-        for index, group in enumerate(optimizer.param_groups)
+        for index, group in enumerate(param_groups(optimizer))
     ]
 
 
