@@ -1,11 +1,7 @@
-"""Train with Hugging Face accelerate's FSDP2 and save; or load what it saved, on any number of ranks.
-
-``torchrun -m tests.programs.accelerator save|load CHECKPOINT WHOLE_STATE``
-"""
+"""Train with Hugging Face accelerate's FSDP2 and save; or load what it saved, on any number of ranks."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -47,8 +43,3 @@ def prepare(seed: int, *hyperparameters: dict[str, Any]) -> tuple[Accelerator, n
     model = Net(seed)
     optimizer = torch.optim.AdamW(groups_of(model, *hyperparameters))
     return accelerator, *accelerator.prepare(model, optimizer)
-
-
-if __name__ == "__main__":
-    {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
-    torch.distributed.destroy_process_group()

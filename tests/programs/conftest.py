@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from tests.programs.torchrun import Saved, save_with
+from tests.programs.launch import Saved, save_with
 
 SaveWith = Callable[..., Saved]
 

@@ -1,15 +1,11 @@
-"""Train with Lightning Fabric's ModelParallelStrategy (FSDP2) and save; or load what it saved, on any number of ranks.
-
-``torchrun -m tests.programs.fabric save|load CHECKPOINT WHOLE_STATE``
-"""
+"""Train with Lightning Fabric's ModelParallelStrategy (FSDP2) and save; or load what it saved, on any number of ranks."""
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
@@ -19,8 +15,6 @@ from torch.distributed.fsdp import fully_shard
 import shardferry
 from tests.programs.net import DECAYED, OTHERS, UNDECAYED, Net, groups_of, loss_of
 from tests.programs.whole_state import write_whole_state
-
-WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 
 
 def save(checkpoint: str, whole_state: str) -> None:
@@ -40,8 +34,9 @@ def load(checkpoint: str, whole_state: str) -> None:
 
 
 def prepare(seed: int, *hyperparameters: dict[str, Any]) -> tuple[Fabric, nn.Module, torch.optim.Optimizer]:
-    strategy = ModelParallelStrategy(parallelize, data_parallel_size=WORLD_SIZE, tensor_parallel_size=1)
-    fabric = Fabric(accelerator="cpu", devices=WORLD_SIZE, strategy=strategy)
+    num_ranks = dist.get_world_size()
+    strategy = ModelParallelStrategy(parallelize, data_parallel_size=num_ranks, tensor_parallel_size=1)
+    fabric = Fabric(accelerator="cpu", devices=num_ranks, strategy=strategy)
     fabric.launch()
     model = fabric.setup_module(Net(seed))
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(groups_of(model, *hyperparameters)))
@@ -51,8 +46,3 @@ def prepare(seed: int, *hyperparameters: dict[str, Any]) -> tuple[Fabric, nn.Mod
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     fully_shard(model.up, mesh=mesh["data_parallel"])
     return fully_shard(model, mesh=mesh["data_parallel"])
-
-
-if __name__ == "__main__":
-    {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
-    torch.distributed.destroy_process_group()

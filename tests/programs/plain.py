@@ -12,8 +12,14 @@ from tests.programs.net import OTHERS, groups_of
 from tests.programs.whole_state import WholeState, whole_state
 
 
-def load_into_plain(model: nn.Module, checkpoint: Path, optimizer_key: str) -> WholeState:
+def load_into_plain(
+    model: nn.Module,
+    checkpoint: Path,
+    optimizer_key: str,
+    *,
+    optimizer_class: type[torch.optim.Adam] = torch.optim.AdamW,
+) -> WholeState:
     """Load on one rank; what the optimizer then has in memory."""
-    optimizer = torch.optim.AdamW(groups_of(model, OTHERS, OTHERS))
+    optimizer = optimizer_class(groups_of(model, OTHERS, OTHERS))
     shardferry.load_optimizer_state(model, optimizer, checkpoint, optimizer_key=optimizer_key)
     return whole_state(model, optimizer)

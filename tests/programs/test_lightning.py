@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 from tests.programs.conftest import SaveWith
+from tests.programs.launch import load_with
 from tests.programs.net import Net
 from tests.programs.plain import load_into_plain
-from tests.programs.torchrun import load_with
 from tests.programs.whole_state import check_same
 
 pytestmark = pytest.mark.slow

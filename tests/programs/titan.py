@@ -1,11 +1,7 @@
-"""Train with torchtitan's optimizers and save with its CheckpointManager; or load what it saved, on any number of ranks.
-
-``torchrun -m tests.programs.titan save|load CHECKPOINTS WHOLE_STATE``
-"""
+"""Train with torchtitan's optimizers and save with its CheckpointManager; or load what it saved, on any number of ranks."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch.distributed as dist
@@ -58,9 +54,3 @@ def prepare(seed: int, matrices: dict[str, Any], others: dict[str, Any]) -> tupl
     ]
     config = OptimizersContainer.Config(param_groups=groups, implementation="foreach")
     return model, config.build(model_parts=[model])
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
-    dist.destroy_process_group()

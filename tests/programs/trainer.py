@@ -1,17 +1,13 @@
-"""Train with Lightning's Trainer (FSDPStrategy or ModelParallelStrategy) and save; or load what it saved, on any number of ranks.
-
-``torchrun -m tests.programs.trainer save|load|resume CHECKPOINT WHOLE_STATE FSDPStrategy|ModelParallelStrategy``
-"""
+"""Train with Lightning's Trainer (FSDPStrategy or ModelParallelStrategy) and save; or load what it saved, on any number of ranks."""
 
 from __future__ import annotations
 
-import os
-import sys
 from functools import partial
 from typing import Any
 
 import pytorch_lightning
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.optimizer
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -79,7 +75,7 @@ def save(checkpoint: str, whole_state: str, strategy: str) -> None:
     trainer = make_trainer(strategy, max_steps=3)
     trainer.fit(Module(0, DECAYED, UNDECAYED), batches())
     trainer.save_checkpoint(checkpoint)
-    write_whole_state(trainer.model, trainer.optimizers[0], whole_state)
+    write_whole_state(trainer.lightning_module, trainer.optimizers[0], whole_state)
 
 
 def load(checkpoint: str, whole_state: str, strategy: str) -> None:
@@ -99,7 +95,7 @@ def resume(checkpoint: str, whole_state: str, strategy: str) -> None:
 def make_trainer(strategy: str, **arguments: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        devices=dist.get_world_size(),
         strategy=make_strategy(strategy),
         use_distributed_sampler=False,
         logger=False,
@@ -113,13 +109,8 @@ def make_trainer(strategy: str, **arguments: Any) -> Trainer:
 def make_strategy(name: str) -> Strategy:
     if name == "FSDPStrategy":
         return FSDPStrategyOnCpu(state_dict_type="sharded", use_orig_params=True)
-    return ModelParallelStrategy(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
+    return ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
 
 
 def batches() -> DataLoader[torch.Tensor]:
     return DataLoader(torch.arange(3), batch_size=1)
-
-
-if __name__ == "__main__":
-    {"save": save, "load": load, "resume": resume}[sys.argv[1]](*sys.argv[2:])
-    torch.distributed.destroy_process_group()
