@@ -39,13 +39,13 @@ from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout import AxisCut, TensorLayout, replicated, sharded, single_box
 from shardferry.layout import Shard as ShardPlacement
-from shardferry.live import layout_of_tensor
 from shardferry.nesting import nest
 from shardferry.optimizer_index import SCALAR_STATE, index_optimizer
 from shardferry.plan import plan_tensors
 from shardferry.reader import Counters, ReadOptions, read_object, read_plan
 from shardferry.region import Region
 from shardferry.storage.base import open_storage
+from shardferry.tensor_layout import layout_of_tensor
 
 STATE_DICT_2D_LAYOUT = dict[str, tuple[Sequence[int] | None, Sequence[int]]]
 _OBJECT = "<bytes_io>"  # stands where a planner puts a Python object

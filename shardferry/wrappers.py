@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch.optim import Optimizer
 
@@ -21,14 +20,9 @@ def torch_optimizers(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     members = getattr(optimizer, "optimizers", None)
     if isinstance(members, list | tuple) and all(isinstance(member, Optimizer) for member in members):
         found = tuple(one for member in members for one in torch_optimizers(member))
-        if found and _trained(found) == _trained([optimizer]) and not optimizer.state:
+        if _trained(found) == _trained([optimizer]) and not optimizer.state:
             return found
     return (optimizer,)
-
-
-def param_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The param groups that are live: those of all `torch_optimizers`, in order."""
-    return [group for one in torch_optimizers(optimizer) for group in one.param_groups]
 
 
 def _trained(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -14,6 +14,7 @@ from shardferry.errors import PlanError
 from shardferry.layout import AxisCut, LiveLayout, Replicate, Shard, TensorLayout, flat_slice, sharded
 from shardferry.plan import ALIGNMENT, LoadPlan, plan_load
 from shardferry.region import Region
+from shardferry.request import LoadRequest
 from tests.support.catalogs import catalog_of
 
 
@@ -24,7 +25,7 @@ def rows(*bounds: int) -> list[Region]:
 
 def plan_of(shape: tuple[int, ...], saved: list[Region], layout: TensorLayout) -> LoadPlan:
     catalog = catalog_of({"w": (shape, saved)})
-    return plan_load(catalog, LiveLayout(0, 1, {"w": layout}), optimizer_key="optim")
+    return plan_load(catalog, LiveLayout(0, 1, {"w": layout}), LoadRequest("optim"))
 
 
 def one_row(size: int, ranks: int, rank: int) -> TensorLayout:

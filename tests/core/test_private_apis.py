@@ -7,7 +7,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 
 from shardferry.fsdp1 import flattened_parameters
-from shardferry.handoff import strided_shard
+from shardferry.placing import strided_shard
 from tests.support.models import SHAPES, Model, fsdp1
 from tests.support.ranks import RankPool
 

@@ -75,7 +75,7 @@ def _rank(program: str, action: str, rank: int, num_ranks: int, arguments: tuple
     _write_output_to(Path(directory) / f"rank-{rank}.log")
     torch.set_num_threads(1)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": f"{num_ranks}"}
-    os.environ |= {"WORLD_SIZE": f"{num_ranks}", "TORCH_DIST_INIT_BARRIER": "1"}
+    os.environ |= {"WORLD_SIZE": f"{num_ranks}", "TORCH_DIST_INIT_BARRIER": "1", "CUDA_VISIBLE_DEVICES": ""}
     store = dist.FileStore(f"{directory}/rendezvous-{action}", num_ranks)
     timeout = timedelta(seconds=_DEADLINE_S / 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
