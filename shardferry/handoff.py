@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from shardferry import install
 from shardferry.arena import Arena, HostArena, view_bytes
 from shardferry.errors import HandoffError
-from shardferry.live import LiveModel, as_tuple
+from shardferry.live import LiveModel
 from shardferry.manifest import Entry, Manifest, StateTensor
 from shardferry.nesting import nest
 from shardferry.param_groups import ParamGroup
@@ -295,4 +295,4 @@ class Shard:
         Raises:
             InstallError: the shard lies otherwise than the model's parameters, or lacks one of them.
         """
-        install.load_into(self, LiveModel(as_tuple(model), as_tuple(optimizer)))
+        install.load_into(self, LiveModel.of(model, optimizer))

@@ -19,11 +19,18 @@ from shardferry.layout import LiveEntry, LiveLayout, TensorLayout, replicated
 from shardferry.nesting import flat_entries
 from shardferry.optimizer_index import SCALAR_STATE
 from shardferry.tensor_layout import layout_of_tensor
+from shardferry.wrappers import torch_optimizers
 
 T = TypeVar("T")
 
 # What wrappers put into the names of parameters; the checkpoint's FQNs are without them.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = (
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+    "_forward_module.",  # Lightning Fabric's module has both, mostly the same one
+    "_original_module.",
+)
 _DDP = "module."
 _EXTRA = "_extra_state"  # as torch.nn.Module.state_dict calls it
 
@@ -84,6 +91,12 @@ class LiveModel:
 
     modules: tuple[Module, ...]
     optimizers: tuple[Optimizer, ...]
+
+    @classmethod
+    def of(cls, model: Module | Sequence[Module], optimizer: Optimizer | Sequence[Optimizer]) -> LiveModel:
+        """From what people hold in their hands: one or several, a program's wrappers among them."""
+        optimizers = tuple(one for given in as_tuple(optimizer) for one in torch_optimizers(given))
+        return cls(as_tuple(model), optimizers)
 
     @property
     def device(self) -> torch.device:
@@ -147,12 +160,12 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
         parts = tuple(Part(_clean(p.fqn, prefixes), p.layout, p.position) for p in flat.parts)
         state = flat_entries(states.get(id(flat.tensor), {}))
         yield LiveParameter(flat.tensor, parts, flattened=True, state=state)
-    names: dict[int, list[str]] = {}
+    names: dict[int, dict[str, None]] = {}  # of each tensor, each once: two wrappers of one may show it twice
     tensors: dict[int, torch.Tensor] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) not in flattened:
             tensors[id(parameter)] = parameter
-            names.setdefault(id(parameter), []).append(_clean(name, prefixes))
+            names.setdefault(id(parameter), {})[_clean(name, prefixes)] = None
     for key, (fqn, *aliases) in names.items():
         part = Part(fqn, layout_of_tensor(tensors[key], name=fqn), aliases=tuple(aliases))
         yield LiveParameter(tensors[key], (part,), state=flat_entries(states.get(key, {})))

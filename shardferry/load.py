@@ -25,7 +25,7 @@ from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory, no
 from shardferry.install import fit
 from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
-from shardferry.live import LiveModel, as_tuple, live_layout
+from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
@@ -252,7 +252,7 @@ def load_optimizer_state(
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD
     agreement = Agreement(process_group)
-    live = LiveModel(as_tuple(model), as_tuple(optimizer))
+    live = LiveModel.of(model, optimizer)
 
     def prepare() -> tuple[LoadRequest, RankLayout, torch.device]:
         request = LoadRequest(
