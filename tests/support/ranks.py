@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -94,6 +95,8 @@ def _serve(pipe: Connection) -> None:
                 outcome = (True, work(*args))
             finally:
                 dist.destroy_process_group()
+                # Wrapped models are cycles that hold their process groups, whose threads spin once the peers are gone.
+                gc.collect()
         except BaseException:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)
