@@ -15,7 +15,7 @@ import typer
 from pipeline.display import byte_progress, human_bytes, print_plan, print_stage, print_table, show_ranks
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import LayoutError, ShardferryError, SpecError
 
 _MANY = 40  # tensors; longer lists are cut on the terminal, never in JSON
@@ -131,11 +131,10 @@ def verify(
     import json
     import threading
 
-    from shardferry.storage.base import open_storage
     from shardferry.verify import verified_bytes, verify_checkpoint
 
     catalog = open_checkpoint(checkpoint)
-    storage, total, lock, done = open_storage(checkpoint), verified_bytes(catalog), threading.Lock(), [0]
+    storage, total, lock, done = storage_of(catalog), verified_bytes(catalog), threading.Lock(), [0]
     with byte_progress("verifying") as bar:
 
         def on_item(nbytes: int) -> None:

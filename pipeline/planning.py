@@ -9,6 +9,7 @@ from typing import Any
 from schemas.plan_report import PlanReport, RankPlan
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
+from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout, SpecLayout
 from shardferry.optimizer_index import index_optimizer
@@ -18,7 +19,6 @@ from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
 from shardferry.requests import MAX_REQUEST
-from shardferry.storage.base import open_storage
 
 
 def target_layout(config: StageConfig) -> SpecLayout:
@@ -36,7 +36,7 @@ def check_checkpoint(catalog: Catalog, request: LoadRequest) -> None:
         StorageError: a file is missing or short.
     """
     keys = _wanted_keys(catalog, request)
-    storage = open_storage(catalog.location)
+    storage = storage_of(catalog)
     try:
         check_files(catalog, keys, storage)
     finally:

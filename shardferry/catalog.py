@@ -17,6 +17,7 @@ import torch
 
 from shardferry.collector import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
+from shardferry.item_format import ItemFormat, RawItem, TransformedItem, ZipItem
 from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from shardferry.region import Region
 
@@ -48,6 +49,7 @@ class SavedObject:
     file: int  # row of Catalog.files
     byte_offset: int
     byte_length: int
+    format: ItemFormat
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,12 @@ class Catalog:
     chunk_byte_length: np.ndarray  # int64[num_chunks], of the item
     box_offsets: np.ndarray  # int64, elements
     box_sizes: np.ndarray  # int64, elements
-    transformed: frozenset[int] = frozenset()  # chunks whose items were compressed or otherwise transformed
+    chunk_format: np.ndarray  # int16[num_chunks], row of formats
+    formats: tuple[ItemFormat, ...]
+    file_bytes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by name, as far as the storage told when it was opened
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # for fsspec; may hold credentials
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -94,32 +101,36 @@ class Catalog:
         return (self.paths or {}).get(key, (key,))
 
 
-def build_catalog(parts: Mapping[str, Metadata], *, location: str) -> Catalog:
+def build_catalog(
+    parts: Mapping[str, Metadata], *, location: str, listing: Mapping[str, int | None] | None = None
+) -> Catalog:
     """Build the catalog from the parsed metadata files of one checkpoint (one, or one a rank).
+
+    Args:
+        listing: bytes of the checkpoint's files, as far as known.
 
     Raises:
         UnsafeMetadata: a file's relative path leaves the checkpoint.
         CatalogError: boxes or byte positions contradict each other.
     """
-    builder = _CatalogBuilder(location, len(parts))
+    builder = _CatalogBuilder(location)
     with paused_gc():
         for source, metadata in parts.items():
             builder.add(source, metadata)
-        return builder.finish()
+        return builder.finish(listing or {})
 
 
 class _CatalogBuilder:
-    def __init__(self, location: str, num_parts: int) -> None:
+    def __init__(self, location: str) -> None:
         self._location = location
-        self._num_parts = num_parts
         self._versions: set[str] = set()
         self._files: dict[str, int] = {}
         self._file_of: dict[str, int] = {}  # by relative path as the metadata writes it
         self._tensors: dict[str, _TensorRows] = {}
         self._objects: dict[str, SavedObject] = {}
         self._paths: dict[str, KeyPath] | None = None
+        self._formats: dict[ItemFormat, int] = {_ZIP: 0}
         self._problems: list[str] = []
-        self._earlier_boxes: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def add(self, source: str, metadata: Metadata) -> None:
         storage = _storage_by_box(source, metadata)
@@ -128,13 +139,17 @@ class _CatalogBuilder:
             self._add_paths(source, metadata.planner_data)
         for key, value in metadata.state_dict_metadata.items():
             if not isinstance(key, str):
-                raise CatalogError(f"{source}: the key {key!r} is a {type(key).__name__}, not a string")
+                raise CatalogError(
+                    f"{source}: the key {key!r} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
+                    "(torch's default), which makes strings of all keys"
+                )
             if isinstance(value, TensorStorageMetadata):
                 self._add_tensor(source, key, value, storage)
             elif isinstance(value, BytesStorageMetadata):
-                self._add_object(key, storage)
+                self._add_object(source, key, storage)
             else:
                 raise CatalogError(f"{source}: {key}: is a {type(value).__name__}, neither tensor nor bytes")
+        self._problems += _flattened_by_megatron(metadata)
 
     def _add_paths(self, source: str, paths: Any) -> None:
         if not isinstance(paths, dict):
@@ -142,15 +157,25 @@ class _CatalogBuilder:
                 f"{source}: planner_data is a {type(paths).__name__}; key paths are taken from the keys"
             )
             return
-        self._paths = self._paths or {}
-        self._paths.update({str(key): tuple(path) for key, path in paths.items() if isinstance(path, tuple | list)})
+        self._paths = {} if self._paths is None else self._paths
+        for key, value in paths.items():
+            path = _key_path(source, key, value)
+            if self._paths.setdefault(key, path) != path:
+                raise CatalogError(
+                    f"{source}: {key}: stood at {path}, by another rank's metadata at {self._paths[key]}"
+                )
 
-    def _add_object(self, key: str, storage: _Storage) -> None:
+    def _add_object(self, source: str, key: str, storage: _Storage) -> None:
+        if key in self._tensors:
+            raise CatalogError(f"{source}: {key}: saved as an object, by another rank's metadata as a tensor")
+        if key in self._objects:  # another rank's copy: one is enough
+            return
         item = storage.get((key, None))
         if item is None:
             self._problems.append(f"{key}: no file holds it")
             return
-        self._objects[key] = SavedObject(key, self._file(key, item.relative_path), item.offset, item.length)
+        file = self._file(key, item.relative_path)
+        self._objects[key] = SavedObject(key, file, item.offset, item.length, item.format)
 
     def _add_tensor(self, source: str, key: str, value: TensorStorageMetadata, storage: _Storage) -> None:
         try:
@@ -163,20 +188,20 @@ class _CatalogBuilder:
             raise CatalogError(
                 f"{source}: {key}: saved as {dtype} of shape {shape}, elsewhere as {rows.dtype} of shape {rows.shape}"
             )
-        earlier = self._earlier_boxes.get(key, set())
+        if key in self._objects:
+            raise CatalogError(f"{source}: {key}: saved as a tensor, by another rank's metadata as an object")
         for offsets, sizes in boxes:
-            if (offsets, sizes) in earlier:  # another rank's metadata has it: a replica, of which one is enough
-                continue
             _check_box(source, key, shape, offsets, sizes)
+            if not rows.lacks((offsets, sizes)):  # a replica
+                continue
             item = storage.get((key, offsets)) or (storage.get((key, None)) if len(boxes) == 1 else None)
-            if item is None:
-                self._problems.append(f"{key}: no file holds the chunk {Region(offsets, sizes)}")
-                rows.add(offsets, sizes, NO_FILE, 0, 0, transformed=False)
-            else:
-                file = self._file(key, item.relative_path)
-                rows.add(offsets, sizes, file, item.offset, item.length, transformed=item.transformed)
-        if self._num_parts > 1:
-            self._earlier_boxes[key] = earlier | set(boxes)
+            rows.stored[offsets, sizes] = _NOT_STORED if item is None else self._stored(key, item)
+
+    def _stored(self, key: str, item: _Item) -> _Stored:
+        return _Stored(self._file(key, item.relative_path), item.offset, item.length, self._format(item.format))
+
+    def _format(self, item_format: ItemFormat) -> int:
+        return self._formats.setdefault(item_format, len(self._formats))
 
     def _file(self, key: str, relative_path: str) -> int:
         file = self._file_of.get(relative_path)
@@ -196,15 +221,17 @@ class _CatalogBuilder:
             )
         return self._files.setdefault(str(path), len(self._files))
 
-    def finish(self) -> Catalog:
+    def finish(self, listing: Mapping[str, int | None]) -> Catalog:
         tensors: dict[str, SavedTensor] = {}
-        columns = _TensorRows((), torch.uint8)
+        columns = _Columns()
         for key, rows in self._tensors.items():
             start = len(columns.files)
-            tensors[key] = SavedTensor(
-                key, rows.shape, rows.dtype, range(start, start + len(rows.files)), len(columns.offsets)
-            )
-            columns.extend(rows)
+            chunks = range(start, start + len(rows.stored))
+            tensors[key] = SavedTensor(key, rows.shape, rows.dtype, chunks, len(columns.offsets))
+            for box, stored in rows.stored.items():
+                columns.add(box, stored)
+                if stored is _NOT_STORED:
+                    self._problems.append(f"{key}: no file holds the chunk {Region(*box)}")
         return Catalog(
             location=self._location,
             torch_metadata_version=", ".join(sorted(self._versions)),
@@ -217,57 +244,68 @@ class _CatalogBuilder:
             chunk_byte_length=np.array(columns.byte_lengths, dtype=np.int64),
             box_offsets=np.array(columns.offsets, dtype=np.int64),
             box_sizes=np.array(columns.sizes, dtype=np.int64),
-            transformed=frozenset(np.flatnonzero(columns.transformed).tolist()),
+            chunk_format=np.array(columns.formats, dtype=np.int16),
+            formats=tuple(self._formats),
+            file_bytes={file: size for file in self._files if (size := listing.get(file)) is not None},
             problems=tuple(self._problems),
         )
 
 
+_Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes, elements
+
+
+class _Stored(NamedTuple):
+    """Where a chunk is: the row of a file, bytes, the row of a format."""
+
+    file: int
+    byte_offset: int
+    byte_length: int
+    format: int
+
+
+_NOT_STORED = _Stored(NO_FILE, 0, 0, 0)
+
+
 class _TensorRows:
-    """The columns of the chunks of one tensor, or of all."""
+    """The chunks of one tensor by their boxes. Equal boxes are replicas: the first that is stored counts."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.stored: dict[_Box, _Stored] = {}
+
+    def lacks(self, box: _Box) -> bool:
+        return self.stored.get(box, _NOT_STORED) is _NOT_STORED
+
+
+class _Columns:
+    """The columns of the chunks of all tensors."""
+
+    def __init__(self) -> None:
         self.files: list[int] = []
         self.byte_offsets: list[int] = []
         self.byte_lengths: list[int] = []
-        self.transformed: list[bool] = []
+        self.formats: list[int] = []
         self.offsets: list[int] = []
         self.sizes: list[int] = []
-        self._seen: set[tuple[Any, ...]] = set()
 
-    def add(
-        self,
-        offsets: tuple[int, ...],
-        sizes: tuple[int, ...],
-        file: int,
-        byte_offset: int,
-        byte_length: int,
-        *,
-        transformed: bool,
-    ) -> None:
-        row = (offsets, sizes, file, byte_offset)
-        if row in self._seen:  # listed twice, stored once: the same chunk
-            return
-        self._seen.add(row)
-        self.files.append(file)
-        self.byte_offsets.append(byte_offset)
-        self.byte_lengths.append(byte_length)
-        self.transformed.append(transformed)
-        self.offsets += offsets
-        self.sizes += sizes
-
-    def extend(self, other: _TensorRows) -> None:
-        for column in ("files", "byte_offsets", "byte_lengths", "transformed", "offsets", "sizes"):
-            getattr(self, column).extend(getattr(other, column))
+    def add(self, box: _Box, stored: _Stored) -> None:
+        self.files.append(stored.file)
+        self.byte_offsets.append(stored.byte_offset)
+        self.byte_lengths.append(stored.byte_length)
+        self.formats.append(stored.format)
+        self.offsets += box[0]
+        self.sizes += box[1]
 
 
 class _Item(NamedTuple):
     relative_path: str
     offset: int  # bytes
     length: int  # bytes
-    transformed: bool
+    format: ItemFormat
 
+
+_ZIP, _RAW = ZipItem(), RawItem()  # one for all: there may be a million items
 
 _Storage = dict[tuple[str, tuple[int, ...] | None], _Item]
 
@@ -283,13 +321,42 @@ def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[st
         if not isinstance(index, MetadataIndex):
             raise CatalogError(f"{source}: the storage table is keyed by {type(index).__name__}, not MetadataIndex")
         try:
-            item = _Item(str(info.relative_path), int(info.offset), int(info.length), bool(info.transform_descriptors))
+            item = _Item(str(info.relative_path), int(info.offset), int(info.length), _format_of(info))
             key = (index.fqn, None if index.offset is None else tuple(index.offset))
         except (AttributeError, TypeError, ValueError) as error:
             raise CatalogError(f"{source}: an incomplete entry in the storage table ({error})") from error
         if item.offset < 0 or item.length < 0:
             raise CatalogError(f"{source}: {key[0]}: item at byte {item.offset} with {item.length} bytes")
         yield key, item
+
+
+def _key_path(source: str, key: Any, path: Any) -> KeyPath:
+    whole = isinstance(path, tuple | list) and path and all(type(part) in (str, int) for part in path)
+    if not isinstance(key, str) or not whole:
+        raise CatalogError(
+            f"{source}: planner_data has the path {path!r} for the key {key!r}, which torch's planners don't write: paths are "
+            "tuples of strings and integers, by key; set planner_data to None, and paths are taken from the keys"
+        )
+    return tuple(path)
+
+
+def _flattened_by_megatron(metadata: Metadata) -> Iterator[str]:
+    """Tensors that Megatron-Core up to 0.14 saved as flat slices of blocks, which are no boxes of the parameter."""
+    known = metadata.mcore_data if isinstance(metadata.mcore_data, dict) else {}
+    for key, remarks in known.items():
+        shape = remarks.get("nd_reformulated_orig_global_shape") if isinstance(remarks, dict) else None
+        if shape is not None:
+            yield (
+                f"{key}: saved by Megatron-Core as flat slices of blocks (fully_sharded_model_space) of the shape "
+                f"{tuple(shape)}; that can't be loaded: save with --dist-ckpt-optim-fully-reshardable"
+            )
+
+
+def _format_of(info: Any) -> ItemFormat:
+    """Raises TypeError where the descriptors are no list."""
+    if info.is_raw:
+        return _RAW
+    return TransformedItem(tuple(map(str, info.transform_descriptors))) if info.transform_descriptors else _ZIP
 
 
 def _check_box(source: str, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:

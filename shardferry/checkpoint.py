@@ -2,55 +2,90 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shardferry.catalog import Catalog, build_catalog
-from shardferry.errors import CheckpointNotFound
-from shardferry.metadata import Metadata, parse_metadata
+from shardferry.errors import CatalogError, CheckpointNotFound
+from shardferry.megatron import COMMON_FILE, with_common_values
+from shardferry.metadata import parse_metadata
+from shardferry.safetensors_files import is_safetensors, read_safetensors, with_safetensors_positions
 from shardferry.storage.base import RangeReader, open_storage, read_file
 
 METADATA_FILE = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
 
 
-def open_checkpoint(location: str | Path) -> Catalog:
+def open_checkpoint(location: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> Catalog:
     """What the checkpoint at ``location`` holds.
 
     Args:
-        location: a directory, or its ``file://`` URL.
+        location: a directory, its ``file://`` URL, or any URL that fsspec can open, such as ``s3://bucket/run/step-1000``.
+        storage_options: for fsspec: credentials, an endpoint. They go with the catalog, to every process that reads.
 
     Raises:
         CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
         UnsafeMetadata: the metadata names a forbidden global, or a file outside the checkpoint.
         CatalogError: the metadata is damaged.
     """
-    storage = open_storage(location)
+    storage = open_storage(location, storage_options)
     try:
-        return read_catalog(storage)
+        return dataclasses.replace(read_catalog(storage), storage_options=dict(storage_options or {}))
     finally:
         storage.close()
 
 
+def storage_of(catalog: Catalog) -> RangeReader:
+    """The storage that a catalog is of. Raises CheckpointNotFound where it is gone."""
+    return open_storage(catalog.location, catalog.storage_options)
+
+
 def read_catalog(storage: RangeReader) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
-    sources = _metadata_files(storage)
-    parts: dict[str, Metadata] = {}
+    listing = storage.listing()
+    names = list(listing)
+    sources = _metadata_files(storage.location, names)
+    if not sources and is_safetensors(names):
+        parts = {storage.location: read_safetensors(storage, names)}
+        return build_catalog(parts, location=storage.location, listing=listing)
+    if not sources:
+        raise _no_checkpoint(storage.location, names)
+    parts = {}
     for name in sources:
         source = f"{storage.location}/{name}"
         parts[source] = parse_metadata(read_file(storage, name), source=source)
-    return build_catalog(parts, location=storage.location)
+    catalog = with_safetensors_positions(build_catalog(parts, location=storage.location, listing=listing), storage)
+    if COMMON_FILE in listing:
+        return with_common_values(catalog, read_file(storage, COMMON_FILE))
+    return catalog
 
 
-def _metadata_files(storage: RangeReader) -> list[str]:
-    names = storage.names()
+def _metadata_files(location: str, names: list[str]) -> list[str]:
     if METADATA_FILE in names:
         return [METADATA_FILE]
-    parts = [name for name in names if _RANK_METADATA.fullmatch(name)]
-    if parts:
-        return parts
+    parts = {int(found[1]): name for name in names if (found := _RANK_METADATA.fullmatch(name))}
+    _check_ranks(location, parts)
+    return [parts[rank] for rank in sorted(parts)]
+
+
+def _check_ranks(location: str, parts: Mapping[int, str]) -> None:
+    """Each rank wrote its own metadata: one that is missing before the last was lost. (After the last, none can know.)"""
+    last = max(parts, default=-1)
+    lost = sorted(set(range(last)) - set(parts))
+    if lost:
+        raise CatalogError(
+            f"{location}: {len(parts)} ranks wrote metadata of their own, up to {parts[last]}, but that of rank {lost[0]} "
+            f"is missing ({len(lost)} of {last + 1} are); without it its share can't be found. Copy all of the checkpoint, "
+            "or use another one"
+        )
+
+
+def _no_checkpoint(location: str, names: list[str]) -> CheckpointNotFound:
     saved = sum(name.endswith(".distcp") for name in names)
     hint = "the save was not completed" if saved else "this is no distributed checkpoint"
-    raise CheckpointNotFound(
-        f"{storage.location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
+    return CheckpointNotFound(
+        f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
     )

@@ -34,16 +34,29 @@ def load_into(shard: Shard, live: LiveModel) -> None:
     Raises:
         InstallError: the shard lies otherwise than the model's parameters, or lacks one of them.
     """
+    fit(shard, live)()
+
+
+def fit(shard: Shard, live: LiveModel) -> Callable[[], None]:
+    """Check all that `load_into` checks, and give back the replacing: ranks do it once all of them have checked.
+
+    Raises:
+        InstallError: as `load_into`.
+    """
     groups = [_prepare(shard, group) for group in live.groups]
     weights = _Weights(shard, live).copies() if shard.has_weights else []
-    for prepared in groups:
-        prepared.apply()
-    for optimizer in live.optimizers:
-        # What torch's own load_state_dict ends with: optimizers fill in defaults of older checkpoints here.
-        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
-    with torch.no_grad():
-        for put in weights:
-            put()
+
+    def install() -> None:
+        for prepared in groups:
+            prepared.apply()
+        for optimizer in live.optimizers:
+            # What torch's own load_state_dict ends with: optimizers fill in defaults of older checkpoints here.
+            optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+        with torch.no_grad():
+            for put in weights:
+                put()
+
+    return install
 
 
 @dataclass(frozen=True, slots=True)

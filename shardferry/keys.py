@@ -38,8 +38,10 @@ class Claims:
     taken: tuple[bool, ...] = ()
 
     @classmethod
-    def of(cls, names: Iterable[str], taken: Collection[str]) -> Claims:
-        """Taken are names, or tied names of them."""
+    def of(cls, names: Iterable[str], found: Sequence[Found], layout: RankLayout) -> Claims:
+        """A parameter that was found takes all of its tied names."""
+        taken = {name for parameter in found for name in (parameter.saved, *layout.aliases(parameter.fqn))}
+        taken.update(parameter.fqn for parameter in found)
         ordered = tuple(sorted(names))
         return cls(ordered, tuple(name in taken for name in ordered))
 
@@ -66,7 +68,7 @@ def find_state(saved: SavedOptimizer, layout: RankLayout, request: LoadRequest) 
     """
     wanted = layout.fqns()
     if wanted is None:
-        return [Found(fqn, fqn) for fqn in saved.state if layout.holds(fqn)], ()
+        return [Found(fqn, fqn) for fqn in sorted({*saved.state, *saved.grouped}) if layout.holds(fqn)], ()
     found: list[Found] = []
     missing: list[str] = []
     grouped = saved.grouped

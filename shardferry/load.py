@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from shardferry.agreement import Agreement
 from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import HandoffError
 from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory, node_identity
-from shardferry.install import load_into
+from shardferry.install import fit
 from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, live_layout
@@ -30,7 +30,7 @@ from shardferry.manifest import Manifest, StateTensor, StateValue
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
-from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.base import RangeReader
 
 
 class PhaseClock:
@@ -143,7 +143,7 @@ def read_values(
     """Everything that is no sharded tensor, by key: read by one rank for all. Raises StorageError, DecodeError."""
     options, counters = options or ReadOptions(), counters or Counters()
     keys = value_keys(catalog, request)
-    storage = open_storage(catalog.location)
+    storage = storage_of(catalog)
     try:
         objects = [key for key in keys if key in catalog.objects]
         tensors = [key for key in keys if key in catalog.tensors]
@@ -186,7 +186,7 @@ def _allocate(plan: LoadPlan, device: torch.device, agreement: Agreement) -> Are
 
 
 def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters) -> None:
-    storage = open_storage(job.catalog.location)
+    storage = storage_of(job.catalog)
     try:
         read_plan(plan, job.catalog, storage, arena, job.read, counters)
     finally:
@@ -264,10 +264,9 @@ def load_optimizer_state(
     request, layout, device = agreement.attempt("reading the model's layout", prepare)
     catalog = catalog_of_all(location, agreement)
     loaded = load_rank(LoadJob(catalog, layout, request, device, ReadOptions(concurrency)), agreement)
-    agreement.attempt(
-        "installing the state",
-        lambda: load_into(loaded.handle("in_process", exclusive=True).open(), live),
-    )
+    shard = loaded.handle("in_process", exclusive=True).open()
+    install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
+    agreement.attempt("installing the state", install)
     return KeyReport(loaded.plan.missing, loaded.unexpected)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shardferry.catalog import Catalog, KeyPath, SavedTensor
 from shardferry.errors import PlanError
+from shardferry.megatron import BUFFERS, COMMON_FILE, megatron_entry
 
 SCALAR_STATE = frozenset({"step"})  # never has its parameter's shape, whatever its size
 
@@ -54,25 +55,42 @@ def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
     """
     state: dict[KeyPath, str] = {}
     groups: dict[KeyPath, str] = {}
-    found = False
+    sections: set[str] = set()
+    of_megatron: set[str] = set()
     for key, tail in _below(catalog, optimizer_key):
-        found = True
         section, rest = _split_section(tail)
+        sections.add(section)
         if section == "state" and rest:
-            state[rest] = key
+            entry = megatron_entry(rest) if catalog.paths is None else None
+            if entry:
+                of_megatron.add(entry[0])
+            state[entry or rest] = key
         elif section == "param_groups":
             groups[rest] = key
-    if not found:
+    if optimizer_key in catalog.objects:
+        raise PlanError(
+            f"{catalog.location}: {optimizer_key!r} is one Python object, its tensors in it: it was saved nested and with "
+            "flatten_state_dict=False. Save with torch's default planner, or with flatten_optimizer_state_dict=True"
+        )
+    if not sections:
         raise PlanError(
             f"{catalog.location}: nothing is saved under optimizer_key {optimizer_key!r}; "
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog))) or 'none'}"
+        )
+    if sections == {BUFFERS}:
+        raise PlanError(
+            f"{catalog.location}: {optimizer_key!r} holds Megatron-Core's flat buffers (dp_reshardable or "
+            "dp_zero_gather_scatter), which don't tell where a parameter lies; load them with Megatron and save with "
+            "--dist-ckpt-optim-fully-reshardable"
         )
     if not state and not groups:
         raise PlanError(
             f"{catalog.location}: {optimizer_key!r} holds no optimizer: neither 'state' nor 'param_groups' is below it; "
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
         )
-    return OptimizerIndex(optimizer_key, _by_fqn(state, _flattened_fqns(groups)), groups)
+    by_fqn = _by_fqn(state, _flattened_fqns(groups))
+    _check_steps(catalog, {fqn: by_fqn[fqn] for fqn in by_fqn if fqn in of_megatron})
+    return OptimizerIndex(optimizer_key, by_fqn, groups)
 
 
 def index_weights(catalog: Catalog, model_key: str) -> dict[str, str]:
@@ -88,6 +106,20 @@ def index_weights(catalog: Catalog, model_key: str) -> dict[str, str]:
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog))) or 'none'}"
         )
     return keys
+
+
+def _check_steps(catalog: Catalog, state: Mapping[str, Mapping[str, StateEntry]]) -> None:
+    """Megatron-Core's steps stand outside its metadata: without them Adam's state is only half there."""
+    lacking = [fqn for fqn, names in state.items() if "exp_avg" in names and "step" not in names]
+    if not lacking:
+        return
+    known = [problem for problem in catalog.problems if problem.startswith(COMMON_FILE)]
+    why = known[0] if known else f"there is no {COMMON_FILE}, or it holds none for this optimizer"
+    raise PlanError(
+        f"{lacking[0]}: no step ({len(lacking)} of {len(state)} parameters have none), which Megatron-Core keeps in "
+        f"{catalog.location}/{COMMON_FILE}: {why}. Where it names classes that you trust, allow them with "
+        "torch.serialization.add_safe_globals before the checkpoint is opened; else save again"
+    )
 
 
 def top_level_keys(catalog: Catalog) -> list[str]:

@@ -123,28 +123,22 @@ def plan_load(
     planner = _Planner(catalog, layout, request)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found)
-    claims = Claims.of(saved.state, {name for f in found for name in (f.saved, *layout.aliases(f.fqn))})
     weight_claims = Claims()
     if request.model_key is not None:
         weights = saved_weights(catalog, request)
         found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
         planner.add_weights(weights, found_weights)
         missing += missing_weights
-        taken = {name for f in found_weights for name in (f.saved, *layout.aliases(f.fqn))}
-        weight_claims = Claims.of(weights, taken)
+        weight_claims = Claims.of(weights, found_weights, layout)
     if layout.world_rank == 0:
         planner.add_objects(value_keys(catalog, request))
     return planner.finish(
-        fqns=tuple(f.fqn for f in found) if layout.fqns() is not None else _all_fqns(saved, layout),
+        fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
-        param_groups=saved.param_groups,
-        state_claims=claims,
+        param_groups=saved.groups_of({parameter.saved for parameter in found}),
+        state_claims=Claims.of(saved.state, found, layout),
         weight_claims=weight_claims,
     )
-
-
-def _all_fqns(saved: SavedOptimizer, layout: RankLayout) -> tuple[str, ...]:
-    return tuple(fqn for fqn in sorted({*saved.state, *saved.grouped}) if layout.holds(fqn))
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest) -> dict[str, str]:

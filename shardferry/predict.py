@@ -8,6 +8,7 @@ import torch
 
 from shardferry.catalog import Catalog
 from shardferry.decode import HEAD_BYTES, ItemLayout
+from shardferry.item_format import TransformedItem, ZipItem
 from shardferry.plan import LoadPlan, ReadItem
 from shardferry.region import row_major_strides
 from shardferry.requests import Request, requests_for
@@ -18,15 +19,22 @@ _USUAL_RAW_START = 704  # bytes; where torch.save puts a tensor's data. Only an 
 def predict_reads(plan: LoadPlan, catalog: Catalog) -> tuple[int, int]:
     """Bytes and requests of one rank's reads.
 
-    Exact where saved chunks are row-major. Strides stand only in the data files, which aren't looked at here.
+    Exact where saved chunks are row-major, on a local disk. Strides stand only in the data files, which aren't looked at.
     """
     by_chunk: dict[int, list[ReadItem]] = defaultdict(list)
     for item in plan.reads:
         by_chunk[item.chunk].append(item)
-    num_requests = len(by_chunk) + len(plan.objects)
+    num_requests = len(plan.objects)
     nbytes = sum(planned.nbytes for planned in plan.objects)
     for chunk, items in by_chunk.items():
-        nbytes += min(HEAD_BYTES, int(catalog.chunk_byte_length[chunk]))
+        item_format, item_bytes = catalog.formats[catalog.chunk_format[chunk]], int(catalog.chunk_byte_length[chunk])
+        if isinstance(item_format, TransformedItem):  # whole
+            num_requests += 1
+            nbytes += item_bytes
+            continue
+        if isinstance(item_format, ZipItem):  # its head
+            num_requests += 1
+            nbytes += min(HEAD_BYTES, item_bytes)
         for item in items:
             requests = _requests(item, plan.tensors[item.tensor].dtype)
             num_requests += len(requests)

@@ -1,7 +1,8 @@
 """Carry out the reads of a load plan: ranged, concurrent, straight into the arena.
 
 First the heads of all needed items are read and parsed; they say where the raw bytes are and how they are strided. Then
-the data: contiguous runs by positioned reads into place, strided boxes by a gather through a window.
+the data: contiguous runs by positioned reads into place, strided boxes by a gather through a window. An item that can't be
+read in ranges is read whole, by one thread, and the same requests are carried out on its content.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import numpy as np
 import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
-from shardferry.catalog import NO_FILE, Catalog
+from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
-from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
-from shardferry.errors import DecodeError, StorageError
+from shardferry.decode import ItemLayout
+from shardferry.errors import StorageError
+from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
 from shardferry.plan import LoadPlan, ReadItem
 from shardferry.requests import Gather, InPlaceRead, Request, requests_for
-from shardferry.storage.base import RangeReader
+from shardferry.storage.base import ByteSource, RangeReader, Window
+from shardferry.storage.memory import MemorySource
+from shardferry.storage.runs import Runs
 
 T = TypeVar("T")
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
@@ -38,11 +42,33 @@ class Counters:
         self.bytes_requested = 0
         self.bytes_done = 0  # of the needed ones
 
-    def add(self, *, num_requests: int, bytes_requested: int, bytes_done: int) -> None:
+    def asked(self, *, num_requests: int, nbytes: int) -> None:
+        """Storage was asked."""
         with self._lock:
             self.num_requests += num_requests
-            self.bytes_requested += bytes_requested
-            self.bytes_done += bytes_done
+            self.bytes_requested += nbytes
+
+    def done(self, nbytes: int) -> None:
+        """Needed bytes are where they belong."""
+        with self._lock:
+            self.bytes_done += nbytes
+
+
+class CountedSource:
+    """A storage whose requests are counted as they are made."""
+
+    def __init__(self, source: ByteSource, counters: Counters) -> None:
+        self._source = source
+        self._counters = counters
+
+    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
+        self._counters.asked(num_requests=1, nbytes=len(buffer))
+        self._source.read_into(path, byte_offset, buffer)
+
+    def window(self, path: str, runs: Runs) -> Window:
+        window = self._source.window(path, runs)
+        self._counters.asked(num_requests=window.num_requests, nbytes=window.bytes_requested)
+        return window
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +81,23 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A read item with what is needed to carry it out."""
+    """A read item and where its first element goes."""
 
     item: ReadItem
     arena_offset: int  # bytes
-    key: str
 
 
 @dataclass(slots=True)
 class _Chunk:
     """A saved chunk of which this rank wants something."""
 
-    row: int  # of the catalog
-    path: str
-    byte_offset: int
-    byte_length: int
-    dtype: torch.dtype
+    item: TensorItem
     pieces: list[_Piece] = field(default_factory=list)
 
     @property
-    def key(self) -> str:
-        return self.pieces[0].key
+    def nbytes(self) -> int:
+        """Bytes that are wanted of it."""
+        return sum(piece.item.source.numel for piece in self.pieces) * self.item.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +109,14 @@ class _PlacedRequest:
     arena_offset: int  # bytes, from where the request's own is counted
     request: Request
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are wanted."""
+        return self.request.nbytes
+
+
+_Work = _PlacedRequest | _Chunk  # what one thread does in one go; a chunk where its item has to be read whole
+
 
 def read_plan(
     plan: LoadPlan, catalog: Catalog, storage: RangeReader, arena: Arena, options: ReadOptions, counters: Counters
@@ -94,25 +124,30 @@ def read_plan(
     """Fill the arena as planned.
 
     Raises:
-        StorageError: a file is missing or short.
+        StorageError: a file is missing, short, or not the one that the catalog was made of.
         DecodeError: an item is damaged or not what the metadata says.
     """
     chunks = _chunks_in_reading_order(plan, catalog)
-    _check_ends(((c.key, c.path, c.byte_offset, c.byte_length) for c in chunks), storage)
-    heads, sink = _HeadReader(storage, counters), make_sink(arena, storage)
+    _check_ends((chunk.item for chunk in chunks), catalog, storage)
+    source = CountedSource(storage, counters)
+    placer, sink = _Placer(ItemReader(source)), make_sink(arena)
 
-    def carry_out(batch: Sequence[_PlacedRequest]) -> None:
-        for placed in batch:
-            sink.carry_out(placed)
-        nbytes = sum(placed.request.nbytes for placed in batch)
-        counters.add(num_requests=len(batch), bytes_requested=nbytes, bytes_done=nbytes)
+    def carry_out(batch: Sequence[_Work]) -> None:
+        for work in batch:
+            if isinstance(work, _Chunk):
+                content, requests = placer.whole(work)
+                for request in requests:
+                    sink.carry_out(request, content)
+            else:
+                sink.carry_out(work, source)
+        counters.done(sum(work.nbytes for work in batch))
 
     # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
     with Crew(options.concurrency, timeout_s=options.timeout_s, alone=alone) as crew:
         with paused_gc():
-            requests = [request for part in crew.run(heads.requests, chunks, _groups) for request in part]
-        crew.run(carry_out, requests, _batches)
+            works = [work for part in crew.run(placer.works, chunks, _groups) for work in part]
+        crew.run(carry_out, works, _batches)
 
 
 def read_objects(
@@ -126,125 +161,94 @@ def read_objects(
 
 def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Counters) -> Any:
     """One saved Python object. Raises StorageError, DecodeError."""
-    saved = catalog.objects[key]
-    path = catalog.files[saved.file]
-    _check_inside(key, path, saved.byte_offset, saved.byte_length, storage)
-    data = bytearray(saved.byte_length)
-    storage.read_into(path, saved.byte_offset, memoryview(data))
-    counters.add(num_requests=1, bytes_requested=len(data), bytes_done=len(data))
-    try:
-        return decode_object(bytes(data))
-    except DecodeError as error:
-        raise DecodeError(f"{key}: {path} at byte {saved.byte_offset}: {error}") from error
+    item = object_item(catalog, key)
+    _check_inside(item, catalog, storage)
+    value = ItemReader(CountedSource(storage, counters)).value(item)
+    counters.done(item.byte_length)
+    return value
 
 
 def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog) -> list[_Chunk]:
     """By file and position; each rank starts at another file, so that ranks don't queue for the same one."""
     chunks: dict[int, _Chunk] = {}
-    for item in plan.reads:
-        tensor = plan.tensors[item.tensor]
-        chunk = chunks.get(item.chunk)
+    for read in plan.reads:
+        tensor = plan.tensors[read.tensor]
+        chunk = chunks.get(read.chunk)
         if chunk is None:
-            chunk = chunks[item.chunk] = _Chunk(
-                item.chunk,
-                catalog.files[catalog.chunk_file[item.chunk]],
-                int(catalog.chunk_byte_offset[item.chunk]),
-                int(catalog.chunk_byte_length[item.chunk]),
-                tensor.dtype,
-            )
-        arena_offset = tensor.arena_offset + item.offset * tensor.dtype.itemsize
-        chunk.pieces.append(_Piece(item, arena_offset, tensor.key))
-        if item.chunk in catalog.transformed:
-            raise DecodeError(
-                f"{tensor.key}: its item in {chunk.path} was transformed (compressed) by the writer, which can't be read in "
-                "ranges; save without transforms"
-            )
-    paths = sorted({chunk.path for chunk in chunks.values()})
+            item = tensor_item(catalog, tensor.key, tensor.dtype, read.chunk_shape, read.chunk)
+            chunk = chunks[read.chunk] = _Chunk(item)
+        chunk.pieces.append(_Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
+    paths = sorted({chunk.item.path for chunk in chunks.values()})
     first = plan.world_rank * len(paths) // max(plan.world_size, 1)
     turn = {path: (place - first) % len(paths) for place, path in enumerate(paths)}
-    return sorted(chunks.values(), key=lambda chunk: (turn[chunk.path], chunk.byte_offset))
+    return sorted(chunks.values(), key=lambda chunk: (turn[chunk.item.path], chunk.item.byte_offset))
 
 
 def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> None:
-    """Before anything is started or read: every file that holds something of ``keys`` is there, and long enough.
+    """Before anything is started or read: every file that holds something of ``keys`` is there, and as long as it was.
 
     Raises:
         StorageError: names the key, the file, and both lengths.
     """
-    _check_ends(_extents(catalog, keys), storage)
+    _check_ends((item for key in keys for item in items_of(catalog, key)), catalog, storage)
 
 
-def _extents(catalog: Catalog, keys: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
-    """Key, file, byte offset and length of every stored item of some keys."""
-    for key in keys:
-        if (saved := catalog.objects.get(key)) is not None:
-            yield key, catalog.files[saved.file], saved.byte_offset, saved.byte_length
-            continue
-        for chunk in catalog.tensors[key].chunks:
-            if catalog.chunk_file[chunk] != NO_FILE:
-                path = catalog.files[catalog.chunk_file[chunk]]
-                yield key, path, int(catalog.chunk_byte_offset[chunk]), int(catalog.chunk_byte_length[chunk])
-
-
-def _check_ends(extents: Iterable[tuple[str, str, int, int]], storage: RangeReader) -> None:
+def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader) -> None:
     """Check the last item of each file."""
-    ends: dict[str, tuple[int, str, int, int]] = {}
-    for key, path, byte_offset, byte_length in extents:
-        end = byte_offset + byte_length
-        if path not in ends or end > ends[path][0]:
-            ends[path] = (end, key, byte_offset, byte_length)
-    for path, (_, key, byte_offset, byte_length) in ends.items():
-        _check_inside(key, path, byte_offset, byte_length, storage)
+    last: dict[str, StoredItem] = {}
+    for item in items:
+        if item.path not in last or item.byte_stop > last[item.path].byte_stop:
+            last[item.path] = item
+    for item in last.values():
+        _check_inside(item, catalog, storage)
 
 
-def _check_inside(key: str, path: str, byte_offset: int, byte_length: int, storage: RangeReader) -> None:
+def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
     try:
-        size = storage.size(path)
+        size = storage.size(item.path)
     except StorageError as error:
-        raise StorageError(f"{key}: {error}") from error
-    if byte_offset + byte_length > size:
+        raise StorageError(f"{item.key}: {error}") from error
+    if item.byte_stop > size:
         raise StorageError(
-            f"{key}: its item is bytes {byte_offset} to {byte_offset + byte_length} of {storage.location}/{path}, "
+            f"{item.key}: its item is bytes {item.byte_offset} to {item.byte_stop} of {storage.location}/{item.path}, "
             f"which has {size} bytes; the file is cut, or the metadata is not of this checkpoint"
+        )
+    before = catalog.file_bytes.get(item.path, size)
+    if size != before:
+        raise StorageError(
+            f"{item.key}: {storage.location}/{item.path} has {size} bytes, it had {before} when the catalog was read: it was "
+            "written again since. Open the checkpoint again."
         )
 
 
-class _HeadReader:
-    """Reads and parses the heads of items. Equal heads (same shape, same dtype) are parsed once."""
+class _Placer:
+    """Turns chunks into requests with their places in files and in the arena."""
 
-    def __init__(self, storage: RangeReader, counters: Counters) -> None:
-        self._storage = storage
-        self._counters = counters
-        self._parsed: dict[bytes, ItemLayout] = {}
-        self._head_lengths: set[int] = set()
+    def __init__(self, items: ItemReader) -> None:
+        self._items = items
         self._known_requests: dict[tuple[object, ...], Sequence[Request]] = {}  # most pieces look like some other
 
-    def requests(self, chunks: Sequence[_Chunk]) -> list[_PlacedRequest]:
-        requests: list[_PlacedRequest] = []
-        nbytes = 0
+    def works(self, chunks: Sequence[_Chunk]) -> list[_Work]:
+        """The requests of all chunks that can be read in ranges, and the others as they are."""
+        works: list[_Work] = []
         for chunk in chunks:
-            head, layout = self._layout(chunk)
-            nbytes += len(head)
-            _check_layout(chunk, layout)
-            for piece in chunk.pieces:
-                for request in self._requests_of(piece.item, layout):
-                    requests.append(_PlacedRequest(chunk.path, chunk.byte_offset, piece.arena_offset, request))
-        self._counters.add(num_requests=len(chunks), bytes_requested=nbytes, bytes_done=0)
-        return requests
+            if chunk.item.is_ranged:
+                works += self._placed(chunk, self._items.layout(chunk.item), chunk.item.byte_offset)
+            else:
+                works.append(chunk)
+        return works
 
-    def _layout(self, chunk: _Chunk) -> tuple[bytes, ItemLayout]:
-        wanted = HEAD_BYTES
-        while True:
-            head = bytearray(min(wanted, chunk.byte_length))
-            self._storage.read_into(chunk.path, chunk.byte_offset, memoryview(head))
-            try:
-                return bytes(head), self._parse(bytes(head))
-            except HeadTooShort:
-                if len(head) < wanted or wanted >= MAX_HEAD_BYTES:
-                    raise _damaged(chunk, f"its header does not end within {len(head)} bytes") from None
-                wanted *= 4
-            except DecodeError as error:
-                raise _damaged(chunk, str(error)) from error
+    def whole(self, chunk: _Chunk) -> tuple[MemorySource, list[_PlacedRequest]]:
+        """The content of a chunk's item, and the requests to it."""
+        content = self._items.content(chunk.item)
+        return MemorySource(content), self._placed(chunk, self._items.layout_in(content, chunk.item), 0)
+
+    def _placed(self, chunk: _Chunk, layout: ItemLayout, item_offset: int) -> list[_PlacedRequest]:
+        return [
+            _PlacedRequest(chunk.item.path, item_offset, piece.arena_offset, request)
+            for piece in chunk.pieces
+            for request in self._requests_of(piece.item, layout)
+        ]
 
     def _requests_of(self, item: ReadItem, layout: ItemLayout) -> Sequence[Request]:
         """Of one piece; where they go is counted from the piece's place in the arena."""
@@ -261,43 +265,17 @@ class _HeadReader:
             self._known_requests[alike] = requests
         return requests
 
-    def _parse(self, head: bytes) -> ItemLayout:
-        for length in self._head_lengths:
-            if layout := self._parsed.get(head[:length]):
-                return layout
-        layout = parse_head(head)
-        self._parsed[head[: layout.raw_start]] = layout
-        self._head_lengths = self._head_lengths | {layout.raw_start}  # a new set: other threads may be iterating
-        return layout
-
-
-def _check_layout(chunk: _Chunk, layout: ItemLayout) -> None:
-    shape = chunk.pieces[0].item.chunk_shape
-    if layout.shape != shape or layout.dtype != chunk.dtype:
-        raise _damaged(
-            chunk, f"it holds {layout.dtype} of shape {layout.shape}, the metadata says {chunk.dtype} of shape {shape}"
-        )
-    if layout.storage_offset < 0 or any(stride < 0 for stride in layout.strides) or len(layout.strides) != len(shape):
-        raise _damaged(chunk, f"its strides {layout.strides} from {layout.storage_offset} on make no tensor of {shape}")
-    last = layout.byte_position(tuple(n - 1 for n in shape)) + layout.dtype.itemsize
-    if last > chunk.byte_length:
-        raise _damaged(chunk, f"its data ends at byte {last} of an item of {chunk.byte_length} bytes")
-
-
-def _damaged(chunk: _Chunk, what: str) -> DecodeError:
-    return DecodeError(f"{chunk.key}: item at byte {chunk.byte_offset} of {chunk.path}: {what}; the file is damaged")
-
 
 def _groups(units: Sequence[T]) -> list[Sequence[T]]:
     return [units[start : start + _BATCH_HEADS] for start in range(0, len(units), _BATCH_HEADS)]
 
 
-def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest]]:
-    batch: list[_PlacedRequest] = []
+def _batches(works: Sequence[_Work]) -> Iterator[list[_Work]]:
+    batch: list[_Work] = []
     nbytes = 0
-    for request in requests:
-        batch.append(request)
-        nbytes += request.request.nbytes
+    for work in works:
+        batch.append(work)
+        nbytes += work.nbytes
         if nbytes >= _BATCH_BYTES:
             yield batch
             batch, nbytes = [], 0
@@ -308,51 +286,45 @@ def _batches(requests: Sequence[_PlacedRequest]) -> Iterator[list[_PlacedRequest
 class Sink(Protocol):
     """Carries out one request so that its bytes end up in the arena."""
 
-    def carry_out(self, placed: _PlacedRequest) -> None: ...
+    def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None: ...
 
 
-def make_sink(arena: Arena, storage: RangeReader) -> Sink:
-    return _HostSink(arena, storage) if isinstance(arena, HostArena) else _DeviceSink(arena, storage)
+def make_sink(arena: Arena) -> Sink:
+    return _HostSink(arena) if isinstance(arena, HostArena) else _DeviceSink(arena)
 
 
 class _HostSink:
-    def __init__(self, arena: HostArena, storage: RangeReader) -> None:
+    def __init__(self, arena: HostArena) -> None:
         self._memory = arena.memory
-        self._storage = storage
 
-    def carry_out(self, placed: _PlacedRequest) -> None:
-        path, request = placed.path, placed.request
-        arena_offset = placed.arena_offset + request.arena_offset
+    def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None:
+        request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
         if isinstance(request, InPlaceRead):
             place = self._memory[arena_offset : arena_offset + request.nbytes]
-            self._storage.read_into(path, placed.item_offset + request.byte_offset, place)
+            source.read_into(placed.path, placed.item_offset + request.byte_offset, place)
             return
-        start, stop = placed.item_offset + request.window_start, placed.item_offset + request.window_stop
-        with self._storage.window(path, start=start, stop=stop) as window:
-            target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
-            target[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
+        window = source.window(placed.path, request.runs(placed.item_offset))
+        target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
+        target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
 
 
 class _DeviceSink:
-    def __init__(self, arena: DeviceArena, storage: RangeReader) -> None:
+    def __init__(self, arena: DeviceArena) -> None:
         self._arena = arena
-        self._storage = storage
 
-    def carry_out(self, placed: _PlacedRequest) -> None:
-        request = placed.request
-        arena_offset = placed.arena_offset + request.arena_offset
+    def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None:
+        request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
         with self._arena.staging(request.nbytes) as staging:
             if isinstance(request, InPlaceRead):
-                self._storage.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
+                source.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
                 self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
                 return
-            self._gather(placed, request, arena_offset, staging)
+            packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
+            window = source.window(placed.path, request.runs(placed.item_offset))
+            packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+            self._scatter(request, arena_offset, staging)
 
-    def _gather(self, placed: _PlacedRequest, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
-        start, stop = placed.item_offset + request.window_start, placed.item_offset + request.window_stop
-        packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-        with self._storage.window(placed.path, start=start, stop=stop) as window:
-            packed[...] = _strided(window, 0, request.sizes, request.source_strides, request.itemsize)
+    def _scatter(self, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
         dtype = _TORCH_ELEMENT[request.itemsize]
         arena = self._arena.tensor(0, (self._arena.nbytes // request.itemsize,), dtype)
         target = torch.as_strided(arena, request.sizes, request.strides, arena_offset // request.itemsize)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardferry.decode import ItemLayout
+from shardferry.storage.runs import Runs
 
 LONG_RUN = 64 * 1024  # bytes; runs from this length on are read one by one, shorter ones through a window
 MAX_REQUEST = 8 * 1024 * 1024  # bytes that one request asks for
@@ -43,6 +44,17 @@ class Gather:
     def nbytes(self) -> int:
         """Bytes looked at; the window may be wider."""
         return math.prod(self.sizes) * self.itemsize
+
+    def runs(self, item_offset: int) -> Runs:
+        """Where the bytes that are looked at lie in a file whose item starts at ``item_offset``."""
+        packed = bool(self.sizes) and self.source_strides[-1] == 1
+        dims = len(self.sizes) - packed
+        return Runs(
+            start=item_offset + self.window_start,
+            run_bytes=(self.sizes[-1] if packed else 1) * self.itemsize,
+            counts=self.sizes[:dims],
+            byte_strides=tuple(stride * self.itemsize for stride in self.source_strides[:dims]),
+        )
 
 
 Request = InPlaceRead | Gather

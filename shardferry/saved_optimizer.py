@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from shardferry.errors import PlanError
@@ -51,11 +52,15 @@ class SavedOptimizer:
         named = None if groups is None else tuple(naming.group(group) for group in groups)
         return cls(index.optimizer_key, state, named)
 
-    def knows(self, fqn: str) -> bool:
-        """Whether the optimizer that was saved trained this parameter, with or without state."""
-        return fqn in self.state or fqn in self.grouped
+    def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
+        """The param groups with these parameters alone; all groups stay, those of other ranks' parameters without any."""
+        if self.param_groups is None:
+            return None
+        return tuple(
+            {**group, "params": [fqn for fqn in group.get("params", ()) if fqn in fqns]} for group in self.param_groups
+        )
 
-    @property
+    @cached_property
     def grouped(self) -> frozenset[str]:
         """FQNs in the param groups."""
         return frozenset(fqn for group in self.param_groups or () for fqn in group.get("params", ()))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor
 
 from shardferry.errors import LayoutError
 from shardferry.layout import AxisCut, Box, Placement, Replicate, Shard, TensorLayout, replicated, sharded, single_box
@@ -47,22 +47,33 @@ class TorchCut:
 
 
 def _layout_of_dtensor(tensor: DTensor, name: str) -> TensorLayout:
-    mesh = tensor.device_mesh
+    local_shape = tuple(tensor.to_local().shape)
+    return layout_of_placements(tensor.device_mesh, tensor.placements, tuple(tensor.shape), local_shape, name=name)
+
+
+def layout_of_placements(
+    mesh: DeviceMesh,
+    placements: Sequence[Any],
+    global_shape: tuple[int, ...],
+    local_shape: tuple[int, ...],
+    *,
+    name: str,
+) -> TensorLayout:
+    """How a DTensor with these placements, whose local tensor has this shape, lies on this rank. Raises LayoutError."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise LayoutError(f"{name}: this rank {dist.get_rank()} is not in the tensor's device mesh {mesh}")
     cuts = [
         TorchCut(mesh.size(axis), coordinate[axis], *_cut_of(placement, name))
-        for axis, placement in enumerate(tensor.placements)
+        for axis, placement in enumerate(placements)
     ]
-    shape, local = tuple(tensor.shape), tuple(tensor.to_local().shape)
-    candidates = layouts_of_cuts(shape, cuts)
+    candidates = layouts_of_cuts(global_shape, cuts)
     for layout in candidates:
-        if layout.local_shape == local or (not layout.local_numel and 0 in local):
+        if layout.local_shape == local_shape or (not layout.local_numel and 0 in local_shape):
             return layout
     raise LayoutError(
-        f"{name}: the local tensor has the shape {local}, but placements {tensor.placements} over {mesh} of {shape} give "
-        f"{candidates[0].local_shape}; a tensor that lies otherwise than its placements say can't be loaded"
+        f"{name}: the local tensor has the shape {local_shape}, but placements {tuple(placements)} over {mesh} of "
+        f"{global_shape} give {candidates[0].local_shape}; a tensor that lies otherwise than its placements say can't be loaded"
     )
 
 
@@ -83,19 +94,33 @@ def layouts_of_cuts(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> list[Te
     Torch reads placements from left to right. FSDP2 over TP, ``(_StridedShard(0, split_factor=tp), Shard(0))``, was cut
     the other way round: by TP first. The two are the same but for uneven tensors, where the second is what is in memory.
     """
-    as_cut = _innermost_first(shape, cuts)
-    return [*([as_cut] if as_cut else []), left_to_right(shape, cuts)]
+    candidates = [_innermost_first(shape, cuts), _strided_last(shape, cuts), left_to_right(shape, cuts)]
+    return [layout for layout in candidates if layout is not None]
 
 
 def _innermost_first(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> TensorLayout | None:
-    """None where the split factors say another order."""
+    """As `shardferry.layout.sharded` cuts; None where the split factors say another order."""
     for axis, cut in enumerate(cuts):
-        inner = math.prod(later.num_ranks for later in cuts[axis + 1 :] if later.dim == cut.dim)
-        if cut.dim is not None and cut.split_factor != inner:
+        if cut.dim is not None and cut.split_factor != _num_chunks(cuts[axis + 1 :], cut.dim):
             return None
     placements: list[Placement] = [Replicate() if cut.dim is None else Shard(cut.dim) for cut in cuts]
     own = [AxisCut(cut.num_ranks, cut.index, how) for cut, how in zip(cuts, placements, strict=True)]
     return sharded(shape, own)
+
+
+def _strided_last(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> TensorLayout | None:
+    """As FSDP2, on the outermost axis, cuts what several axes have cut before it; None where this is not such a tensor."""
+    strided = [axis for axis, cut in enumerate(cuts) if cut.split_factor > 1]
+    if len(strided) != 1:
+        return None
+    outer, inner = cuts[strided[0]], cuts[strided[0] + 1 :]
+    if any(cut.dim == outer.dim for cut in cuts[: strided[0]]) or outer.split_factor != _num_chunks(inner, outer.dim):
+        return None
+    return left_to_right(shape, [*cuts[: strided[0]], *inner, replace(outer, split_factor=1)])
+
+
+def _num_chunks(cuts: Sequence[TorchCut], dim: int | None) -> int:
+    return math.prod(cut.num_ranks for cut in cuts if cut.dim == dim)
 
 
 _Runs = list[tuple[int, int]]  # first index and length, ascending; what one rank holds of one dimension

@@ -6,31 +6,22 @@ import io
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-from shardferry.catalog import NO_FILE, Catalog
-from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, parse_head
+from shardferry.catalog import Catalog
 from shardferry.errors import DecodeError, StorageError
+from shardferry.item_format import KnownValue, RawItem
+from shardferry.items import ItemReader, StoredItem, TensorItem, items_of
 from shardferry.plan import find_problems
 from shardferry.storage.base import RangeReader
 
 _COPY_BYTES = 1024 * 1024  # of an item at a time, for its checksum
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    key: str
-    path: str
-    byte_offset: int
-    byte_length: int
-    is_tensor: bool
-
-
 class _ItemFile(io.RawIOBase):
     """An item inside a file, as a file of its own: what `zipfile` reads from."""
 
-    def __init__(self, storage: RangeReader, item: _Item) -> None:
+    def __init__(self, storage: RangeReader, item: StoredItem) -> None:
         self._storage = storage
         self._item = item
         self._position = 0
@@ -69,9 +60,11 @@ def verify_checkpoint(
     problems = find_problems(catalog)
     items = list(_items(catalog))
 
-    def check(item: _Item) -> str | None:
+    def check(item: StoredItem) -> str | None:
         try:
             _check(item, storage)
+        except DecodeError as error:
+            return str(error)
         except (StorageError, zipfile.BadZipFile, EOFError, ValueError) as error:
             return f"{item.key}: item at byte {item.byte_offset} of {item.path}: {error}"
         finally:
@@ -88,40 +81,41 @@ def verified_bytes(catalog: Catalog) -> int:
     return sum(item.byte_length for item in _items(catalog))
 
 
-def _items(catalog: Catalog) -> Iterator[_Item]:
-    for tensor in catalog.tensors.values():
-        for chunk in tensor.chunks:
-            if catalog.chunk_file[chunk] == NO_FILE:
-                continue
-            path = catalog.files[catalog.chunk_file[chunk]]
-            start, length = int(catalog.chunk_byte_offset[chunk]), int(catalog.chunk_byte_length[chunk])
-            yield _Item(tensor.key, path, start, length, is_tensor=chunk not in catalog.transformed)
-    for saved in catalog.objects.values():
-        yield _Item(saved.key, catalog.files[saved.file], saved.byte_offset, saved.byte_length, is_tensor=False)
+def _items(catalog: Catalog) -> Iterator[StoredItem]:
+    for key in [*catalog.tensors, *catalog.objects]:
+        yield from items_of(catalog, key)
 
 
-def _check(item: _Item, storage: RangeReader) -> None:
+def _check(item: StoredItem, storage: RangeReader) -> None:
+    if isinstance(item.format, KnownValue):
+        return
     size = storage.size(item.path)
-    if item.byte_offset + item.byte_length > size:
-        raise StorageError(f"it ends at byte {item.byte_offset + item.byte_length}, the file has {size} bytes")
-    if item.is_tensor:
-        _check_head(item, storage)
-    with zipfile.ZipFile(io.BufferedReader(_ItemFile(storage, item), _COPY_BYTES)) as archive:
+    if item.byte_stop > size:
+        raise StorageError(f"it ends at byte {item.byte_stop}, the file has {size} bytes")
+    items = ItemReader(storage)
+    if not item.is_ranged:
+        content = items.content(item)
+        if isinstance(item, TensorItem):
+            items.layout_in(content, item)
+        _check_sums(item, io.BytesIO(content))
+        return
+    if isinstance(item, TensorItem):
+        items.layout(item)
+    file = io.BufferedReader(_ItemFile(storage, item), _COPY_BYTES)
+    if isinstance(item.format, RawItem):  # no checksum to hold it against; that it can be read is what can be said
+        while file.read(_COPY_BYTES):
+            pass
+    else:
+        _check_sums(item, file)
+
+
+def _check_sums(item: StoredItem, file: IO[bytes]) -> None:
+    """Of all records of a zip. Where it was saved without (`torch.serialization.set_crc32_options`), it is only read."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if not any(record.CRC for record in records):
+            for record in records:
+                record.CRC = None  # type: ignore[assignment]  # what zipfile itself takes for "don't check"
         damaged = archive.testzip()
     if damaged is not None:
-        raise DecodeError(f"the checksum of its record {damaged} is wrong")
-
-
-def _check_head(item: _Item, storage: RangeReader) -> None:
-    length = HEAD_BYTES
-    while True:
-        head = bytearray(min(length, item.byte_length))
-        storage.read_into(item.path, item.byte_offset, memoryview(head))
-        try:
-            parse_head(bytes(head))
-        except HeadTooShort:
-            if length >= MAX_HEAD_BYTES or len(head) < length:
-                raise DecodeError(f"its header does not end within {len(head)} bytes") from None
-            length *= 4
-        else:
-            return
+        raise item.damaged(f"the checksum of its record {damaged} is wrong")

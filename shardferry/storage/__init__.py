@@ -2,5 +2,6 @@
 
 from shardferry.storage.base import RangeReader, open_storage
 from shardferry.storage.local import LocalReader
+from shardferry.storage.remote import RemoteReader
 
-__all__ = ["LocalReader", "RangeReader", "open_storage"]
+__all__ = ["LocalReader", "RangeReader", "RemoteReader", "open_storage"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from shardferry.errors import CheckpointNotFound, StorageError
+from shardferry.storage.base import Window
+from shardferry.storage.runs import Runs
 
 
 class LocalReader:
@@ -24,8 +24,10 @@ class LocalReader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def names(self) -> list[str]:
-        return sorted(entry.name for entry in self._directory.iterdir() if entry.is_file())
+    def listing(self) -> dict[str, int | None]:
+        with os.scandir(self._directory) as entries:
+            files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return dict(sorted(files.items()))
 
     def size(self, path: str) -> int:
         return os.fstat(self._descriptor(path)).st_size
@@ -47,16 +49,16 @@ class LocalReader:
                 )
             done += count
 
-    @contextmanager
-    def window(self, path: str, *, start: int, stop: int) -> Iterator[memoryview]:
+    def window(self, path: str, runs: Runs) -> Window:
         # A page beyond the file's end would kill the process (SIGBUS): look at the size first.
-        size = self.size(path)
+        start, stop, size = runs.start, runs.stop, self.size(path)
         if stop > size:
             raise StorageError(f"{self.location}/{path}: has {size} bytes, but bytes {start} to {stop} are needed")
         first_page = start - start % mmap.ALLOCATIONGRANULARITY
         # The mapping goes with its last view: closing it by hand would fail while an array still looks at it.
         pages = mmap.mmap(self._descriptor(path), stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
-        yield memoryview(pages)[start - first_page :]
+        # Only the pages that are looked at are read, once each.
+        return Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
 
     def close(self) -> None:
         with self._lock:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import fsspec
 import torch
+import torch.distributed as dist
 from ray.autoscaler._private.util import prepare_config, validate_config
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 
+from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
 from shardferry.fsdp1 import flattened_parameters
 from shardferry.placing import strided_shard
+from shardferry.region import Region
 from tests.support.models import SHAPES, Model, fsdp1
 from tests.support.ranks import RankPool
 
@@ -39,6 +51,40 @@ def test_flat_parameters(ranks: RankPool) -> None:
     """shardferry/fsdp1.py: both ranks' slices make up each parameter."""
     one, other = ranks.run(2, flat_parameter_tells_where_parameters_are)
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
+
+
+def test_readers_of_torch(tmp_path: Path) -> None:
+    """shardferry/dcp/storages.py"""
+    assert ExtensionRegistry().extensions == FileSystemReader(tmp_path).transforms.extension_registry.extensions
+    reader = FsspecReader("memory://ckpt")
+    assert isinstance(reader.fs.fs, fsspec.AbstractFileSystem)
+    assert reader.path == "memory://ckpt"
+
+
+def sharded_tensor_without_a_collective() -> None:
+    """Rank 1 makes none; a collective would wait for it."""
+    if dist.get_rank() == 1:
+        return
+    region, local = Region((2, 0), (2, 3)), torch.ones(2, 3)
+    made = boxes_as_sharded_tensor((8, 3), torch.float32, regions=[region], local=[local], group=dist.group.WORLD)
+    (shard,) = made.local_shards()
+    assert shard.tensor is local
+    assert made.size() == (8, 3)
+    assert sum(region_of(other).numel for other in made.metadata().shards_metadata) == 24
+
+
+def test_sharded_tensors(ranks: RankPool) -> None:
+    """shardferry/dcp/sharded_tensors.py: shards whose placement has no rank are nobody's."""
+    ranks.run(2, sharded_tensor_without_a_collective)
+
+
+def test_planner_helpers() -> None:
+    """shardferry/dcp/reader_with_offset.py"""
+    (chunk,) = _create_chunk_list(torch.zeros(2, 3))
+    assert (tuple(chunk.offsets), tuple(chunk.sizes)) == ((0, 0), (2, 3))
+    visited: dict[tuple[Any, ...], Any] = {}
+    traverse_state_dict_v_2_3({"a": {"b": torch.zeros(1)}, "groups": [{"lr": 1}]}, visited.__setitem__)
+    assert visited.keys() == {("a", "b"), ("groups",)}
 
 
 def test_cluster_launcher_schema() -> None:

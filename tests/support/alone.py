@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 
-def save_alone(state_dict: dict[str, Any], path: Path, **options: Any) -> None:
+def save_alone(state_dict: dict[str, Any], path: Path | str, **options: Any) -> None:
     """``dcp.save`` without a process group, which torch remarks on each time."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

@@ -1,0 +1,154 @@
+"""The same contract for every storage: what is listed, which bytes come, and what is said where they can't."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from shardferry.errors import CheckpointNotFound, StorageError
+from shardferry.storage import RangeReader, RemoteReader, open_storage
+from shardferry.storage.runs import Runs
+from tests.support.range_server import range_server
+
+FILES = {
+    ".metadata": b"m" * 100,
+    "__0_0.distcp": np.random.default_rng(0).bytes(300_000),
+    "__1_0.distcp": bytes(range(256)),
+    "empty": b"",
+}
+BIG = "__0_0.distcp"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory of some storage."""
+
+    location: str | Path
+    opened: Callable[[], RangeReader]
+
+
+@pytest.fixture(params=["path", "file://", "memory://", "http://", "fsspec's local filesystem"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "directory").mkdir()
+    match request.param:
+        case "path":
+            yield Place(tmp_path, lambda: open_storage(tmp_path))
+        case "file://":
+            yield Place(tmp_path.as_uri(), lambda: open_storage(tmp_path.as_uri()))
+        case "fsspec's local filesystem":
+            yield Place(tmp_path.as_uri(), lambda: RemoteReader(LocalFileSystem(), str(tmp_path)))
+        case "http://":
+            with range_server(tmp_path) as (url, _):
+                yield Place(url, lambda: open_storage(url))
+        case _:
+            memory, url = fsspec.filesystem("memory"), f"memory://{uuid.uuid4()}/ckpt"
+            for name, data in FILES.items():
+                memory.pipe_file(f"{url}/{name}", data)
+            memory.makedirs(f"{url}/directory")
+            yield Place(url, lambda: open_storage(url))
+            memory.rm(url.rpartition("/")[0], recursive=True)
+
+
+@pytest.fixture
+def storage(place: Place) -> Iterator[RangeReader]:
+    opened = place.opened()
+    yield opened
+    opened.close()
+
+
+def read(storage: RangeReader, path: str, start: int, stop: int) -> bytes:
+    buffer = bytearray(stop - start)
+    storage.read_into(path, start, memoryview(buffer))
+    return bytes(buffer)
+
+
+def test_the_listing_is_of_the_files_in_order(storage: RangeReader) -> None:
+    listing = storage.listing()
+    assert list(listing) == sorted(FILES)
+    assert all(size in (None, len(FILES[name])) for name, size in listing.items())
+    assert None not in listing.values() or storage.location.startswith("http://")
+
+
+def test_the_location_opens_the_same_storage(place: Place, storage: RangeReader) -> None:
+    again = open_storage(storage.location)
+    assert again.listing() == storage.listing()
+    assert again.size(BIG) == 300_000
+    again.close()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sizes(storage: RangeReader, name: str) -> None:
+    assert storage.size(name) == len(FILES[name])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 300_000), (0, 1), (299_999, 300_000), (4_095, 200_001), (7, 7)])
+def test_ranges(storage: RangeReader, start: int, stop: int) -> None:
+    assert read(storage, BIG, start, stop) == FILES[BIG][start:stop]
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param(Runs(100, 8, (50,), (64,)), id="near runs"),
+        pytest.param(Runs(3, 16, (3,), (70_000,)), id="far runs"),
+        pytest.param(Runs(0, 4, (2, 5), (100_000, 40)), id="near runs in far groups"),
+        pytest.param(Runs(299_000, 1_000, (), ()), id="one run"),
+    ],
+)
+def test_windows(storage: RangeReader, runs: Runs) -> None:
+    window = storage.window(BIG, runs)
+    assert len(window.view) == runs.stop - runs.start
+    for start, stop in runs.ranges(max_gap_bytes=0):
+        assert window.view[start - runs.start : stop - runs.start] == FILES[BIG][start:stop]
+    assert window.bytes_requested >= runs.nbytes
+    assert window.num_requests >= 1
+    storage.close()
+    assert window.view[: runs.run_bytes] == FILES[BIG][runs.start : runs.start + runs.run_bytes]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(250, 257), (256, 260), (1_000, 1_010)])
+def test_a_file_that_ends_too_soon(storage: RangeReader, start: int, stop: int) -> None:
+    with pytest.raises(StorageError, match=rf"__1_0\.distcp.*{start}.*{stop}"):
+        read(storage, "__1_0.distcp", start, stop)
+    with pytest.raises(StorageError, match=rf"__1_0\.distcp.* bytes {start} to {stop}"):
+        storage.window("__1_0.distcp", Runs(start, 1, (stop - start,), (1,)))
+
+
+def test_a_file_that_is_not_there(storage: RangeReader) -> None:
+    says = r"__7_0\.distcp: the file is missing, but the metadata says that it holds saved data"
+    with pytest.raises(StorageError, match=says):
+        storage.size("__7_0.distcp")
+    with pytest.raises(StorageError, match=says):
+        read(storage, "__7_0.distcp", 0, 4)
+    with pytest.raises(StorageError, match=says):
+        storage.window("__7_0.distcp", Runs(0, 4, (), ()))
+
+
+def test_a_directory_that_is_not_there(place: Place) -> None:
+    with pytest.raises(CheckpointNotFound, match="no such directory"):
+        open_storage(f"{place.location}/nowhere").listing()
+
+
+def test_threads(storage: RangeReader) -> None:
+    starts = range(0, 300_000, 1_000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda start: read(storage, BIG, start, start + 1_000), starts))
+    assert b"".join(found) == FILES[BIG]
+
+
+def test_closing_one_leaves_the_other_open(place: Place) -> None:
+    one, other = place.opened(), place.opened()
+    assert read(one, BIG, 0, 10) == read(other, BIG, 0, 10)
+    one.close()
+    assert read(other, BIG, 10, 20) == FILES[BIG][10:20]
+    other.close()
