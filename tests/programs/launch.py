@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,8 +61,9 @@ def _run(program: str, action: str, num_ranks: int, arguments: tuple[str, ...], 
         ranks.append(_fork.Process(target=_rank, args=(program, action, rank, num_ranks, arguments, str(directory))))
         ranks[-1].start()
     try:
+        deadline = time.monotonic() + _DEADLINE_S
         for rank in ranks:
-            rank.join(_DEADLINE_S)
+            rank.join(max(0.0, deadline - time.monotonic()))
         outcomes = [rank.exitcode for rank in ranks]  # None: still running
     finally:
         for rank in ranks:

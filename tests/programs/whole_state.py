@@ -1,7 +1,7 @@
 """Join what the ranks' optimizers hold in memory: whole state and hyperparameters by parameter, to be compared bit for bit.
 
-Read from the optimizers and joined by hand. Torch's own gathering would be no oracle: under FSDP1 it returns the
-``exp_avg_sq`` of a parameter of one element for its ``exp_avg`` too (torch 2.13).
+Read from the optimizers and joined by hand. Torch's own gathering would be no oracle: under FSDP1 on the CPU,
+``get_optimizer_state_dict`` with ``full_state_dict`` returns ``exp_avg_sq`` for ``exp_avg`` too (torch 2.13).
 """
 
 from __future__ import annotations
