@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import torch
 from ray.autoscaler._private.util import prepare_config, validate_config
+from torch.distributed.checkpoint import _hf_utils
+from torch.distributed.checkpoint._extension import ExtensionRegistry, ZStandard
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 
 from shardferry.fsdp1 import flattened_parameters
 from shardferry.handoff import strided_shard
+from shardferry.safetensors import OFFSETS_REMARK, SHARDING_REMARK
+from shardferry.safetensors_files import INDEX_FILE, SUFFIX
+from shardferry.transforms import ZSTANDARD
 from tests.support.models import SHAPES, Model, fsdp1
 from tests.support.ranks import RankPool
 
@@ -39,6 +44,18 @@ def test_flat_parameters(ranks: RankPool) -> None:
     """shardferry/fsdp1.py: both ranks' slices make up each parameter."""
     one, other = ranks.run(2, flat_parameter_tells_where_parameters_are)
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
+
+
+def test_transformations_that_torch_brings() -> None:
+    """shardferry/transforms.py: one more is one more to undo."""
+    assert set(ExtensionRegistry().extensions) == {ZSTANDARD}
+    assert ZStandard().get_descriptor() == f"{ZSTANDARD}/1"
+
+
+def test_names_in_and_around_safetensors_files() -> None:
+    """shardferry/safetensors.py, shardferry/safetensors_files.py"""
+    assert (_hf_utils.CUSTOM_METADATA_KEY, _hf_utils.SAVED_OFFSETS_KEY) == (SHARDING_REMARK, OFFSETS_REMARK)
+    assert (_hf_utils._metadata_fn, _hf_utils.SUFFIX) == (INDEX_FILE, SUFFIX)
 
 
 def test_cluster_launcher_schema() -> None:
