@@ -103,8 +103,8 @@ def run(
     from pipeline.stage import OptimizerLoadStage
 
     layout = target_layout(config)
-    check_checkpoint(catalog, config.checkpoint.optimizer_key)
-    check_topology(catalog, layout, config.checkpoint.optimizer_key)
+    check_checkpoint(catalog, config.checkpoint.request())
+    check_topology(catalog, layout, config.checkpoint.request())
     with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
         result = OptimizerLoadStage(config).run(
             location=catalog.location, on_progress=lambda ranks: show_ranks(bar, ranks)

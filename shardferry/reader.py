@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from shardferry.storage.base import ByteSource, RangeReader, Window
 from shardferry.storage.memory import MemorySource
 from shardferry.storage.runs import Runs
 
+T = TypeVar("T")
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
 
@@ -149,9 +150,13 @@ def read_plan(
         crew.run(carry_out, works, _batches)
 
 
-def read_objects(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> dict[str, Any]:
-    """The planned Python objects, by key. Raises StorageError, DecodeError."""
-    return {planned.key: read_object(catalog, planned.key, storage, counters) for planned in plan.objects}
+def read_objects(
+    keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
+) -> dict[str, Any]:
+    """Some saved Python objects, by key. Raises StorageError, DecodeError."""
+    with Crew(options.concurrency, timeout_s=options.timeout_s, alone=True) as crew:
+        parts = crew.run(lambda part: {k: read_object(catalog, k, storage, counters) for k in part}, keys, _groups)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Counters) -> Any:
@@ -261,8 +266,8 @@ class _Placer:
         return requests
 
 
-def _groups(chunks: Sequence[_Chunk]) -> list[Sequence[_Chunk]]:
-    return [chunks[start : start + _BATCH_HEADS] for start in range(0, len(chunks), _BATCH_HEADS)]
+def _groups(units: Sequence[T]) -> list[Sequence[T]]:
+    return [units[start : start + _BATCH_HEADS] for start in range(0, len(units), _BATCH_HEADS)]
 
 
 def _batches(works: Sequence[_Work]) -> Iterator[list[_Work]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.optimizer as stock
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -181,6 +179,7 @@ def load_fsdp1(path: str, replicas: int) -> int:
     return compared
 
 
+@pytest.mark.conformance(5)
 @pytest.mark.parametrize(("target", "replicas"), [(2, 1), (3, 1), (4, 2)], ids=["shrink", "3", "hsdp"])
 def test_fsdp1_takes_it(ranks: RankPool, tmp_path: Path, target: int, replicas: int) -> None:
     ranks.run(4, save_fsdp1, str(tmp_path / "ckpt"))
@@ -192,6 +191,7 @@ def load_key(path: str, key: str, reader: Any) -> None:
     ours.load_sharded_optimizer_state_dict({}, key, reader(path))
 
 
+@pytest.mark.conformance(9)
 @pytest.mark.parametrize("reader", [FileSystemReader, CountingReader])
 def test_wrong_key(ranks: RankPool, saved_by: dict[int, Path], reader: Any) -> None:
     outcomes = ranks.outcomes(2, load_key, str(saved_by[2]), "opt", reader)
@@ -201,6 +201,7 @@ def test_wrong_key(ranks: RankPool, saved_by: dict[int, Path], reader: Any) -> N
         assert "optimizer_key 'opt'; top-level keys are" in message
 
 
+@pytest.mark.conformance(7)
 def test_hole(ranks: RankPool, saved_by: dict[int, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -219,63 +220,7 @@ def load_in_subgroups(path: str) -> int:
     return compare(loaded)
 
 
+@pytest.mark.conformance(18)
 def test_process_group(ranks: RankPool, saved_by: dict[int, Path]) -> None:
     compared = ranks.run(4, load_in_subgroups, str(saved_by[3]))
     assert compared[0] + compared[1] == compared[2] + compared[3] == NUM_ELEMENTS
-
-
-def load_shifted(path: str) -> int:
-    """Each of two tensor-parallel halves of 24 rows, cut again over its own data-parallel group of two (B2)."""
-    rank = dist.get_rank()
-    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    half, group = rank % 2, groups[rank % 2]
-    spec = ours.create_colwise_spec(group)
-    assert [placement.rank() for placement in spec.placements] == dist.get_process_group_ranks(group)
-    from torch.distributed._shard.sharded_tensor import Shard
-    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
-
-    metadata = spec.build_metadata(torch.Size((24, 6)), TensorProperties(dtype=torch.float32))
-    own = [m for m in metadata.shards_metadata if m.placement is not None and m.placement.rank() == rank]
-    shards = [Shard(torch.zeros(tuple(m.shard_sizes)), m) for m in own]
-    value = ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
-    key = "optim.state.even.weight.exp_avg"
-    dcp.load({key: value}, storage_reader=FileSystemReader(path), planner=ours.ReaderWithOffset({key: (24 * half, 0)}))
-    (shard,) = value.local_shards()
-    start = 24 * half + shard.metadata.shard_offsets[0]
-    full = full_tensor("even.weight", "exp_avg", (48, 6))
-    assert torch.equal(shard.tensor, full[start : start + 12])
-    return start
-
-
-def test_reader_with_offset_in_groups_that_do_not_lead(ranks: RankPool, saved_by: dict[int, Path]) -> None:
-    assert sorted(ranks.run(4, load_shifted, str(saved_by[3]))) == [0, 12, 24, 36]
-
-
-TORCH_NAMES = (
-    "load_sharded_optimizer_state_dict",
-    "_ReaderWithOffset",
-    "_gen_rank_device",
-    "_create_colwise_spec",
-    "_is_nested_tensor",
-    "_alloc_tensor",
-    "_get_state_dict_2d_layout",
-)
-
-
-@pytest.mark.parametrize("name", TORCH_NAMES)
-def test_same_names_and_parameters_as_torch(name: str) -> None:
-    theirs = inspect.signature(getattr(stock, name)).parameters
-    mine = inspect.signature(getattr(ours, name)).parameters
-    assert list(mine)[: len(theirs)] == list(theirs)
-    assert [p.default for p in list(mine.values())[: len(theirs)]] == [p.default for p in theirs.values()]
-
-
-def test_rank_device() -> None:
-    assert ours.rank_device(3, "cpu") == "cpu"
-    assert ours.rank_device(3) == ("cpu" if not torch.cuda.is_available() else f"cuda:{3 % torch.cuda.device_count()}")
-
-
-def test_alloc_tensor() -> None:
-    properties = dcp.metadata.TensorProperties(dtype=torch.bfloat16)
-    tensor = ours.alloc_tensor(properties, (3, 4), "cpu")
-    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((3, 4), torch.bfloat16, "cpu")

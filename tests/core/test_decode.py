@@ -58,6 +58,7 @@ def gathered(item: bytes, layout: ItemLayout) -> bytes:
     return b"".join(item[start : start + layout.dtype.itemsize] for start in positions)
 
 
+@pytest.mark.conformance(13)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_dtype(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[1, 1, 2], [4, 8, 16]], dtype=torch.float32).to(dtype)
@@ -67,6 +68,7 @@ def test_each_dtype(dtype: torch.dtype) -> None:
     assert gathered(item, layout) == raw_bytes(tensor)
 
 
+@pytest.mark.conformance(12)
 @pytest.mark.parametrize(
     "tensor",
     [

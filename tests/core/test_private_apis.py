@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import fsspec
 import torch
+import torch.distributed as dist
 from ray.autoscaler._private.util import prepare_config, validate_config
-from torch.distributed.checkpoint import _hf_utils
+from torch.distributed.checkpoint import FileSystemReader, _hf_utils
 from torch.distributed.checkpoint._extension import ExtensionRegistry, ZStandard
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 
+from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
 from shardferry.fsdp1 import flattened_parameters
-from shardferry.handoff import strided_shard
+from shardferry.placing import strided_shard
+from shardferry.region import Region
 from shardferry.safetensors import OFFSETS_REMARK, SHARDING_REMARK
 from shardferry.safetensors_files import INDEX_FILE, SUFFIX
 from shardferry.transforms import ZSTANDARD
@@ -56,6 +66,40 @@ def test_names_in_and_around_safetensors_files() -> None:
     """shardferry/safetensors.py, shardferry/safetensors_files.py"""
     assert (_hf_utils.CUSTOM_METADATA_KEY, _hf_utils.SAVED_OFFSETS_KEY) == (SHARDING_REMARK, OFFSETS_REMARK)
     assert (_hf_utils._metadata_fn, _hf_utils.SUFFIX) == (INDEX_FILE, SUFFIX)
+
+
+def test_readers_of_torch(tmp_path: Path) -> None:
+    """shardferry/dcp/storages.py"""
+    assert ExtensionRegistry().extensions == FileSystemReader(tmp_path).transforms.extension_registry.extensions
+    reader = FsspecReader("memory://ckpt")
+    assert isinstance(reader.fs.fs, fsspec.AbstractFileSystem)
+    assert reader.path == "memory://ckpt"
+
+
+def sharded_tensor_without_a_collective() -> None:
+    """Rank 1 makes none; a collective would wait for it."""
+    if dist.get_rank() == 1:
+        return
+    region, local = Region((2, 0), (2, 3)), torch.ones(2, 3)
+    made = boxes_as_sharded_tensor((8, 3), torch.float32, regions=[region], local=[local], group=dist.group.WORLD)
+    (shard,) = made.local_shards()
+    assert shard.tensor is local
+    assert made.size() == (8, 3)
+    assert sum(region_of(other).numel for other in made.metadata().shards_metadata) == 24
+
+
+def test_sharded_tensors(ranks: RankPool) -> None:
+    """shardferry/dcp/sharded_tensors.py: shards whose placement has no rank are nobody's."""
+    ranks.run(2, sharded_tensor_without_a_collective)
+
+
+def test_planner_helpers() -> None:
+    """shardferry/dcp/reader_with_offset.py"""
+    (chunk,) = _create_chunk_list(torch.zeros(2, 3))
+    assert (tuple(chunk.offsets), tuple(chunk.sizes)) == ((0, 0), (2, 3))
+    visited: dict[tuple[Any, ...], Any] = {}
+    traverse_state_dict_v_2_3({"a": {"b": torch.zeros(1)}, "groups": [{"lr": 1}]}, visited.__setitem__)
+    assert visited.keys() == {("a", "b"), ("groups",)}
 
 
 def test_cluster_launcher_schema() -> None:
