@@ -31,7 +31,7 @@ app = typer.Typer(
 _debug = False
 
 CheckpointArg = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or its file:// URL.")
+    str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or a URL that fsspec can open.")
 ]
 SpecArg = Annotated[Path, typer.Argument(metavar="STAGE.yaml", help="The stage's spec, YAML or JSON.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

@@ -25,6 +25,8 @@ from shardferry.storage.base import RangeReader
 
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors package has it
 
+SHARDING_REMARK, OFFSETS_REMARK = "DCP_SHARDING_INFO", "saved_offsets"  # torch's remarks on where a shard belongs
+
 _LENGTH_BYTES = 8
 _USUAL_HEADER_BYTES = 64 * 1024  # one read of this size holds nearly every header
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -126,10 +128,10 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _saved_offsets(remarks: Mapping[str, str]) -> dict[str, tuple[int, ...]] | None:
     """Where each tensor of a file begins in its whole; None where the file says nothing about it."""
-    sharding = remarks.get("DCP_SHARDING_INFO")
+    sharding = remarks.get(SHARDING_REMARK)
     if sharding is None:
         return None
-    return {key: _integers(info["saved_offsets"]) for key, info in json.loads(sharding).items()}
+    return {key: _integers(info[OFFSETS_REMARK]) for key, info in json.loads(sharding).items()}
 
 
 def _raw_tensor(
