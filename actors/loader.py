@@ -29,6 +29,7 @@ from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan import LoadPlan
 from shardferry.reader import Counters, ReadOptions
 from shardferry.receiver import Reception
+from shardferry.request import LoadRequest
 
 Transport = Literal["shared_memory", "object_store"]
 
@@ -98,7 +99,7 @@ class Loader:
             return open_checkpoint(location)
 
     def load(
-        self, catalog: Catalog, target: SpecLayout | Reception, optimizer_key: str, read: ReadOptions, _joined: int
+        self, catalog: Catalog, target: SpecLayout | Reception, request: LoadRequest, read: ReadOptions, _joined: int
     ) -> RankReport:
         """Plan, agree, allocate, read, seal.
 
@@ -107,7 +108,7 @@ class Loader:
             _joined: result of `join`, so that Ray calls this after it.
         """
         layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
-        job = LoadJob(catalog, layout, optimizer_key, self._device, read)
+        job = LoadJob(catalog, layout, request, self._device, read)
         with self._span("load"):
             loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
         self._loaded = loaded
@@ -169,6 +170,8 @@ class Loader:
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             transport=transport,
             host_copy_bandwidth=host_copy_bandwidth(),
+            missing=list(loaded.plan.missing),
+            unexpected=list(loaded.unexpected),
             phases=phases | loaded.seconds,
             spans=spans,
         )

@@ -26,15 +26,15 @@ from benchmarks.gpt import LEARNING_RATE, STATES, STEP, expected_state
 from benchmarks.meter import Spent
 from shardferry.agreement import Agreement
 from shardferry.arena import HostArena, allocate_arena
-from shardferry.catalog import Catalog
 from shardferry.checkpoint import METADATA_FILE, open_checkpoint
 from shardferry.load import LoadJob, PhaseClock, catalog_of_all, load_rank
-from shardferry.param_groups import ParamGroup, build_param_groups
+from shardferry.param_groups import ParamGroup
 from shardferry.plan import LoadPlan, plan_load
-from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
-from shardferry.storage.base import open_storage
+from shardferry.reader import Counters, ReadOptions
+from shardferry.request import LoadRequest
 
 _FLOOR_BYTES = 8 * 1024 * 1024  # that one call reads
+_REQUEST = LoadRequest(OPTIMIZER_KEY)
 _POISON = -1.0  # in no checkpoint
 
 
@@ -123,7 +123,7 @@ class Shardferry:
         self._param_groups: Sequence[ParamGroup] = ()
 
     def prepare(self) -> None:
-        plan = plan_load(open_checkpoint(self._task.path), self._layout, optimizer_key=OPTIMIZER_KEY)
+        plan = plan_load(open_checkpoint(self._task.path), self._layout, _REQUEST)
         arena = allocate_arena(plan.arena_bytes, torch.device("cpu"))
         assert isinstance(arena, HostArena)
         arena.tensor(0, (plan.arena_bytes // 4,), torch.float32).fill_(_POISON)
@@ -133,29 +133,9 @@ class Shardferry:
         agreement = Agreement(dist.group.WORLD)
         self._counters, self._clock = Counters(), PhaseClock()
         with self._clock.phase("open"):
-            catalog = catalog_of_all(self._task.path, agreement, dist.group.WORLD)
-        if self._arena is None:
-            self._load_fresh(catalog, agreement)
-            return
-        with self._clock.phase("plan"):
-            plan = agreement.attempt("planning", lambda: plan_load(catalog, self._layout, optimizer_key=OPTIMIZER_KEY))
-        with self._clock.phase("read"):
-            arena = self._arena
-            agreement.attempt("reading", lambda: self._read(plan, catalog, arena))
-        self._plan = plan
-
-    def _read(self, plan: LoadPlan, catalog: Catalog, arena: HostArena) -> None:
-        storage = open_storage(catalog.location)
-        try:
-            read_plan(plan, catalog, storage, arena, ReadOptions(), self._counters)
-            values = read_objects(plan, catalog, storage, self._counters)
-            self._param_groups = build_param_groups({saved.path: values[saved.key] for saved in plan.objects})
-        finally:
-            storage.close()
-
-    def _load_fresh(self, catalog: Catalog, agreement: Agreement) -> None:
-        job = LoadJob(catalog, self._layout, OPTIMIZER_KEY, torch.device("cpu"), ReadOptions())
-        loaded = load_rank(job, agreement, counters=self._counters)
+            catalog = catalog_of_all(self._task.path, agreement)
+        job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), ReadOptions())
+        loaded = load_rank(job, agreement, counters=self._counters, arena=self._arena)
         assert isinstance(loaded.arena, HostArena)
         self._plan, self._arena = loaded.plan, loaded.arena
         self._param_groups = loaded.manifest.param_groups

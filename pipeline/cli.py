@@ -31,7 +31,7 @@ app = typer.Typer(
 _debug = False
 
 CheckpointArg = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or its file:// URL.")
+    str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or a URL that fsspec can open.")
 ]
 SpecArg = Annotated[Path, typer.Argument(metavar="STAGE.yaml", help="The stage's spec, YAML or JSON.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -103,8 +103,8 @@ def run(
     from pipeline.stage import OptimizerLoadStage
 
     layout = target_layout(config)
-    check_checkpoint(catalog, config.checkpoint.optimizer_key)
-    check_topology(catalog, layout, config.checkpoint.optimizer_key)
+    check_checkpoint(catalog, config.checkpoint.request())
+    check_topology(catalog, layout, config.checkpoint.request())
     with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
         result = OptimizerLoadStage(config).run(
             location=catalog.location, on_progress=lambda ranks: show_ranks(bar, ranks)

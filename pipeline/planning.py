@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from schemas.plan_report import PlanReport, RankPlan
 from schemas.stage_config import StageConfig
@@ -12,10 +13,11 @@ from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout, SpecLayout
 from shardferry.optimizer_index import index_optimizer
-from shardferry.plan import LoadPlan, covering_chunks, plan_load
+from shardferry.plan import LoadPlan, covering_chunks, plan_load, saved_weights
 from shardferry.predict import predict_reads
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
+from shardferry.request import LoadRequest
 from shardferry.requests import MAX_REQUEST
 
 
@@ -26,39 +28,44 @@ def target_layout(config: StageConfig) -> SpecLayout:
     return config.topology.layout()
 
 
-def check_checkpoint(catalog: Catalog, optimizer_key: str) -> None:
+def check_checkpoint(catalog: Catalog, request: LoadRequest) -> None:
     """Refuse a checkpoint before anything starts: no such optimizer, or files that are missing or cut.
 
     Raises:
         PlanError: nothing is saved under the key.
         StorageError: a file is missing or short.
     """
-    index = index_optimizer(catalog, optimizer_key)
+    keys = _wanted_keys(catalog, request)
     storage = storage_of(catalog)
     try:
-        check_files(catalog, index.all_keys(), storage)
+        check_files(catalog, keys, storage)
     finally:
         storage.close()
 
 
-def check_topology(catalog: Catalog, layout: SpecLayout, optimizer_key: str) -> None:
+def _wanted_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
+    weights = [] if request.model_key is None else list(saved_weights(catalog, request).values())
+    return [*index_optimizer(catalog, request.optimizer_key).all_keys(), *weights]
+
+
+def check_topology(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> None:
     """Refuse a topology that the checkpoint's tensors can't have, before anything starts.
 
     Raises:
         PlanError: a hole or an overlap anywhere in the optimizer's state.
         LayoutError: a placement that a tensor can't have.
     """
-    for key in index_optimizer(catalog, optimizer_key).all_keys():
+    for key in _wanted_keys(catalog, request):
         if (saved := catalog.tensors.get(key)) is not None:
             covering_chunks(catalog, saved, Region.whole(saved.shape))
-    plan_load(catalog, layout.rank(0), optimizer_key=optimizer_key)
+    plan_load(catalog, layout.rank(0), request)
 
 
 def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
     """Plan every rank. Raises PlanError, LayoutError, SpecError."""
     layout = target_layout(config)
-    key = config.checkpoint.optimizer_key
-    plans = plan_all(catalog, [layout.rank(rank) for rank in range(layout.world_size)], key)
+    request = config.checkpoint.request()
+    plans = plan_all(catalog, [layout.rank(rank) for rank in range(layout.world_size)], request)
     ranks = [_rank_plan(plan, catalog) for plan in plans]
     unique = unique_bytes_needed(plans)
     planned = sum(rank.bytes_read for rank in ranks)
@@ -66,7 +73,7 @@ def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
     bandwidth = config.read.storage_bandwidth
     return PlanReport(
         location=catalog.location,
-        optimizer_key=key,
+        optimizer_key=request.optimizer_key,
         world_size=layout.world_size,
         mesh=dict(layout.mesh.axes),
         num_tensors=len(plans[0].tensors),
@@ -91,9 +98,11 @@ def _rank_plan(plan: LoadPlan, catalog: Catalog) -> RankPlan:
     )
 
 
-def plan_all(catalog: Catalog, layouts: Sequence[RankLayout], optimizer_key: str) -> list[LoadPlan]:
+def plan_all(
+    catalog: Catalog, layouts: Sequence[RankLayout], request: LoadRequest, values: Mapping[str, Any] | None = None
+) -> list[LoadPlan]:
     """The plans of all ranks. Raises PlanError, LayoutError."""
-    return [plan_load(catalog, layout, optimizer_key=optimizer_key) for layout in layouts]
+    return [plan_load(catalog, layout, request, values) for layout in layouts]
 
 
 def unique_bytes_needed(plans: Iterable[LoadPlan]) -> int:

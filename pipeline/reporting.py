@@ -10,6 +10,7 @@ from schemas.stage_config import StageConfig
 from schemas.stage_report import RankReport, StageReport
 from shardferry.catalog import Catalog
 from shardferry.layout import RankLayout
+from shardferry.load import read_values
 
 
 def build_report(
@@ -20,7 +21,10 @@ def build_report(
     driver_phases: dict[str, float],
 ) -> StageReport:
     """The whole stage's report."""
-    unique = unique_bytes_needed(plan_all(catalog, layouts, config.checkpoint.optimizer_key))
+    request = config.checkpoint.request()
+    # Only with its param groups is a live optimizer's plan the one that its loader made.
+    values = None if config.topology is not None else read_values(catalog, request)
+    unique = unique_bytes_needed(plan_all(catalog, layouts, request, values))
     read = sum(rank.bytes_read for rank in ranks)
     phases = driver_phases | _slowest(ranks)
     planning = phases.get("catalog", 0.0) + phases.get("plan", 0.0)
@@ -35,6 +39,8 @@ def build_report(
         storage_bytes_read=read,
         read_amplification=amplification(read, unique),
         num_requests=sum(rank.num_requests for rank in ranks),
+        missing=sorted({fqn for rank in ranks for fqn in rank.missing}),
+        unexpected=sorted({fqn for rank in ranks for fqn in rank.unexpected}),
         phases=phases,
         lower_bound_s=bound,
         ratio_to_lower_bound=reached / bound if bound else 1.0,

@@ -87,9 +87,9 @@ class OptimizerLoadStage:
         world_size = len(trainers) if trainers is not None else layout.world_size if layout else 0
         catalog = None if isinstance(where, ray.ObjectRef) else open_checkpoint(os.fspath(where))
         if catalog is not None:
-            check_checkpoint(catalog, self.config.checkpoint.optimizer_key)
+            check_checkpoint(catalog, self.config.checkpoint.request())
             if layout is not None:
-                check_topology(catalog, layout, self.config.checkpoint.optimizer_key)
+                check_topology(catalog, layout, self.config.checkpoint.request())
         if not ray.is_initialized():
             ray.init()
         group = start_loaders(self.config, world_size)
@@ -119,14 +119,14 @@ class OptimizerLoadStage:
         layout: SpecLayout | None,
         exclusive: bool,
     ) -> Refs:
-        key = self.config.checkpoint.optimizer_key
+        request = self.config.checkpoint.request()
         read = self.config.read.options(self.config.timeouts.load_s)
         receptions = [
             trainer.shardferry_layout.remote(rank, group.world_size) for rank, trainer in enumerate(trainers or ())
         ]
         targets: list[Any] = receptions or [ray.put(layout)] * group.world_size
         reports: list[ray.ObjectRef[Any]] = [
-            loader.load.remote(catalog, target, key, read, joined)
+            loader.load.remote(catalog, target, request, read, joined)
             for loader, target, joined in zip(group.loaders, targets, group.joined, strict=True)
         ]
         handles = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import (
     BaseModel,
@@ -18,10 +19,12 @@ from pydantic import (
 )
 
 from shardferry.errors import LayoutError, SpecError
-from shardferry.layout import Mesh, Placement, Rule, SpecLayout, parse_placement
+from shardferry.layout import HeldBy, Mesh, Placement, Rule, SpecLayout, parse_placement
 from shardferry.reader import ReadOptions
+from shardferry.request import DtypePolicy, KeyPolicy, LoadRequest, Selection
 from shardferry.requests import MAX_REQUEST
 
+KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -36,8 +39,42 @@ class CheckpointSpec(Spec):
 
     location: str | None = Field(None, description="directory of the checkpoint; None where the caller gives it")
     optimizer_key: str = Field(
-        "optim", min_length=1, description="the optimizer's key in the state dict that was saved"
+        "optim",
+        description="the optimizer's key in the state dict that was saved; dots lead into nested ones, '' is all of it",
     )
+    model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
+    rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")
+    include: tuple[str, ...] = Field((), description="globs over the FQNs here; none: all")
+    exclude: tuple[str, ...] = Field((), description="globs over the FQNs here")
+    keys: KeyPolicyName | tuple[KeyPolicyName, ...] = Field(
+        "strict", description="what may not fit: allow_missing, ignore_unexpected, or both"
+    )
+    dtype: DtypePolicy = Field(DtypePolicy.ERROR, description="where saved and wanted dtype differ: error or cast")
+    wanted_dtypes: dict[str, str] = Field({}, description="glob over state names: dtype, such as float32")
+
+    @field_validator("wanted_dtypes")
+    @classmethod
+    def _are_dtypes(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value.values():
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                raise ValueError(f"{name!r} is no torch dtype; write float32, bfloat16, ...")  # noqa: TRY004 - what pydantic takes
+        return value
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        self.request()
+        return self
+
+    def request(self) -> LoadRequest:
+        """The same in the core's terms. Raises ValueError: a renaming or a policy that means nothing."""
+        return LoadRequest(
+            self.optimizer_key,
+            self.model_key,
+            Selection.of(self.rename, self.include, self.exclude),
+            KeyPolicy.of(self.keys),
+            self.dtype,
+            tuple((glob, getattr(torch, name)) for glob, name in self.wanted_dtypes.items()),
+        )
 
 
 class RuleSpec(Spec):
@@ -45,6 +82,18 @@ class RuleSpec(Spec):
 
     match: str = Field(min_length=1, description="shell glob over parameter FQNs")
     placements: dict[str, str] = Field(description="mesh axis: 'Shard(<dim>)' or 'Replicate'")
+    state: str | None = Field(
+        None,
+        min_length=1,
+        description="glob over state names: the rule is for these entries alone, whatever their shape",
+    )
+
+
+class HeldBySpec(Spec):
+    """Parameters that only some coordinates have: a pipeline stage's layers, a rank's experts."""
+
+    match: str = Field(min_length=1, description="shell glob over parameter FQNs")
+    ranks: dict[str, tuple[int, ...]] = Field(min_length=1, description="mesh axis: its coordinates")
 
 
 class TopologySpec(Spec):
@@ -53,6 +102,9 @@ class TopologySpec(Spec):
     mesh: dict[str, PositiveInt] = Field(min_length=1, description="axis name: size, outermost first")
     rules: tuple[RuleSpec, ...] = Field((), description="the first match wins")
     default: dict[str, str] = Field({}, description="placements where no rule matches; axes not named replicate")
+    held_by: tuple[HeldBySpec, ...] = Field(
+        (), description="who has which parameters; for each axis the first match, others are on all its ranks"
+    )
 
     @model_validator(mode="after")
     def _placements_fit_the_mesh(self) -> Self:
@@ -62,9 +114,11 @@ class TopologySpec(Spec):
     def layout(self) -> SpecLayout:
         """The same in the core's terms. Raises ValueError: an unknown axis, or text that is no placement."""
         rules = [
-            Rule(rule.match, _placements(rule.placements, f"rules[{index}]")) for index, rule in enumerate(self.rules)
+            Rule(rule.match, _placements(rule.placements, f"rules[{index}]"), rule.state)
+            for index, rule in enumerate(self.rules)
         ]
-        return SpecLayout(Mesh(tuple(self.mesh.items())), tuple(rules), _placements(self.default, "default"))
+        held_by = tuple(HeldBy(held.match, held.ranks) for held in self.held_by)
+        return SpecLayout(Mesh(tuple(self.mesh.items())), tuple(rules), _placements(self.default, "default"), held_by)
 
 
 def _placements(texts: dict[str, str], where: str) -> dict[str, Placement]:

@@ -33,6 +33,8 @@ class RankReport(BaseModel):
     peak_rss_bytes: int
     transport: str
     host_copy_bandwidth: float  # bytes a second, measured after the load; for the lower bound
+    missing: list[str] = []  # FQNs that the rank wants and the checkpoint hasn't, where that is allowed
+    unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants, where that is allowed
     phases: dict[str, float]  # seconds
     spans: list[Span]
 
@@ -50,6 +52,8 @@ class StageReport(BaseModel):
     storage_bytes_read: int
     read_amplification: float  # storage_bytes_read / unique_bytes_needed
     num_requests: int
+    missing: list[str] = []  # FQNs that some rank wants and the checkpoint hasn't
+    unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants
     phases: dict[str, float]  # seconds; of the slowest rank where ranks work side by side
     lower_bound_s: float
     ratio_to_lower_bound: float  # seconds of planning and reading over the lower bound

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from shardferry.collector import paused_gc
 from shardferry.errors import RankError, ShardferryError
 
 T = TypeVar("T")
@@ -44,6 +45,24 @@ class Agreement:
         """Like `attempt`, for results that are small: returns every rank's, by rank."""
         value = self.attempt(step, work)
         return self._gather(value)
+
+    def from_first(self, step: str, work: Callable[[], T]) -> T:
+        """Like `attempt`, for what one rank does for all: rank 0 works, and every rank gets its result."""
+        own: T | None = self.attempt(step, work if self.rank == 0 else lambda: cast(T, None))
+        if self._group is None:
+            return cast(T, own)
+        found: list[Any] = [own]
+        with paused_gc():
+            dist.broadcast_object_list(found, group=self._group, group_src=0)
+        return cast(T, found[0])
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each place, whether some rank has it set. All ranks give as many."""
+        if self._group is None or not flags:
+            return list(flags)
+        joined = torch.tensor(flags, dtype=torch.uint8, device=_collective_device(self._group))
+        dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in joined.tolist()]
 
     def _somebody_failed(self, failed: bool) -> bool:
         """One number each, which costs a tenth of a gather of objects; words travel only where there are any."""

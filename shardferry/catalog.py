@@ -17,7 +17,7 @@ import torch
 
 from shardferry.collector import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
-from shardferry.item_format import ItemFormat, TransformedItem, ZipItem
+from shardferry.item_format import ItemFormat, RawItem, TransformedItem, ZipItem
 from shardferry.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from shardferry.region import Region
 
@@ -113,7 +113,7 @@ def build_catalog(
         UnsafeMetadata: a file's relative path leaves the checkpoint.
         CatalogError: boxes or byte positions contradict each other.
     """
-    builder = _CatalogBuilder(location, len(parts))
+    builder = _CatalogBuilder(location)
     with paused_gc():
         for source, metadata in parts.items():
             builder.add(source, metadata)
@@ -121,9 +121,8 @@ def build_catalog(
 
 
 class _CatalogBuilder:
-    def __init__(self, location: str, num_parts: int) -> None:
+    def __init__(self, location: str) -> None:
         self._location = location
-        self._num_parts = num_parts
         self._versions: set[str] = set()
         self._files: dict[str, int] = {}
         self._file_of: dict[str, int] = {}  # by relative path as the metadata writes it
@@ -132,7 +131,6 @@ class _CatalogBuilder:
         self._paths: dict[str, KeyPath] | None = None
         self._formats: dict[ItemFormat, int] = {_ZIP: 0}
         self._problems: list[str] = []
-        self._earlier_boxes: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def add(self, source: str, metadata: Metadata) -> None:
         storage = _storage_by_box(source, metadata)
@@ -141,13 +139,17 @@ class _CatalogBuilder:
             self._add_paths(source, metadata.planner_data)
         for key, value in metadata.state_dict_metadata.items():
             if not isinstance(key, str):
-                raise CatalogError(f"{source}: the key {key!r} is a {type(key).__name__}, not a string")
+                raise CatalogError(
+                    f"{source}: the key {key!r} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
+                    "(torch's default), which makes strings of all keys"
+                )
             if isinstance(value, TensorStorageMetadata):
                 self._add_tensor(source, key, value, storage)
             elif isinstance(value, BytesStorageMetadata):
-                self._add_object(key, storage)
+                self._add_object(source, key, storage)
             else:
                 raise CatalogError(f"{source}: {key}: is a {type(value).__name__}, neither tensor nor bytes")
+        self._problems += _flattened_by_megatron(metadata)
 
     def _add_paths(self, source: str, paths: Any) -> None:
         if not isinstance(paths, dict):
@@ -155,10 +157,19 @@ class _CatalogBuilder:
                 f"{source}: planner_data is a {type(paths).__name__}; key paths are taken from the keys"
             )
             return
-        self._paths = self._paths or {}
-        self._paths.update({str(key): tuple(path) for key, path in paths.items() if isinstance(path, tuple | list)})
+        self._paths = {} if self._paths is None else self._paths
+        for key, value in paths.items():
+            path = _key_path(source, key, value)
+            if self._paths.setdefault(key, path) != path:
+                raise CatalogError(
+                    f"{source}: {key}: stood at {path}, by another rank's metadata at {self._paths[key]}"
+                )
 
-    def _add_object(self, key: str, storage: _Storage) -> None:
+    def _add_object(self, source: str, key: str, storage: _Storage) -> None:
+        if key in self._tensors:
+            raise CatalogError(f"{source}: {key}: saved as an object, by another rank's metadata as a tensor")
+        if key in self._objects:  # another rank's copy: one is enough
+            return
         item = storage.get((key, None))
         if item is None:
             self._problems.append(f"{key}: no file holds it")
@@ -177,20 +188,17 @@ class _CatalogBuilder:
             raise CatalogError(
                 f"{source}: {key}: saved as {dtype} of shape {shape}, elsewhere as {rows.dtype} of shape {rows.shape}"
             )
-        earlier = self._earlier_boxes.get(key, set())
+        if key in self._objects:
+            raise CatalogError(f"{source}: {key}: saved as a tensor, by another rank's metadata as an object")
         for offsets, sizes in boxes:
-            if (offsets, sizes) in earlier:  # another rank's metadata has it: a replica, of which one is enough
-                continue
             _check_box(source, key, shape, offsets, sizes)
+            if not rows.lacks((offsets, sizes)):  # a replica
+                continue
             item = storage.get((key, offsets)) or (storage.get((key, None)) if len(boxes) == 1 else None)
-            if item is None:
-                self._problems.append(f"{key}: no file holds the chunk {Region(offsets, sizes)}")
-                rows.add(offsets, sizes, NO_FILE, 0, 0, 0)
-            else:
-                file = self._file(key, item.relative_path)
-                rows.add(offsets, sizes, file, item.offset, item.length, self._format(item.format))
-        if self._num_parts > 1:
-            self._earlier_boxes[key] = earlier | set(boxes)
+            rows.stored[offsets, sizes] = _NOT_STORED if item is None else self._stored(key, item)
+
+    def _stored(self, key: str, item: _Item) -> _Stored:
+        return _Stored(self._file(key, item.relative_path), item.offset, item.length, self._format(item.format))
 
     def _format(self, item_format: ItemFormat) -> int:
         return self._formats.setdefault(item_format, len(self._formats))
@@ -215,13 +223,15 @@ class _CatalogBuilder:
 
     def finish(self, listing: Mapping[str, int | None]) -> Catalog:
         tensors: dict[str, SavedTensor] = {}
-        columns = _TensorRows((), torch.uint8)
+        columns = _Columns()
         for key, rows in self._tensors.items():
             start = len(columns.files)
-            tensors[key] = SavedTensor(
-                key, rows.shape, rows.dtype, range(start, start + len(rows.files)), len(columns.offsets)
-            )
-            columns.extend(rows)
+            chunks = range(start, start + len(rows.stored))
+            tensors[key] = SavedTensor(key, rows.shape, rows.dtype, chunks, len(columns.offsets))
+            for box, stored in rows.stored.items():
+                columns.add(box, stored)
+                if stored is _NOT_STORED:
+                    self._problems.append(f"{key}: no file holds the chunk {Region(*box)}")
         return Catalog(
             location=self._location,
             torch_metadata_version=", ".join(sorted(self._versions)),
@@ -241,43 +251,51 @@ class _CatalogBuilder:
         )
 
 
+_Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes, elements
+
+
+class _Stored(NamedTuple):
+    """Where a chunk is: the row of a file, bytes, the row of a format."""
+
+    file: int
+    byte_offset: int
+    byte_length: int
+    format: int
+
+
+_NOT_STORED = _Stored(NO_FILE, 0, 0, 0)
+
+
 class _TensorRows:
-    """The columns of the chunks of one tensor, or of all."""
+    """The chunks of one tensor by their boxes. Equal boxes are replicas: the first that is stored counts."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.stored: dict[_Box, _Stored] = {}
+
+    def lacks(self, box: _Box) -> bool:
+        return self.stored.get(box, _NOT_STORED) is _NOT_STORED
+
+
+class _Columns:
+    """The columns of the chunks of all tensors."""
+
+    def __init__(self) -> None:
         self.files: list[int] = []
         self.byte_offsets: list[int] = []
         self.byte_lengths: list[int] = []
         self.formats: list[int] = []
         self.offsets: list[int] = []
         self.sizes: list[int] = []
-        self._seen: set[tuple[Any, ...]] = set()
 
-    def add(
-        self,
-        offsets: tuple[int, ...],
-        sizes: tuple[int, ...],
-        file: int,
-        byte_offset: int,
-        byte_length: int,
-        item_format: int,
-    ) -> None:
-        row = (offsets, sizes, file, byte_offset)
-        if row in self._seen:  # listed twice, stored once: the same chunk
-            return
-        self._seen.add(row)
-        self.files.append(file)
-        self.byte_offsets.append(byte_offset)
-        self.byte_lengths.append(byte_length)
-        self.formats.append(item_format)
-        self.offsets += offsets
-        self.sizes += sizes
-
-    def extend(self, other: _TensorRows) -> None:
-        for column in ("files", "byte_offsets", "byte_lengths", "formats", "offsets", "sizes"):
-            getattr(self, column).extend(getattr(other, column))
+    def add(self, box: _Box, stored: _Stored) -> None:
+        self.files.append(stored.file)
+        self.byte_offsets.append(stored.byte_offset)
+        self.byte_lengths.append(stored.byte_length)
+        self.formats.append(stored.format)
+        self.offsets += box[0]
+        self.sizes += box[1]
 
 
 class _Item(NamedTuple):
@@ -287,7 +305,7 @@ class _Item(NamedTuple):
     format: ItemFormat
 
 
-_ZIP = ZipItem()  # one for all: there may be a million items
+_ZIP, _RAW = ZipItem(), RawItem()  # one for all: there may be a million items
 
 _Storage = dict[tuple[str, tuple[int, ...] | None], _Item]
 
@@ -312,8 +330,32 @@ def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[st
         yield key, item
 
 
+def _key_path(source: str, key: Any, path: Any) -> KeyPath:
+    whole = isinstance(path, tuple | list) and path and all(type(part) in (str, int) for part in path)
+    if not isinstance(key, str) or not whole:
+        raise CatalogError(
+            f"{source}: planner_data has the path {path!r} for the key {key!r}, which torch's planners don't write: paths are "
+            "tuples of strings and integers, by key; set planner_data to None, and paths are taken from the keys"
+        )
+    return tuple(path)
+
+
+def _flattened_by_megatron(metadata: Metadata) -> Iterator[str]:
+    """Tensors that Megatron-Core up to 0.14 saved as flat slices of blocks, which are no boxes of the parameter."""
+    known = metadata.mcore_data if isinstance(metadata.mcore_data, dict) else {}
+    for key, remarks in known.items():
+        shape = remarks.get("nd_reformulated_orig_global_shape") if isinstance(remarks, dict) else None
+        if shape is not None:
+            yield (
+                f"{key}: saved by Megatron-Core as flat slices of blocks (fully_sharded_model_space) of the shape "
+                f"{tuple(shape)}; that can't be loaded: save with --dist-ckpt-optim-fully-reshardable"
+            )
+
+
 def _format_of(info: Any) -> ItemFormat:
     """Raises TypeError where the descriptors are no list."""
+    if info.is_raw:
+        return _RAW
     return TransformedItem(tuple(map(str, info.transform_descriptors))) if info.transform_descriptors else _ZIP
 
 

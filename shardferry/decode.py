@@ -24,7 +24,7 @@ import torch
 from shardferry.errors import DecodeError
 
 HEAD_BYTES = 1024  # one read of this size reaches past the header of nearly every item
-MAX_HEAD_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 512 * 1024  # a head has up to 6 records, each padded by up to 64 KiB where the writer aligns them so
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL_MAGIC = b"PK\x03\x04"
@@ -74,6 +74,8 @@ def parse_head(head: bytes) -> ItemLayout:
             if pickled is None:
                 raise DecodeError("the item's data comes before its description")
             return ItemLayout(start, pickled.dtype, pickled.shape, pickled.strides, pickled.storage_offset)
+        if start > len(head):
+            raise HeadTooShort
         if name.endswith("/data.pkl"):
             pickled, length = _parse_description(head, start)
         else:
@@ -84,7 +86,7 @@ def parse_head(head: bytes) -> ItemLayout:
 
 
 def _local_header(head: bytes, position: int) -> tuple[str, int]:
-    """Name and data position of the record whose local header stands at ``position``."""
+    """Name and data position of the record whose local header stands at ``position``; the data may be beyond the head."""
     if position + _LOCAL_HEADER.size > len(head):
         raise HeadTooShort
     magic, _, _, method, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(head, position)
@@ -93,10 +95,10 @@ def _local_header(head: bytes, position: int) -> tuple[str, int]:
     if method != 0:
         raise DecodeError(f"the zip record at byte {position} of the item is compressed (method {method})")
     name_start = position + _LOCAL_HEADER.size
-    data_start = name_start + name_length + extra_length
-    if data_start > len(head):
+    if name_start + name_length > len(head):
         raise HeadTooShort
-    return head[name_start : name_start + name_length].decode("utf-8", "replace"), data_start
+    name = head[name_start : name_start + name_length].decode("utf-8", "replace")
+    return name, name_start + name_length + extra_length
 
 
 def _record_length(head: bytes, start: int) -> int:
@@ -163,17 +165,36 @@ class _ItemUnpickler(pickle.Unpickler):
         return _Storage(dtype if isinstance(dtype, torch.dtype) else None, str(key), int(numel))
 
 
-def _tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> ItemLayout:
+def _tensor_v2(
+    storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, remarks: Any = None
+) -> ItemLayout:
     if storage.dtype is None:
         raise DecodeError("the item's storage has no dtype")
-    return ItemLayout(0, storage.dtype, tuple(size), tuple(stride), int(offset))
+    return _layout(storage.dtype, offset, size, stride, remarks)
 
 
 def _tensor_v3(
-    storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+    _storage: _Storage,
+    offset: int,
+    size: Any,
+    stride: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    remarks: Any = None,
 ) -> ItemLayout:
     if not isinstance(dtype, torch.dtype):
         raise DecodeError("the item's tensor has no dtype")
+    return _layout(dtype, offset, size, stride, remarks)
+
+
+def _layout(dtype: torch.dtype, offset: int, size: Any, stride: Any, remarks: Any) -> ItemLayout:
+    """Where the raw bytes start is not known yet."""
+    if remarks:  # {"conj": True}, {"neg": True}: the values are not what the bytes say
+        raise DecodeError(
+            f"the item's tensor is a lazy view ({', '.join(map(str, remarks))}): its values are not those of its bytes; save "
+            "tensor.resolve_conj().resolve_neg()"
+        )
     return ItemLayout(0, dtype, tuple(size), tuple(stride), int(offset))
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from shardferry.layout import TensorLayout, flat_slice
+from shardferry.errors import LayoutError
+from shardferry.layout import Box, TensorLayout, flat_slice
+from shardferry.region import Region
+from shardferry.tensor_layout import layout_of_placements
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,10 @@ def flattened_parameters(model: torch.nn.Module) -> Iterator[FlattenedParameter]
 def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
     flat = handle.flat_param
     parts = [
-        FlatPart(prefix + fqn, *_slice(shape, info))
-        for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True)
+        _part(prefix + fqn, tuple(shape), info, extension)
+        for fqn, shape, info, extension in zip(
+            flat._fqns, flat._shapes, flat._shard_param_infos, flat._param_extensions, strict=True
+        )
     ]
     if flat._params is None:
         yield FlattenedParameter(flat, tuple(parts))
@@ -53,8 +58,29 @@ def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
         yield FlattenedParameter(parameter, (FlatPart(part.fqn, part.layout, 0),))
 
 
-def _slice(shape: Any, info: Any) -> tuple[TensorLayout, int]:
-    if not info.in_shard:
-        return flat_slice(tuple(shape), start=0, stop=0), 0
-    start = info.intra_param_start_idx
-    return flat_slice(tuple(shape), start=start, stop=start + info.numel_in_shard), info.offset_in_shard
+def _part(fqn: str, shape: tuple[int, ...], info: Any, extension: Any) -> FlatPart:
+    """``extension`` is the DTensorSpec of a parameter that was a DTensor (FSDP1 over TP): its local tensor was flattened."""
+    start, numel, position = 0, 0, 0
+    if info.in_shard:
+        start, numel, position = info.intra_param_start_idx, info.numel_in_shard, info.offset_in_shard
+    layout = flat_slice(shape, start=start, stop=start + numel)
+    if extension is not None:
+        mesh, placements, whole = extension.mesh, extension.placements, tuple(extension.shape)
+        layout = _within(layout, layout_of_placements(mesh, placements, whole, shape, name=fqn), fqn)
+    return FlatPart(fqn, layout, position)
+
+
+def _within(flat: TensorLayout, local: TensorLayout, fqn: str) -> TensorLayout:
+    """The layout of a slice of a flattened local tensor, which is itself one box of the whole."""
+    if len(local.boxes) > 1:
+        raise LayoutError(
+            f"{fqn}: FSDP1 has flattened a tensor of {len(local.boxes)} boxes of the whole {local.global_shape}; "
+            "it can slice one, as TP by Shard gives it. Use FSDP2 (fully_shard)"
+        )
+    origin = local.boxes[0].region.offsets if local.boxes else (0,) * len(local.global_shape)
+    boxes = (Box(Region(_sum(box.region.offsets, origin), box.region.sizes), box.local) for box in flat.boxes)
+    return TensorLayout(local.global_shape, flat.local_shape, tuple(boxes))
+
+
+def _sum(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))

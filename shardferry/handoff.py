@@ -8,58 +8,28 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DeviceMesh, DTensor
-from torch.distributed.tensor import Replicate as TorchReplicate
-from torch.distributed.tensor import Shard as TorchShard
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from shardferry import install
 from shardferry.arena import Arena, HostArena, view_bytes
 from shardferry.errors import HandoffError
-from shardferry.layout import Mesh, Replicate, TensorLayout
+from shardferry.live import LiveModel
+from shardferry.manifest import Entry, Manifest, StateTensor
+from shardferry.nesting import nest
 from shardferry.param_groups import ParamGroup
+from shardferry.placing import torch_placements
 from shardferry.region import Region, row_major_strides
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; not in the fcntl module
-
-
-@dataclass(frozen=True, slots=True)
-class StateTensor:
-    """One state tensor of one parameter in an arena."""
-
-    fqn: str
-    name: str
-    dtype: torch.dtype
-    layout: TensorLayout
-    arena_offset: int  # bytes
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What one rank's arena holds."""
-
-    world_rank: int
-    world_size: int
-    mesh: Mesh | None
-    tensors: tuple[StateTensor, ...]
-    values: Mapping[str, Mapping[str, Any]]  # FQN -> state name -> a Python value that was saved instead of a tensor
-    param_groups: tuple[ParamGroup, ...]
-
-    @cached_property
-    def by_fqn(self) -> Mapping[str, Mapping[str, Any]]:
-        """Tensors and Python values, by FQN and state name."""
-        entries: dict[str, dict[str, Any]] = {fqn: dict(names) for fqn, names in self.values.items()}
-        for tensor in self.tensors:
-            entries.setdefault(tensor.fqn, {})[tensor.name] = tensor
-        return entries
 
 
 def node_identity() -> str:
@@ -208,20 +178,59 @@ class Shard:
         """Parameters that have state here."""
         return tuple(self._manifest.by_fqn)
 
-    def entries(self, fqn: str) -> Mapping[str, StateTensor | Any]:
-        """What is known of a parameter's state, by name: descriptions of tensors, and plain values."""
-        return self._manifest.by_fqn.get(fqn, {})
+    @property
+    def covered(self) -> frozenset[str]:
+        """Parameters that the load was for, with or without state."""
+        return self._manifest.covered
+
+    @property
+    def grouped(self) -> frozenset[str]:
+        """Parameters that the saved param groups name."""
+        return self._manifest.grouped
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model's weights were loaded too."""
+        return self._manifest.request.model_key is not None
+
+    def may_lack(self, fqn: str) -> bool:
+        """Whether the load was asked to leave a parameter as it is: missing and allowed, or not selected."""
+        request = self._manifest.request
+        return request.keys.allow_missing or not request.selection.selects(fqn)
+
+    def entries(self, *fqns: str) -> Mapping[str, Entry]:
+        """What is known of a parameter's state, by name; of the first of its names that has some."""
+        return next((self._manifest.by_fqn[fqn] for fqn in fqns if fqn in self._manifest.by_fqn), {})
+
+    def weight(self, *fqns: str) -> Entry | None:
+        """A parameter, a buffer or an extra state itself; of the first of its names that is here."""
+        return next((self._manifest.weights[fqn] for fqn in fqns if fqn in self._manifest.weights), None)
 
     @staticmethod
-    def is_tensor(entry: StateTensor | Any) -> bool:
+    def is_tensor(entry: Entry) -> TypeGuard[StateTensor]:
         """Whether an entry describes a tensor."""
         return isinstance(entry, StateTensor)
 
-    def local_tensor(self, entry: StateTensor) -> torch.Tensor:
-        """A view on the arena."""
+    def local_tensor(self, entry: Entry) -> torch.Tensor:
+        """A view on the arena; a copy where the load was asked to cast it."""
         if self._memory is None:
             raise HandoffError("the shard was closed; use it inside its `with`")
-        return view_bytes(self._memory, entry.arena_offset, entry.layout.local_shape, entry.dtype)
+        assert isinstance(entry, StateTensor)
+        view = view_bytes(self._memory, entry.arena_offset, entry.layout.local_shape, entry.dtype)
+        return view if entry.cast is None else view.to(entry.cast)
+
+    def value_of(self, entry: Entry, mesh: DeviceMesh | None = None) -> Any:
+        """An entry as a local tensor, a DTensor on a mesh, or the Python value that was saved."""
+        if not isinstance(entry, StateTensor):
+            return entry.value
+        local = self.local_tensor(entry)
+        if mesh is None or entry.layout.placements is None:
+            return local
+        shape = torch.Size(entry.layout.global_shape)
+        placements = torch_placements(entry.layout, mesh)
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=shape, stride=row_major_strides(entry.layout.global_shape)
+        )
 
     def state_dict(self, mesh: DeviceMesh | None = None) -> dict[str, Any]:
         """The optimizer's state, keyed by FQN: ``{"state": {fqn: {name: tensor}}, "param_groups": [...]}``.
@@ -235,22 +244,23 @@ class Shard:
         if mesh is not None:
             self._check_mesh(mesh)
         state = {
-            fqn: {name: self._value(entry, mesh) for name, entry in entries.items()}
+            fqn: nest({entry.place: self.value_of(entry, mesh) for entry in entries.values()})
             for fqn, entries in self._manifest.by_fqn.items()
         }
         return {"state": state, "param_groups": [dict(group) for group in self.param_groups]}
 
-    def _value(self, entry: StateTensor | Any, mesh: DeviceMesh | None) -> Any:
-        if not isinstance(entry, StateTensor):
-            return entry
-        local = self.local_tensor(entry)
-        if mesh is None or entry.layout.placements is None:
-            return local
-        shape = torch.Size(entry.layout.global_shape)
-        placements = torch_placements(entry.layout, mesh)
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=row_major_strides(entry.layout.global_shape)
-        )
+    def model_state_dict(self, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+        """The weights, buffers and extra states that were loaded, keyed by FQN; empty unless ``model_key`` asked for them.
+
+        Args:
+            mesh: gives DTensors on this mesh instead of local tensors.
+
+        Raises:
+            HandoffError: the mesh is not the one that the weights were loaded for.
+        """
+        if mesh is not None:
+            self._check_mesh(mesh)
+        return {fqn: self.value_of(entry, mesh) for fqn, entry in self._manifest.weights.items()}
 
     def _check_mesh(self, mesh: DeviceMesh) -> None:
         wanted = self._manifest.mesh
@@ -276,29 +286,13 @@ class Shard:
             raise KeyError(f"{fqn}: no state tensor {name!r} in this shard; it has {sorted(self.entries(fqn))}")
         return entry
 
-    def load_into(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Replace the optimizer's state and hyperparameters by this shard's; see `shardferry.install.load_into`."""
-        install.load_into(self, model, optimizer)
+    def load_into(self, model: Module | Sequence[Module], optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Replace state, hyperparameters and, where they were loaded, weights; see `shardferry.install.load_into`.
 
+        Args:
+            model, optimizer: one, or several where a rank has several.
 
-def torch_placements(layout: TensorLayout, mesh: DeviceMesh) -> list[TorchPlacement]:
-    """A layout's placements in torch's classes, by mesh axis."""
-    assert layout.placements is not None
-    result: list[TorchPlacement] = []
-    for axis, placement in enumerate(layout.placements):
-        if isinstance(placement, Replicate):
-            result.append(TorchReplicate())
-            continue
-        inner = 1
-        for later in range(axis + 1, mesh.ndim):
-            if layout.placements[later] == placement:
-                inner *= mesh.size(later)
-        result.append(TorchShard(placement.dim) if inner == 1 else strided_shard(placement.dim, inner))
-    return result
-
-
-def strided_shard(dim: int, split_factor: int) -> TorchPlacement:
-    """FSDP2's placement over TP. Private in torch: touched only here and in tests/core/test_private_apis.py."""
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    return _StridedShard(dim, split_factor=split_factor)
+        Raises:
+            InstallError: the shard lies otherwise than the model's parameters, or lacks one of them.
+        """
+        install.load_into(self, LiveModel.of(model, optimizer))

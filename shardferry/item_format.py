@@ -1,8 +1,9 @@
-"""How a saved item's bytes are laid down in its file: one of three ways, as the catalog records it for each item."""
+"""How a saved item's bytes are laid down in its file: one of four ways, as the catalog records it for each item."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,4 +23,11 @@ class TransformedItem:
     descriptors: tuple[str, ...]  # as the writer noted them: "stream.zstd/1"
 
 
-ItemFormat = ZipItem | RawItem | TransformedItem
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownValue:
+    """No item: a value that was already taken from another file (Megatron's ``common.pt``) when the checkpoint was opened."""
+
+    value: Any
+
+
+ItemFormat = ZipItem | RawItem | TransformedItem | KnownValue

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Protocol
+
+import torch
 
 from shardferry.errors import LayoutError
 from shardferry.region import Region, flat_range, row_major_strides
@@ -187,18 +189,57 @@ class RankLayout(Protocol):
     def mesh(self) -> Mesh | None: ...
 
     def fqns(self) -> Sequence[str] | None:
-        """Parameters whose state this rank wants; None for all that the checkpoint has."""
+        """Parameters whose state this rank wants; None for those that the checkpoint has and `holds` admits."""
+
+    def holds(self, fqn: str) -> bool:
+        """Whether this rank has anything of a parameter."""
+
+    def parameter_shape(self, fqn: str) -> tuple[int, ...] | None:
+        """The whole parameter's shape where it is known without the checkpoint."""
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
         """How state with its parameter's shape lies on this rank. Raises LayoutError."""
 
+    def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
+        """How one state entry lies where that is known for itself; None: by its shape. Raises LayoutError."""
+
+    def dtype(self, fqn: str, name: str) -> torch.dtype | None:
+        """The dtype that one state entry, or with an empty name the parameter, has here; None where any will do."""
+
+    def weights(self) -> Sequence[str] | None:
+        """Parameters and buffers whose values this rank wants; None for those that the checkpoint has."""
+
+    def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        """How a parameter or a buffer lies on this rank. Raises LayoutError."""
+
+    def aliases(self, fqn: str) -> Sequence[str]:
+        """Other names of the same (tied) parameter."""
+
+    def positions(self) -> Sequence[Sequence[str]] | None:
+        """The FQNs of each live param group in order, for state that was saved by position; None where not known."""
+
+    def may_lack(self, fqn: str) -> bool:
+        """Whether it is no loss when nothing is saved for a parameter: it is frozen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Placements for the parameters whose FQN matches a shell glob; axes that aren't named replicate."""
+    """Placements for the parameters whose FQN matches a shell glob; axes that aren't named replicate.
+
+    With ``state``, a glob over state names, the rule is for those entries alone, whatever their shape.
+    """
 
     match: str
     placements: Mapping[str, Placement]
+    state: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBy:
+    """Parameters that only some coordinates of some axes have: the layers of a pipeline stage, the experts of a rank."""
+
+    match: str  # shell glob over FQNs
+    ranks: Mapping[str, tuple[int, ...]]  # axis: its coordinates
 
 
 @dataclass(frozen=True)
@@ -208,16 +249,28 @@ class SpecLayout:
     mesh: Mesh
     rules: tuple[Rule, ...] = ()
     default: Mapping[str, Placement] | None = None
+    held_by: tuple[HeldBy, ...] = ()
 
     def __post_init__(self) -> None:
-        for where, placements in [(f"rule {r.match!r}", r.placements) for r in self.rules] + [
-            ("default", self.default or {})
-        ]:
-            for axis in placements:
+        for where, axes in self._axes():
+            for axis in axes:
                 if axis not in self.mesh.names:
                     raise LayoutError(
                         f"{where}: axis {axis!r} is not in the mesh, which has {', '.join(self.mesh.names)}"
                     )
+        sizes = dict(self.mesh.axes)
+        for held in self.held_by:
+            for axis, ranks in held.ranks.items():
+                if not ranks or not all(0 <= rank < sizes[axis] for rank in ranks):
+                    raise LayoutError(
+                        f"held_by {held.match!r}: {axis}: {list(ranks)} are no coordinates of an axis of {sizes[axis]}; "
+                        f"give some of 0 to {sizes[axis] - 1}"
+                    )
+
+    def _axes(self) -> list[tuple[str, Mapping[str, object]]]:
+        rules = [(f"rule {rule.match!r}", rule.placements) for rule in self.rules]
+        held = [(f"held_by {held.match!r}", held.ranks) for held in self.held_by]
+        return [*rules, ("default", self.default or {}), *held]
 
     @property
     def world_size(self) -> int:
@@ -227,10 +280,25 @@ class SpecLayout:
         """The layout as one rank sees it."""
         return _SpecRank(self, world_rank)
 
-    def placements(self, fqn: str) -> tuple[Placement, ...]:
-        """By mesh axis, outermost first."""
-        rule = next((r.placements for r in self.rules if fnmatchcase(fqn, r.match)), self.default or {})
-        return tuple(rule.get(axis, Replicate()) for axis in self.mesh.names)
+    def placements(self, fqn: str, state: str | None = None) -> tuple[Placement, ...] | None:
+        """By mesh axis, outermost first. With a state name: of the rule for that entry, None where there is none."""
+        of_entries = state is not None
+        for rule in self.rules:
+            wanted = rule.state is not None and fnmatchcase(state or "", rule.state) if of_entries else not rule.state
+            if wanted and fnmatchcase(fqn, rule.match):
+                return self._by_axis(rule.placements)
+        return None if of_entries else self._by_axis(self.default or {})
+
+    def _by_axis(self, placements: Mapping[str, Placement]) -> tuple[Placement, ...]:
+        return tuple(placements.get(axis, Replicate()) for axis in self.mesh.names)
+
+    def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
+        """Whether the rank at a coordinate has anything of a parameter. For each axis the first match decides."""
+        for axis, index in zip(self.mesh.names, coordinate, strict=True):
+            ranks = next((h.ranks[axis] for h in self.held_by if axis in h.ranks and fnmatchcase(fqn, h.match)), None)
+            if ranks is not None and index not in ranks:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -249,16 +317,57 @@ class _SpecRank:
     def fqns(self) -> None:
         return None
 
+    def holds(self, fqn: str) -> bool:
+        return not self.spec.held_by or self.spec.holds(fqn, self.mesh.coordinate(self.world_rank))
+
+    def parameter_shape(self, fqn: str) -> None:
+        return None
+
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        coordinate = self.spec.mesh.coordinate(self.world_rank)
+        placements = self.spec.placements(fqn)
+        assert placements is not None
+        return self._cut(fqn, shape, placements)
+
+    def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
+        placements = self.spec.placements(fqn, name)
+        return None if placements is None else self._cut(f"{fqn}: {name!r}", shape, placements)
+
+    def dtype(self, fqn: str, name: str) -> None:
+        return None
+
+    def weights(self) -> None:
+        return None
+
+    def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        return self.parameter(fqn, shape) if shape else replicated(shape, len(self.mesh.axes))
+
+    def aliases(self, fqn: str) -> tuple[str, ...]:
+        return ()
+
+    def positions(self) -> None:
+        return None
+
+    def may_lack(self, fqn: str) -> bool:
+        return False
+
+    def _cut(self, where: str, shape: tuple[int, ...], placements: Sequence[Placement]) -> TensorLayout:
+        coordinate = self.mesh.coordinate(self.world_rank)
         cuts = [
             AxisCut(size, index, placement)
-            for (_, size), index, placement in zip(self.mesh.axes, coordinate, self.spec.placements(fqn), strict=True)
+            for (_, size), index, placement in zip(self.mesh.axes, coordinate, placements, strict=True)
         ]
         try:
             return sharded(shape, cuts)
         except LayoutError as error:
-            raise LayoutError(f"{fqn}: {error}") from None
+            raise LayoutError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEntry:
+    """One state entry that a live optimizer has already."""
+
+    layout: TensorLayout | None  # None: as its parameter
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -269,12 +378,65 @@ class LiveLayout:
     world_size: int
     parameters: Mapping[str, TensorLayout]
     mesh: Mesh | None = None
+    entries: Mapping[tuple[str, str], LiveEntry] = field(default_factory=dict)  # by FQN and state name
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # FQN: the parameter's other names
+    frozen: frozenset[str] = frozenset()
+    groups: tuple[tuple[str, ...], ...] | None = None  # FQNs of each param group; None: flat parameters have no order
+    buffers: Mapping[str, TensorLayout] = field(default_factory=dict)  # what a model has besides its parameters
+    untrained: Mapping[str, TensorLayout] = field(default_factory=dict)  # parameters of no optimizer
+    extras: frozenset[str] = frozenset()  # FQNs of modules' extra states
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of parameters and buffers
 
     def fqns(self) -> Sequence[str]:
         return tuple(self.parameters)
 
+    def holds(self, fqn: str) -> bool:
+        return fqn in self.parameters
+
+    def parameter_shape(self, fqn: str) -> tuple[int, ...] | None:
+        layout = self.parameters.get(fqn)
+        return None if layout is None else layout.global_shape
+
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        layout = self.parameters[fqn]
+        return self._same_shape(fqn, self.parameters[fqn], shape)
+
+    def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
+        known = self.entries.get((fqn, name))
+        if known is None or known.layout is None:
+            return None
+        if known.layout.global_shape != shape:
+            raise LayoutError(
+                f"{fqn}: the live optimizer's {name!r} has the shape {known.layout.global_shape}, the saved one {shape}; "
+                "this checkpoint belongs to another optimizer"
+            )
+        return known.layout
+
+    def dtype(self, fqn: str, name: str) -> torch.dtype | None:
+        if not name:
+            return self.dtypes.get(fqn)
+        known = self.entries.get((fqn, name))
+        return None if known is None else known.dtype
+
+    def weights(self) -> Sequence[str]:
+        return (*self.parameters, *self.untrained, *self.buffers, *sorted(self.extras))
+
+    def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        if fqn in self.extras:
+            return replicated(shape)
+        layout = self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
+        return self._same_shape(fqn, layout, shape)
+
+    def aliases(self, fqn: str) -> Sequence[str]:
+        return self.tied.get(fqn, ())
+
+    def positions(self) -> Sequence[Sequence[str]] | None:
+        return self.groups
+
+    def may_lack(self, fqn: str) -> bool:
+        return fqn in self.frozen
+
+    @staticmethod
+    def _same_shape(fqn: str, layout: TensorLayout, shape: tuple[int, ...]) -> TensorLayout:
         if layout.global_shape != shape:
             raise LayoutError(
                 f"{fqn}: the model's parameter has the shape {layout.global_shape}, the saved one {shape}; "

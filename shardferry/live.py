@@ -1,187 +1,244 @@
-"""Ask a live model and optimizer which parameters they hold, under which FQN, and which part of each is here."""
+"""Ask live models and optimizers which parameters they hold, under which FQN, and which part of each is here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.tensor import DeviceMesh, DTensor
-from torch.distributed.tensor import placement_types as torch_placements
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from shardferry import fsdp1
-from shardferry.errors import InstallError, LayoutError
-from shardferry.layout import (
-    AxisCut,
-    Box,
-    LiveLayout,
-    Mesh,
-    Placement,
-    Replicate,
-    Shard,
-    TensorLayout,
-    replicated,
-    sharded,
-)
-from shardferry.region import Region
+from shardferry.errors import InstallError
+from shardferry.layout import LiveEntry, LiveLayout, TensorLayout, replicated
+from shardferry.nesting import flat_entries
+from shardferry.optimizer_index import SCALAR_STATE
+from shardferry.tensor_layout import layout_of_tensor
+from shardferry.wrappers import torch_optimizers
+
+T = TypeVar("T")
 
 # What wrappers put into the names of parameters; the checkpoint's FQNs are without them.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = (
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+    "_forward_module.",  # Lightning Fabric's module has both, mostly the same one
+    "_original_module.",
+)
+_DDP = "module."
+_EXTRA = "_extra_state"  # as torch.nn.Module.state_dict calls it
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a live parameter holds of one FQN."""
+    """What a live tensor holds of one FQN."""
 
     fqn: str
     layout: TensorLayout
-    position: int = 0  # elements, where it begins in the live parameter's local memory
+    position: int = 0  # elements, where it begins in the live tensor's local memory
+    aliases: tuple[str, ...] = ()  # other names of the same (tied) parameter
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.fqn, *self.aliases)
 
 
 @dataclass(frozen=True)
 class LiveParameter:
-    """One tensor that an optimizer trains."""
+    """One tensor that an optimizer may train."""
 
     tensor: torch.Tensor  # as the optimizer knows it: the key of its state
     parts: tuple[Part, ...]  # one, or several where FSDP1 has flattened parameters together
-    has_state: bool = True  # FSDP1 takes no step on a slice that is empty here, and gathers state by who has some
+    flattened: bool = False  # by FSDP1
+    state: Mapping[str, Any] = field(default_factory=dict)  # what its optimizer has, by dotted name
 
     @property
     def local(self) -> torch.Tensor:
         """The memory of this rank."""
         return self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor
 
+    @property
+    def has_state(self) -> bool:
+        """FSDP1 takes no step on a slice that is empty here, and gathers state by who has some."""
+        return not self.flattened or self.tensor.numel() > 0
 
-def clean_fqn(name: str) -> str:
+
+@dataclass(frozen=True)
+class LiveGroup:
+    """One param group of one optimizer."""
+
+    optimizer: Optimizer
+    group: dict[str, Any]
+    parameters: tuple[LiveParameter, ...]
+
+
+def as_tuple(one_or_many: T | Sequence[T]) -> tuple[T, ...]:
+    """One thing, or several."""
+    if isinstance(one_or_many, Sequence):
+        return tuple(one_or_many)
+    return (one_or_many,)
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """The model parts and optimizers of one rank, usually one of each."""
+
+    modules: tuple[Module, ...]
+    optimizers: tuple[Optimizer, ...]
+
+    @classmethod
+    def of(cls, model: Module | Sequence[Module], optimizer: Optimizer | Sequence[Optimizer]) -> LiveModel:
+        """From what people hold in their hands: one or several, a program's wrappers among them."""
+        optimizers = tuple(one for given in as_tuple(optimizer) for one in torch_optimizers(given))
+        return cls(as_tuple(model), optimizers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        parameter = next((p for module in self.modules for p in module.parameters()), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @cached_property
+    def parameters(self) -> tuple[LiveParameter, ...]:
+        """All parameters, with the state that the optimizers have. Raises LayoutError."""
+        states = {id(p): state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+        return tuple(p for module in self.modules for p in _parameters_of(module, states))
+
+    @cached_property
+    def groups(self) -> tuple[LiveGroup, ...]:
+        """The optimizers' param groups, in order.
+
+        Raises:
+            InstallError: an optimizer trains a tensor that is no parameter of the model.
+            LayoutError: a parameter lies in a way that isn't supported.
+        """
+        known = {id(parameter.tensor): parameter for parameter in self.parameters}
+        return tuple(
+            LiveGroup(optimizer, group, tuple(_members(group, index, known)))
+            for optimizer in self.optimizers
+            for index, group in enumerate(optimizer.param_groups)
+        )
+
+    @cached_property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Persistent buffers by FQN."""
+        return {fqn: buffer for module in self.modules for fqn, buffer in _buffers_of(module)}
+
+    @cached_property
+    def extra_states(self) -> dict[str, Module]:
+        """Modules that put an extra state into their state dict, by its FQN."""
+        return {
+            _clean(f"{name}.{_EXTRA}" if name else _EXTRA, _ddp_prefixes(root)): module
+            for root in self.modules
+            for name, module in root.named_modules()
+            if type(module).get_extra_state is not Module.get_extra_state
+        }
+
+
+def _members(group: dict[str, Any], index: int, known: Mapping[int, LiveParameter]) -> Iterator[LiveParameter]:
+    for place, tensor in enumerate(group["params"]):
+        found = known.get(id(tensor))
+        if found is None:
+            raise InstallError(
+                f"param_groups[{index}]['params'][{place}] of shape {tuple(tensor.shape)} is no parameter of the model; "
+                "give the model that the optimizer was made for (after wrapping)"
+            )
+        yield found
+
+
+def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LiveParameter]:
+    prefixes = _ddp_prefixes(root)
+    flattened: set[int] = set()
+    for flat in fsdp1.flattened_parameters(root):
+        flattened.add(id(flat.tensor))
+        parts = tuple(Part(_clean(p.fqn, prefixes), p.layout, p.position) for p in flat.parts)
+        state = flat_entries(states.get(id(flat.tensor), {}))
+        yield LiveParameter(flat.tensor, parts, flattened=True, state=state)
+    names: dict[int, dict[str, None]] = {}  # of each tensor, each once: two wrappers of one may show it twice
+    tensors: dict[int, torch.Tensor] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if id(parameter) not in flattened:
+            tensors[id(parameter)] = parameter
+            names.setdefault(id(parameter), {})[_clean(name, prefixes)] = None
+    for key, (fqn, *aliases) in names.items():
+        part = Part(fqn, layout_of_tensor(tensors[key], name=fqn), aliases=tuple(aliases))
+        yield LiveParameter(tensors[key], (part,), state=flat_entries(states.get(key, {})))
+
+
+def _buffers_of(root: Module) -> Iterator[tuple[str, torch.Tensor]]:
+    prefixes = _ddp_prefixes(root)
+    for path, module in root.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # torch.nn.Module has no public word for it
+                yield _clean(f"{path}.{name}" if path else name, prefixes), buffer
+
+
+def _ddp_prefixes(root: Module) -> list[str]:
+    """Where DDP's ``module.`` stands in names; only there it is a wrapper's."""
+    wrapped = [name for name, module in root.named_modules() if isinstance(module, DistributedDataParallel)]
+    return sorted((f"{name}.{_DDP}" if name else _DDP for name in wrapped), key=len, reverse=True)
+
+
+def _clean(name: str, ddp_prefixes: Sequence[str]) -> str:
     """A parameter's name without what wrappers added."""
+    for prefix in ddp_prefixes:
+        if name.startswith(prefix):
+            name = name[: len(prefix) - len(_DDP)] + name[len(prefix) :]
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
-def live_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[LiveParameter]]:
-    """The optimizer's parameters, by param group.
-
-    Raises:
-        InstallError: the optimizer trains a tensor that is no parameter of the model.
-        LayoutError: a parameter lies in a way that isn't supported.
-    """
-    known: dict[int, LiveParameter] = {}
-    module = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    for flat in fsdp1.flattened_parameters(module):
-        parts = tuple(Part(clean_fqn(p.fqn), p.layout, p.position) for p in flat.parts)
-        known[id(flat.tensor)] = LiveParameter(flat.tensor, parts, has_state=flat.tensor.numel() > 0)
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in known:
-            fqn = clean_fqn(name)
-            known[id(parameter)] = LiveParameter(parameter, (Part(fqn, layout_of_tensor(parameter, name=fqn)),))
-    return [
-        [_known(known, parameter, place=(index, place)) for place, parameter in enumerate(group["params"])]
-        for index, group in enumerate(optimizer.param_groups)
-    ]
-
-
-def _known(known: dict[int, LiveParameter], parameter: torch.Tensor, place: tuple[int, int]) -> LiveParameter:
-    found = known.get(id(parameter))
-    if found is None:
-        raise InstallError(
-            f"param_groups[{place[0]}]['params'][{place[1]}] of shape {tuple(parameter.shape)} is no parameter of the model; "
-            "give the model that the optimizer was made for (after wrapping)"
-        )
-    return found
+def live_layout(live: LiveModel, *, world_rank: int, world_size: int) -> LiveLayout:
+    """The layout that live models and optimizers want. Raises InstallError, LayoutError."""
+    trained = [parameter for group in live.groups for parameter in group.parameters]
+    own = {id(parameter.tensor) for parameter in trained}
+    parts = [part for parameter in live.parameters for part in parameter.parts]
+    return LiveLayout(
+        world_rank,
+        world_size,
+        _layouts(trained),
+        entries={(p.fqn, name): entry for parameter in trained for p, name, entry in _entries_of(parameter)},
+        tied={part.fqn: part.aliases for part in parts if part.aliases},
+        frozen=frozenset(p.fqn for x in trained if not x.tensor.requires_grad for p in x.parts),
+        groups=_positions(live.groups),
+        buffers={fqn: layout_of_tensor(buffer, name=fqn) for fqn, buffer in live.buffers.items()},
+        untrained=_layouts([p for p in live.parameters if id(p.tensor) not in own]),
+        extras=frozenset(live.extra_states),
+        dtypes={part.fqn: parameter.tensor.dtype for parameter in live.parameters for part in parameter.parts}
+        | {fqn: buffer.dtype for fqn, buffer in live.buffers.items()},
+    )
 
 
-def live_layout(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, world_rank: int, world_size: int
-) -> LiveLayout:
-    """The layout that a live optimizer wants. Raises InstallError, LayoutError."""
-    parameters: dict[str, TensorLayout] = {}
-    for group in live_parameters(model, optimizer):
-        for parameter in group:
-            parameters.update({part.fqn: part.layout for part in parameter.parts})
-    return LiveLayout(world_rank, world_size, parameters)
+def _layouts(parameters: Sequence[LiveParameter]) -> dict[str, TensorLayout]:
+    return {part.fqn: part.layout for parameter in parameters for part in parameter.parts}
 
 
-def layout_of_tensor(tensor: torch.Tensor, *, name: str) -> TensorLayout:
-    """How a DTensor, a ShardedTensor or a plain tensor lies on this rank.
-
-    Raises:
-        LayoutError: a Partial placement, a nested tensor, or a strided shard that doesn't come from FSDP2 over TP.
-    """
-    if isinstance(tensor, DTensor):
-        return _layout_of_dtensor(tensor, name)
-    if isinstance(tensor, ShardedTensor):
-        return _layout_of_sharded_tensor(tensor, name)
-    return replicated(tuple(tensor.shape))
+def _positions(groups: Sequence[LiveGroup]) -> tuple[tuple[str, ...], ...] | None:
+    if any(parameter.flattened for group in groups for parameter in group.parameters):
+        return None  # a flat parameter stands for many
+    return tuple(tuple(parameter.parts[0].fqn for parameter in group.parameters) for group in groups)
 
 
-def _layout_of_dtensor(tensor: DTensor, name: str) -> TensorLayout:
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise LayoutError(f"{name}: this rank {dist.get_rank()} is not in the tensor's device mesh {mesh}")
-    placements = translate_placements(tensor.placements, mesh, name)
-    cuts = [AxisCut(mesh.size(axis), coordinate[axis], placements[axis]) for axis in range(mesh.ndim)]
-    layout = sharded(tuple(tensor.shape), cuts)
-    local = tuple(tensor.to_local().shape)
-    if local != layout.local_shape and not (0 in local and 0 in layout.local_shape):
-        raise LayoutError(
-            f"{name}: the local tensor has the shape {local}, placements {tensor.placements} over {mesh} of {tuple(tensor.shape)} "
-            f"give {layout.local_shape}; this kind of uneven sharding is not supported"
-        )
-    return layout
+def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry]]:
+    """What is known of the state that an optimizer has already made."""
+    for name, value in parameter.state.items():
+        if isinstance(value, torch.Tensor) and value.ndim and name not in SCALAR_STATE:
+            for part in parameter.parts:
+                yield part, name, LiveEntry(_layout_of_entry(parameter, part, value, name), value.dtype)
 
 
-def translate_placements(
-    placements: Sequence[torch_placements.Placement], mesh: DeviceMesh, name: str
-) -> tuple[Placement, ...]:
-    """Torch's placements as ours, by mesh axis.
-
-    ``(_StridedShard(0, split_factor=tp), Shard(0))`` is what FSDP2 over TP gives: the inner axis cuts first. That is how
-    ours are read (see `shardferry.layout.sharded`), so that plain ``(Shard(0), Shard(0))``, where the outer axis cuts
-    first, is the one that has no translation.
-    """
-    translated: list[Placement] = []
-    for axis, placement in enumerate(placements):
-        if placement.is_replicate():
-            translated.append(Replicate())
-            continue
-        dim = getattr(placement, "dim", None)
-        if dim is None or placement.is_partial():
-            raise LayoutError(
-                f"{name}: placement {placement} can't be loaded; only Shard and Replicate hold whole elements"
-            )
-        inner = 1
-        for later in range(axis + 1, mesh.ndim):
-            if getattr(placements[later], "dim", None) == dim:
-                inner *= mesh.size(later)
-        if getattr(placement, "split_factor", 1) != inner:
-            raise LayoutError(
-                f"{name}: placements {tuple(placements)} cut dimension {dim} in an order that is not supported; "
-                "FSDP2 over TP (the inner axis cuts first) is"
-            )
-        translated.append(Shard(dim))
-    return tuple(translated)
-
-
-def _layout_of_sharded_tensor(tensor: ShardedTensor, name: str) -> TensorLayout:
-    shape = tuple(tensor.size())
-    shards = tensor.local_shards()
-    if not shards:
-        empty = Region((0,) * len(shape), (0,) * len(shape))
-        return TensorLayout(shape, empty.sizes, ())
-    if len(shards) > 1 or isinstance(shards[0].tensor, ShardedTensor | DTensor):
-        kind = f"{len(shards)} local shards" if len(shards) > 1 else f"a nested {type(shards[0].tensor).__name__}"
-        raise LayoutError(f"{name}: a ShardedTensor with {kind} is not supported; use DTensors (FSDP2)")
-    meta = shards[0].metadata
-    region = Region(tuple(meta.shard_offsets), tuple(meta.shard_sizes))
-    box = Box(region, Region.whole(region.sizes))
-    return TensorLayout(shape, region.sizes, (box,) if region.numel else ())
-
-
-def mesh_of(device_mesh: DeviceMesh) -> Mesh:
-    """A torch device mesh as ours: names and sizes."""
-    names = device_mesh.mesh_dim_names or tuple(f"axis{axis}" for axis in range(device_mesh.ndim))
-    return Mesh(tuple((name, device_mesh.size(axis)) for axis, name in enumerate(names)))
+def _layout_of_entry(parameter: LiveParameter, part: Part, value: torch.Tensor, name: str) -> TensorLayout | None:
+    """None where the entry lies as its parameter."""
+    if isinstance(value, DTensor):
+        layout = layout_of_tensor(value, name=f"{part.fqn}: {name!r}")
+        return None if layout == part.layout else layout
+    if parameter.flattened or value.shape == parameter.local.shape:
+        return None
+    return replicated(tuple(value.shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from shardferry.agreement import Agreement
 from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint, storage_of
-from shardferry.collector import paused_gc
 from shardferry.errors import HandoffError
-from shardferry.handoff import InProcess, Manifest, Payload, ShardHandle, SharedMemory, StateTensor, node_identity
-from shardferry.install import load_into
-from shardferry.layout import RankLayout
-from shardferry.live import live_layout
-from shardferry.param_groups import build_param_groups
-from shardferry.plan import LoadPlan, plan_load
+from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory, node_identity
+from shardferry.install import fit
+from shardferry.keys import KeyReport
+from shardferry.layout import RankLayout, replicated
+from shardferry.live import LiveModel, live_layout
+from shardferry.manifest import Manifest, StateTensor, StateValue
+from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
+from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
+from shardferry.storage.base import RangeReader
 
 
 class PhaseClock:
@@ -54,6 +58,7 @@ class LoadedShard:
     arena: Arena
     counters: Counters
     seconds: dict[str, float] = field(default_factory=dict)
+    unexpected: tuple[str, ...] = ()  # saved, wanted by no rank, allowed
 
     def handle(self, transport: str, *, exclusive: bool) -> ShardHandle:
         """A handle for the trainer.
@@ -90,7 +95,7 @@ class LoadJob:
 
     catalog: Catalog
     layout: RankLayout
-    optimizer_key: str
+    request: LoadRequest
     device: torch.device
     read: ReadOptions
 
@@ -101,12 +106,14 @@ def load_rank(
     *,
     counters: Counters | None = None,
     announce: Callable[[LoadPlan], None] = lambda _: None,
+    arena: Arena | None = None,
 ) -> LoadedShard:
     """Load one rank's share. All ranks of the agreement must call it; where one fails, all raise.
 
     Args:
         counters: grows while the rank reads.
         announce: called once with the plan, before anything is read.
+        arena: to be filled, with room for the plan; default: a new one.
 
     Raises:
         ShardferryError: this rank's own failure.
@@ -114,18 +121,56 @@ def load_rank(
     """
     counters = counters or Counters()
     clock = PhaseClock()
-    with clock.phase("plan"):
-        plan = agreement.attempt(
-            "planning", lambda: plan_load(job.catalog, job.layout, optimizer_key=job.optimizer_key)
+    with clock.phase("values"):
+        values = agreement.from_first(
+            "reading the param groups", lambda: read_values(job.catalog, job.request, job.read, counters)
         )
+    with clock.phase("plan"):
+        plan = agreement.attempt("planning", lambda: plan_load(job.catalog, job.layout, job.request, values))
+        unexpected = _check_claims(plan, job, agreement)
         announce(plan)
     with clock.phase("allocate"):
-        arena = _allocate(plan, job.device, agreement)
+        arena = arena or _allocate(plan, job.device, agreement)
     with clock.phase("read"):
-        values = agreement.attempt("reading", lambda: _read(job, plan, arena, counters))
-    with clock.phase("seal"):
-        manifest = agreement.attempt("sealing", lambda: _manifest(plan, values, arena))
-    return LoadedShard(plan, manifest, arena, counters, clock.seconds)
+        agreement.attempt("reading", lambda: _read(job, plan, arena, counters))
+    manifest = _manifest(plan, values)
+    return LoadedShard(plan, manifest, arena, counters, clock.seconds, unexpected)
+
+
+def read_values(
+    catalog: Catalog, request: LoadRequest, options: ReadOptions | None = None, counters: Counters | None = None
+) -> dict[str, Any]:
+    """Everything that is no sharded tensor, by key: read by one rank for all. Raises StorageError, DecodeError."""
+    options, counters = options or ReadOptions(), counters or Counters()
+    keys = value_keys(catalog, request)
+    storage = storage_of(catalog)
+    try:
+        objects = [key for key in keys if key in catalog.objects]
+        tensors = [key for key in keys if key in catalog.tensors]
+        values = read_objects(objects, catalog, storage, options, counters)
+        return values | _read_whole(tensors, catalog, storage, options, counters)
+    finally:
+        storage.close()
+
+
+def _read_whole(
+    keys: list[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
+) -> dict[str, torch.Tensor]:
+    """Small tensors: hyperparameters such as a learning rate."""
+    wanted = [(key, replicated(catalog.tensors[key].shape)) for key in keys]
+    plan = plan_tensors(catalog, wanted, world_rank=0, world_size=1)
+    arena = HostArena(plan.arena_bytes)
+    read_plan(plan, catalog, storage, arena, options, counters)
+    return {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
+
+
+def _check_claims(plan: LoadPlan, job: LoadJob, agreement: Agreement) -> tuple[str, ...]:
+    """Names that are saved and wanted by no rank. All ranks find the same; all raise where these are not ignored."""
+    unexpected: tuple[str, ...] = ()
+    for claims in (plan.state_claims, plan.weight_claims):
+        taken = agreement.any_of(claims.taken)
+        unexpected += claims.check(taken, job.request, job.catalog.location)
+    return unexpected
 
 
 def _allocate(plan: LoadPlan, device: torch.device, agreement: Agreement) -> Arena:
@@ -140,52 +185,66 @@ def _allocate(plan: LoadPlan, device: torch.device, agreement: Agreement) -> Are
     return agreement.attempt("allocating the arena", allocate)
 
 
-def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters) -> dict[str, Any]:
+def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters) -> None:
     storage = storage_of(job.catalog)
     try:
         read_plan(plan, job.catalog, storage, arena, job.read, counters)
-        return read_objects(plan, job.catalog, storage, counters)
     finally:
         storage.close()
 
 
-def _manifest(plan: LoadPlan, values: dict[str, Any], arena: Arena) -> Manifest:
-    tensors = [StateTensor(t.fqn, t.name, t.dtype, t.layout, t.arena_offset) for t in plan.tensors if t.fqn]
-    state: dict[str, dict[str, Any]] = {}
-    groups: dict[Any, Any] = {
-        t.group_path: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).cpu().clone()
-        for t in plan.tensors
-        if t.group_path is not None
-    }
-    for planned in plan.objects:
-        if planned.fqn is None:
-            groups[planned.path] = values[planned.key]
-        else:
-            state.setdefault(planned.fqn, {})[planned.name] = values[planned.key]
+def _manifest(plan: LoadPlan, values: Mapping[str, Any]) -> Manifest:
     return Manifest(
-        plan.world_rank, plan.world_size, plan.mesh, tuple(tensors), state, tuple(build_param_groups(groups))
+        plan.world_rank,
+        plan.world_size,
+        plan.mesh,
+        tuple(
+            StateTensor(t.fqn, t.name, t.dtype, t.layout, t.arena_offset, t.section, t.path, t.cast, t.as_parameter)
+            for t in plan.tensors
+        ),
+        tuple(StateValue(v.fqn, v.path, values[v.key], v.section) for v in plan.values),
+        plan.param_groups or (),
+        plan.fqns,
+        plan.request,
     )
 
 
 def load_optimizer_state(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Module | Sequence[Module],
+    optimizer: Optimizer | Sequence[Optimizer],
     location: str | Path,
     *,
     optimizer_key: str = "optim",
+    model_key: str | None = None,
     process_group: dist.ProcessGroup | None = None,
+    keys: str | Sequence[str] = "strict",
+    rename: Mapping[str, str] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dtype: str = "error",
     concurrency: int = 16,
-) -> None:
+) -> KeyReport:
     """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
 
     Call it on all ranks of the process group, after the model is wrapped and the optimizer is made; neither needs to
     have taken a step. Only this rank's bytes are read.
 
     Args:
+        model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
+        optimizer: of that model; several where the state of several was saved as one.
         location: the checkpoint's directory, written by ``torch.distributed.checkpoint``.
-        optimizer_key: the optimizer's key in the state dict that was saved.
+        optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones.
+        model_key: the model's key in the state dict that was saved, to load its weights and buffers too.
         process_group: default: the whole job where torch.distributed is initialised, else this process alone.
+        keys: ``strict``, or what may be: ``allow_missing`` leaves live state of parameters that were not saved as it is,
+            ``ignore_unexpected`` leaves saved state that no rank wants. Or a list of both.
+        rename: glob over saved FQNs to what they are called here, ``{"_orig_mod.*": "*"}``; the first that fits.
+        include, exclude: globs over the FQNs here; what is not meant stays as it is.
+        dtype: ``error`` or ``cast``, where live state (or with ``model_key`` a weight) has another dtype than was saved.
         concurrency: reads in flight of this rank.
+
+    Returns:
+        What was missing or unexpected, as far as ``keys`` lets it pass.
 
     Raises:
         ShardferryError: nothing of the optimizer has been changed. Where one rank fails, all raise.
@@ -193,36 +252,24 @@ def load_optimizer_state(
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD
     agreement = Agreement(process_group)
-    catalog = catalog_of_all(location, agreement, process_group)
-    layout, device = agreement.attempt(
-        "reading the model's layout",
-        lambda: (
-            live_layout(model, optimizer, world_rank=agreement.rank, world_size=agreement.size),
-            _device_of(model),
-        ),
-    )
-    job = LoadJob(catalog, layout, optimizer_key, device, ReadOptions(concurrency))
-    loaded = load_rank(job, agreement)
-    agreement.attempt(
-        "installing the state",
-        lambda: load_into(loaded.handle("in_process", exclusive=True).open(), model, optimizer),
-    )
+    live = LiveModel.of(model, optimizer)
+
+    def prepare() -> tuple[LoadRequest, RankLayout, torch.device]:
+        request = LoadRequest(
+            optimizer_key, model_key, Selection.of(rename, include, exclude), KeyPolicy.of(keys), dtype_policy(dtype)
+        )
+        layout = live_layout(live, world_rank=agreement.rank, world_size=agreement.size)
+        return request, layout, live.device
+
+    request, layout, device = agreement.attempt("reading the model's layout", prepare)
+    catalog = catalog_of_all(location, agreement)
+    loaded = load_rank(LoadJob(catalog, layout, request, device, ReadOptions(concurrency)), agreement)
+    shard = loaded.handle("in_process", exclusive=True).open()
+    install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
+    agreement.attempt("installing the state", install)
+    return KeyReport(loaded.plan.missing, loaded.unexpected)
 
 
-def catalog_of_all(location: str | Path, agreement: Agreement, process_group: dist.ProcessGroup | None) -> Catalog:
+def catalog_of_all(location: str | Path, agreement: Agreement) -> Catalog:
     """Rank 0 reads the metadata; the others get the catalog from it."""
-    found: list[Catalog | None] = [None]
-    if agreement.rank == 0:
-        found[0] = agreement.attempt("opening the checkpoint", lambda: open_checkpoint(os.fspath(location)))
-    else:
-        agreement.attempt("opening the checkpoint", lambda: None)
-    if process_group is not None:
-        with paused_gc():
-            dist.broadcast_object_list(found, group=process_group, group_src=0)
-    assert found[0] is not None
-    return found[0]
-
-
-def _device_of(model: torch.nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    return agreement.from_first("opening the checkpoint", lambda: open_checkpoint(os.fspath(location)))

@@ -1,7 +1,8 @@
 """Read a DCP ``.metadata`` pickle into plain Python values, executing nothing that it names.
 
-The unpickler knows the few globals that torch 2.1 to 2.15 write and maps each to a plain class or function of ours; any
-other global is refused by name. Format: torch/distributed/checkpoint/metadata.py and filesystem.py.
+The unpickler knows the few globals that torch 2.1 to 2.15, OLMo-core and Megatron-Core write, and maps each to a plain
+class or function of ours; any other global is refused by name. Format: torch/distributed/checkpoint/metadata.py,
+filesystem.py and planner.py.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Metadata(Record):
     planner_data: Any = None
     storage_data: Any = None
     version: str | None = None
+    mcore_data: Any = None  # Megatron-Core up to 0.15: what it knows of each tensor, by key
 
 
 class TensorStorageMetadata(Record):
@@ -73,24 +75,33 @@ class StorageInfo(Record):
     offset: int
     length: int
     transform_descriptors: list[str] | None = None
+    is_raw: bool = False  # the raw bytes alone; no pickle says so, only a safetensors file's header
 
 
 class StorageMeta(Record):
     """The writer's remarks; nothing here depends on them."""
 
 
+class PlanRemark(Record):
+    """A part of the save plans that Megatron-Core leaves in its metadata; nothing here depends on it."""
+
+
 class TensorProperties(Record):
-    """A tensor's dtype; the state is a tuple of 5, since torch 2.15 of 6 (strides)."""
+    """A tensor's dtype; the state is a tuple of 5, since torch 2.15 of 6 (with strides, which the item itself has too)."""
 
     dtype: torch.dtype
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) >= 5 and isinstance(state[0], torch.dtype):
+        if isinstance(state, tuple) and len(state) in (5, 6) and isinstance(state[0], torch.dtype):
             self.dtype = state[0]
         elif isinstance(state, dict):
             self.__dict__.update(state)
         else:
-            raise CatalogError(f"metadata: TensorProperties has a state of type {type(state).__name__}")
+            what = f"{len(state)} values" if isinstance(state, tuple) else f"a {type(state).__name__}"
+            raise CatalogError(
+                f"metadata: TensorProperties holds {what}, where torch 2.1 to 2.15 write 5 or 6 values of which the first "
+                "is the dtype; a newer torch may have written it"
+            )
 
 
 def _path(*parts: str) -> str:
@@ -103,6 +114,9 @@ def _remark(*_values: Any) -> None:
 
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # torch 2.1 and 2.2
+_FILES = "torch.distributed.checkpoint.filesystem"
+_PLANS = "torch.distributed.checkpoint.planner"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     (_CHECKPOINT, "Metadata"): Metadata,
@@ -115,7 +129,17 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     (_CHECKPOINT, "_MEM_FORMAT_ENCODING"): _remark,
     (_SHARDED, "TensorProperties"): TensorProperties,
     (_SHARDED, "MEM_FORMAT_ENCODING"): _remark,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
+    (_FILES, "_StorageInfo"): StorageInfo,
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
+    # Megatron-Core adds the ranks' save plans to a plain Metadata, and up to 0.15 has subclasses of both.
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    (_MEGATRON, "MCoreSavePlan"): PlanRemark,
+    (_PLANS, "SavePlan"): PlanRemark,
+    (_PLANS, "WriteItem"): PlanRemark,
+    (_PLANS, "TensorWriteData"): PlanRemark,
+    (_PLANS, "BytesIOWriteData"): PlanRemark,
+    (_PLANS, "WriteItemType"): _remark,
+    (_FILES, "_StoragePrefix"): PlanRemark,
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): _remark,
     ("pathlib", "PosixPath"): _path,
@@ -134,8 +158,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise UnsafeMetadata(
-            f"metadata names the global {module}.{name}, which no PyTorch writer of checkpoints needs; nothing was executed. "
-            "Don't load this checkpoint unless you know who wrote it."
+            f"metadata names the global {module}.{name}, which no known writer of checkpoints needs; nothing was executed. "
+            "Don't load this checkpoint unless you know who wrote it. If you do: where it was written, unpickle the metadata, "
+            "replace the values of this class by plain ones (a planner_data of its own by None), and write it again."
         )
 
 
@@ -152,8 +177,8 @@ def parse_metadata(data: bytes, *, source: str) -> Metadata:
     try:
         with paused_gc():
             metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-    except UnsafeMetadata as error:
-        raise UnsafeMetadata(f"{source}: {error}") from None
+    except CatalogError as error:
+        raise type(error)(f"{source}: {error}") from None
     except Exception as error:  # damaged pickles raise nearly any type
         raise CatalogError(
             f"{source}: not readable as checkpoint metadata ({len(data)} bytes, {type(error).__name__}: {error}). "

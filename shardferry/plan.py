@@ -5,34 +5,43 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from shardferry.catalog import NO_FILE, Catalog, KeyPath, SavedTensor
 from shardferry.collector import paused_gc
-from shardferry.errors import PlanError
-from shardferry.layout import Box, LiveLayout, Mesh, RankLayout, TensorLayout, replicated
-from shardferry.optimizer_index import SCALAR_STATE, OptimizerIndex, index_optimizer, parameter_shape
+from shardferry.errors import LayoutError, PlanError
+from shardferry.keys import Claims, Found, find_state, find_weights, mismatch_error
+from shardferry.layout import Box, LiveLayout, Mesh, RankLayout, TensorLayout
+from shardferry.manifest import Section
+from shardferry.optimizer_index import SCALAR_STATE, index_optimizer, index_weights
+from shardferry.param_groups import ParamGroup
 from shardferry.region import Region, first_overlap, uncovered
+from shardferry.request import DtypePolicy, LoadRequest
+from shardferry.saved_optimizer import SavedOptimizer
+from shardferry.state_shapes import StateShapes
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One state tensor of one parameter, as this rank will hold it."""
+    """One tensor as this rank will hold it: an entry of a parameter's state, or the parameter or buffer itself."""
 
     fqn: str
-    name: str  # of the state entry: "exp_avg"
+    name: str  # of the state entry: "exp_avg"; empty for weights
     key: str  # in the checkpoint
-    dtype: torch.dtype
+    dtype: torch.dtype  # as saved, and in the arena
     layout: TensorLayout
     arena_offset: int  # bytes
-    group_path: KeyPath | None = None  # below "param_groups": a hyperparameter that is a tensor, of no FQN
+    section: Section = "state"
+    path: KeyPath = ()  # below the parameter: ("exp_avg",)
+    cast: torch.dtype | None = None  # what the trainer wants instead of `dtype`
+    as_parameter: bool = True  # it lies as its parameter does
 
     @property
     def nbytes(self) -> int:
@@ -53,13 +62,20 @@ class ReadItem:
 
 @dataclass(frozen=True, slots=True)
 class PlannedObject:
-    """One saved Python object that every rank wants: a state entry, or a part of the param groups."""
+    """One saved value that is read whole, by rank 0, which tells the others: a hyperparameter, a ``step`` that is a number."""
 
     key: str
-    nbytes: int
-    fqn: str | None  # None: of the param groups
-    name: str
-    path: KeyPath = ()  # below "param_groups"
+    nbytes: int  # of its item
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedValue:
+    """Where a saved Python value goes on this rank."""
+
+    fqn: str
+    path: KeyPath  # below the parameter
+    key: str
+    section: Section = "state"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +85,17 @@ class LoadPlan:
     world_rank: int
     world_size: int
     mesh: Mesh | None
-    optimizer_key: str
+    request: LoadRequest
     tensors: tuple[PlannedTensor, ...]
     reads: tuple[ReadItem, ...]
-    objects: tuple[PlannedObject, ...]
+    objects: tuple[PlannedObject, ...]  # that this rank reads for all
+    values: tuple[PlannedValue, ...]
     arena_bytes: int
+    fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
+    missing: tuple[str, ...] = ()  # wanted, not saved, allowed
+    param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
+    state_claims: Claims = field(default_factory=Claims)
+    weight_claims: Claims = field(default_factory=Claims)
 
     @property
     def bytes_needed(self) -> int:
@@ -83,29 +105,61 @@ class LoadPlan:
 
 
 @paused_gc()
-def plan_load(catalog: Catalog, layout: RankLayout, *, optimizer_key: str) -> LoadPlan:
-    """Plan one rank's load of one optimizer.
+def plan_load(
+    catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
+) -> LoadPlan:
+    """Plan one rank's load of one optimizer, and of the weights where they are asked for.
+
+    Args:
+        values: the saved Python values by key, see `value_keys`; None in a dry run, which then can't tell a parameter that never
+            stepped from one that was not saved.
 
     Raises:
         PlanError: nothing is saved under the key, a wanted parameter isn't there, an element is in no saved chunk
             (a hole) or in two (an overlap); the message names FQN and box.
-        LayoutError: a parameter can't lie as the layout says.
+        LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
-    index = index_optimizer(catalog, optimizer_key)
-    planner = _Planner(catalog)
-    for fqn in _wanted_fqns(catalog, index, layout):
-        entries = index.state.get(fqn, {})
-        tensors = {name: catalog.tensors[key] for name, key in entries.items() if key in catalog.tensors}
-        shape = parameter_shape(tensors)
-        for name, key in entries.items():
-            if key in catalog.objects:
-                planner.add_object(key, fqn, name)
-            else:
-                saved = tensors[name]
-                planner.add_tensor(fqn, name, saved, _layout_of(layout, fqn, name, saved, shape))
-    for path, key in index.param_groups.items():
-        planner.add_group_entry(path, key)
-    return planner.finish(layout, optimizer_key)
+    saved = SavedOptimizer.of(index_optimizer(catalog, request.optimizer_key), values, request, layout.positions())
+    planner = _Planner(catalog, layout, request)
+    found, missing = find_state(saved, layout, request)
+    planner.add_state(saved, found)
+    weight_claims = Claims()
+    if request.model_key is not None:
+        weights = saved_weights(catalog, request)
+        found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
+        planner.add_weights(weights, found_weights)
+        missing += missing_weights
+        weight_claims = Claims.of(weights, found_weights, layout)
+    if layout.world_rank == 0:
+        planner.add_objects(value_keys(catalog, request))
+    return planner.finish(
+        fqns=tuple(parameter.fqn for parameter in found),
+        missing=missing,
+        param_groups=saved.groups_of({parameter.saved for parameter in found}),
+        state_claims=Claims.of(saved.state, found, layout),
+        weight_claims=weight_claims,
+    )
+
+
+def saved_weights(catalog: Catalog, request: LoadRequest) -> dict[str, str]:
+    """The keys of the saved weights by the FQNs that are used here. Raises PlanError."""
+    assert request.model_key is not None
+    named: dict[str, str] = {}
+    for saved, key in index_weights(catalog, request.model_key).items():
+        fqn = request.selection.wanted_name(saved)
+        if fqn in named:
+            raise PlanError(f"{fqn}: two saved weights get this name, {saved!r} is one; narrow the renaming")
+        if request.selection.selects(fqn):
+            named[fqn] = key
+    return named
+
+
+def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
+    """Keys of what is read whole, once a job: every Python object of the request, and hyperparameters that are tensors."""
+    index = index_optimizer(catalog, request.optimizer_key)
+    weights = [] if request.model_key is None else list(index_weights(catalog, request.model_key).values())
+    objects = [key for key in (*index.all_keys(), *weights) if key in catalog.objects]
+    return objects + [key for key in index.param_groups.values() if key in catalog.tensors]
 
 
 def plan_tensors(
@@ -116,36 +170,10 @@ def plan_tensors(
     Raises:
         PlanError: a hole or an overlap.
     """
-    planner = _Planner(catalog)
+    planner = _Planner(catalog, LiveLayout(world_rank, world_size, {}), LoadRequest())
     for key, layout in wanted:
         planner.add_tensor("", key, catalog.tensors[key], layout)
-    return planner.finish(LiveLayout(world_rank, world_size, {}), "")
-
-
-def _layout_of(
-    layout: RankLayout, fqn: str, name: str, saved: SavedTensor, shape: tuple[int, ...] | None
-) -> TensorLayout:
-    """State with its parameter's shape lies as the parameter does; all other state is replicated, never cut by guess."""
-    if name in SCALAR_STATE or saved.shape != shape:
-        return replicated(saved.shape)
-    return layout.parameter(fqn, saved.shape)
-
-
-def _wanted_fqns(catalog: Catalog, index: OptimizerIndex, layout: RankLayout) -> Sequence[str]:
-    wanted = layout.fqns()
-    if wanted is None:
-        return list(index.state)
-    if not index.state:  # an optimizer without state: SGD without momentum
-        return []
-    missing = [fqn for fqn in wanted if fqn not in index.state]
-    if missing:
-        near = get_close_matches(missing[0], index.state, n=3, cutoff=0.0)
-        raise PlanError(
-            f"{missing[0]}: the checkpoint {catalog.location} has no state for this parameter under "
-            f"{index.optimizer_key!r} ({len(missing)} of {len(wanted)} wanted parameters are missing, "
-            f"{len(index.state)} are saved); the nearest saved names are {', '.join(near)}"
-        )
-    return wanted
+    return planner.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,31 +190,87 @@ class _Cut:
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, layout: RankLayout, request: LoadRequest) -> None:
         self._catalog = catalog
+        self._layout = layout
+        self._request = request
         self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}  # most tensors of a model look like some other
         self._tensors: list[PlannedTensor] = []
         self._reads: list[ReadItem] = []
         self._objects: list[PlannedObject] = []
+        self._values: list[PlannedValue] = []
+        self._mismatched: list[LayoutError] = []
         self._end = 0
 
-    def add_object(self, key: str, fqn: str, name: str) -> None:
-        self._objects.append(PlannedObject(key, self._catalog.objects[key].byte_length, fqn, name))
+    def add_state(self, saved: SavedOptimizer, found: Sequence[Found]) -> None:
+        """The state of the wanted parameters that are saved."""
+        shapes = StateShapes(self._catalog, saved, found, self._layout, self._request)
+        for parameter in found:
+            for name, entry in saved.state.get(parameter.saved, {}).items():
+                tensor = self._catalog.tensors.get(entry.key)
+                if tensor is None:
+                    self._values.append(PlannedValue(parameter.fqn, entry.path, entry.key))
+                    continue
+                try:
+                    layout = shapes.layout(parameter.fqn, name, tensor)
+                    cast = self._cast(parameter.fqn, name, tensor)
+                except LayoutError as error:
+                    self._mismatched.append(error)
+                else:
+                    follows = shapes.follows(parameter.fqn, name, tensor)
+                    self.add_tensor(
+                        parameter.fqn, name, tensor, layout, path=entry.path, cast=cast, as_parameter=follows
+                    )
 
-    def add_group_entry(self, path: KeyPath, key: str) -> None:
-        if key not in self._catalog.objects:
-            # A hyperparameter that is a tensor (lr=torch.tensor(...)): wanted whole by every rank.
-            saved = self._catalog.tensors[key]
-            self.add_tensor("", ".".join(map(str, path)), saved, replicated(saved.shape), group_path=path)
-            return
-        item = self._catalog.objects[key]
-        self._objects.append(PlannedObject(key, item.byte_length, None, ".".join(map(str, path)), path))
+    def add_weights(self, weights: Mapping[str, str], found: Sequence[Found]) -> None:
+        """The wanted weights and buffers that are saved."""
+        for wanted in found:
+            key = weights[wanted.saved]
+            tensor = self._catalog.tensors.get(key)
+            if tensor is None:
+                self._values.append(PlannedValue(wanted.fqn, (), key, "model"))
+                continue
+            try:
+                layout = self._layout.weight(wanted.fqn, tensor.shape)
+                cast = self._cast(wanted.fqn, "", tensor)
+            except LayoutError as error:
+                self._mismatched.append(error)
+            else:
+                self.add_tensor(wanted.fqn, "", tensor, layout, section="model", cast=cast)
+
+    def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:
+        """The dtype to convert to. Raises LayoutError where that must be asked for, and wasn't."""
+        wanted = self._layout.dtype(fqn, name) or self._request.wanted_dtype(name)
+        if wanted is None or wanted == saved.dtype or name in SCALAR_STATE:
+            return None
+        if self._request.dtype is DtypePolicy.CAST:
+            return wanted
+        what = f"{name!r}" if name else "the weight"
+        raise LayoutError(
+            f"{fqn}: {what} was saved as {saved.dtype} and is wanted as {wanted}; to convert it set dtype: cast"
+        )
+
+    def add_objects(self, keys: Sequence[str]) -> None:
+        """What this rank reads whole, for all."""
+        for key in keys:
+            item = self._catalog.objects.get(key)
+            nbytes = item.byte_length if item is not None else self._catalog.tensors[key].nbytes
+            self._objects.append(PlannedObject(key, nbytes))
 
     def add_tensor(
-        self, fqn: str, name: str, saved: SavedTensor, layout: TensorLayout, *, group_path: KeyPath | None = None
+        self,
+        fqn: str,
+        name: str,
+        saved: SavedTensor,
+        layout: TensorLayout,
+        *,
+        section: Section = "state",
+        path: KeyPath = (),
+        cast: torch.dtype | None = None,
+        as_parameter: bool = True,
     ) -> None:
         row = len(self._tensors)
-        tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, group_path)
+        tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, section, path, cast, as_parameter)
         self._tensors.append(tensor)
         self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         for cut in self._cuts(saved, layout):
@@ -210,16 +294,21 @@ class _Planner:
             source = common.relative_to(chunk_region.offsets)
             yield _Cut(chunk - saved.chunks.start, source, chunk_region.sizes, start, strides)
 
-    def finish(self, layout: RankLayout, optimizer_key: str) -> LoadPlan:
+    def finish(self, **known: Any) -> LoadPlan:
+        """The plan. Raises LayoutError where something didn't fit."""
+        if self._mismatched:
+            raise mismatch_error(self._mismatched)
         return LoadPlan(
-            layout.world_rank,
-            layout.world_size,
-            layout.mesh,
-            optimizer_key,
+            self._layout.world_rank,
+            self._layout.world_size,
+            self._layout.mesh,
+            self._request,
             tuple(self._tensors),
             tuple(self._reads),
             tuple(self._objects),
+            tuple(self._values),
             self._end,
+            **known,
         )
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from shardferry.storage.base import ByteSource, RangeReader, Window
 from shardferry.storage.memory import MemorySource
 from shardferry.storage.runs import Runs
 
+T = TypeVar("T")
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
 
@@ -65,11 +65,10 @@ class CountedSource:
         self._counters.asked(num_requests=1, nbytes=len(buffer))
         self._source.read_into(path, byte_offset, buffer)
 
-    @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[Window]:
-        with self._source.window(path, runs) as window:
-            self._counters.asked(num_requests=window.num_requests, nbytes=window.bytes_requested)
-            yield window
+    def window(self, path: str, runs: Runs) -> Window:
+        window = self._source.window(path, runs)
+        self._counters.asked(num_requests=window.num_requests, nbytes=window.bytes_requested)
+        return window
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +150,13 @@ def read_plan(
         crew.run(carry_out, works, _batches)
 
 
-def read_objects(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> dict[str, Any]:
-    """The planned Python objects, by key. Raises StorageError, DecodeError."""
-    return {planned.key: read_object(catalog, planned.key, storage, counters) for planned in plan.objects}
+def read_objects(
+    keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
+) -> dict[str, Any]:
+    """Some saved Python objects, by key. Raises StorageError, DecodeError."""
+    with Crew(options.concurrency, timeout_s=options.timeout_s, alone=True) as crew:
+        parts = crew.run(lambda part: {k: read_object(catalog, k, storage, counters) for k in part}, keys, _groups)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Counters) -> Any:
@@ -263,8 +266,8 @@ class _Placer:
         return requests
 
 
-def _groups(chunks: Sequence[_Chunk]) -> list[Sequence[_Chunk]]:
-    return [chunks[start : start + _BATCH_HEADS] for start in range(0, len(chunks), _BATCH_HEADS)]
+def _groups(units: Sequence[T]) -> list[Sequence[T]]:
+    return [units[start : start + _BATCH_HEADS] for start in range(0, len(units), _BATCH_HEADS)]
 
 
 def _batches(works: Sequence[_Work]) -> Iterator[list[_Work]]:
@@ -300,9 +303,9 @@ class _HostSink:
             place = self._memory[arena_offset : arena_offset + request.nbytes]
             source.read_into(placed.path, placed.item_offset + request.byte_offset, place)
             return
-        with source.window(placed.path, request.runs(placed.item_offset)) as window:
-            target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
-            target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+        window = source.window(placed.path, request.runs(placed.item_offset))
+        target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
+        target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
 
 
 class _DeviceSink:
@@ -317,8 +320,8 @@ class _DeviceSink:
                 self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
                 return
             packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-            with source.window(placed.path, request.runs(placed.item_offset)) as window:
-                packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+            window = source.window(placed.path, request.runs(placed.item_offset))
+            packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
             self._scatter(request, arena_offset, staging)
 
     def _scatter(self, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from shardferry.errors import LayoutError
 from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import LiveLayout
-from shardferry.live import live_layout
+from shardferry.live import LiveModel, live_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class OptimizerReceiver:
                 "in the order of their ranks"
             )
         model, optimizer = self.shardferry_target()
-        layout = live_layout(model, optimizer, world_rank=world_rank, world_size=world_size)
+        live = LiveModel.of(model, optimizer)
+        layout = live_layout(live, world_rank=world_rank, world_size=world_size)
         return Reception(layout, node_identity(), os.getpid())
 
     def shardferry_receive(self, handle: ShardHandle) -> dict[str, Any]:

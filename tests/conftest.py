@@ -31,7 +31,7 @@ def ranks() -> Iterator[RankPool]:
 def saved_by(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Checkpoints of the same FSDP2 model, saved by stock torch on 1 to 8 ranks, by number of ranks."""
     paths = {}
-    for num_ranks in (1, 2, 3, 4, 6, 8):
+    for num_ranks in (1, 2, 3, 4, 5, 6, 8):
         paths[num_ranks] = tmp_path_factory.mktemp(f"saved-by-{num_ranks}") / "ckpt"
         ranks.run(num_ranks, save_fsdp2, str(paths[num_ranks]))
     return paths

@@ -22,9 +22,9 @@ from shardferry.dcp.key_paths import fqn_and_name
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, is_here, region_of, sharded_tensor, size_of
 from shardferry.errors import LayoutError
 from shardferry.layout import TensorLayout, replicated, single_box
-from shardferry.live import layout_of_tensor
 from shardferry.optimizer_index import SCALAR_STATE
 from shardferry.region import Region, row_major_strides
+from shardferry.tensor_layout import layout_of_tensor
 
 # What torch's own optimizers keep in their parameter's shape, always: another shape is another model's.
 _AS_PARAMETER = frozenset(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from shardferry.storage.runs import Runs
 class Window:
     """A part of a file, of which only some runs may be looked at, and what it cost."""
 
-    view: memoryview  # read-only; from the first run's start to the last one's stop
+    view: memoryview  # to read from, as long as it is held; from the first run's start to the last one's stop
     num_requests: int
     bytes_requested: int
 
@@ -27,8 +26,8 @@ class ByteSource(Protocol):
     def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
         """Fill the buffer from ``byte_offset`` on. Raises StorageError where the file has fewer bytes."""
 
-    def window(self, path: str, runs: Runs) -> AbstractContextManager[Window]:
-        """The bytes of some runs, in place, valid inside the ``with``. Raises StorageError where the file has fewer bytes.
+    def window(self, path: str, runs: Runs) -> Window:
+        """The bytes of some runs, in place. Raises StorageError where the file has fewer bytes.
 
         Where the storage can, nothing is fetched before it is looked at. Else the runs are fetched, with the gaps between
         them as far as these are small.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from shardferry.errors import CheckpointNotFound, StorageError
@@ -51,8 +49,7 @@ class LocalReader:
                 )
             done += count
 
-    @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[Window]:
+    def window(self, path: str, runs: Runs) -> Window:
         # A page beyond the file's end would kill the process (SIGBUS): look at the size first.
         start, stop, size = runs.start, runs.stop, self.size(path)
         if stop > size:
@@ -61,7 +58,7 @@ class LocalReader:
         # The mapping goes with its last view: closing it by hand would fail while an array still looks at it.
         pages = mmap.mmap(self._descriptor(path), stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
         # Only the pages that are looked at are read, once each.
-        yield Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
+        return Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
 
     def close(self) -> None:
         with self._lock:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from shardferry.errors import StorageError
 from shardferry.storage.base import Window
 from shardferry.storage.runs import Runs
@@ -19,9 +16,8 @@ class MemorySource:
     def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
         buffer[:] = self._part(path, byte_offset, byte_offset + len(buffer))
 
-    @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[Window]:
-        yield Window(self._part(path, runs.start, runs.stop), num_requests=0, bytes_requested=0)
+    def window(self, path: str, runs: Runs) -> Window:
+        return Window(self._part(path, runs.start, runs.stop), num_requests=0, bytes_requested=0)
 
     def _part(self, path: str, start: int, stop: int) -> memoryview:
         if stop > len(self._data):

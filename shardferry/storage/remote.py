@@ -7,8 +7,7 @@ times the bytes where a checkpoint's items are looked at here and there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,14 +73,13 @@ class RemoteReader:
         self._check_length(path, byte_offset, stop, data)
         buffer[:] = data
 
-    @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[Window]:
+    def window(self, path: str, runs: Runs) -> Window:
         ranges = runs.ranges(max_gap_bytes=MAX_GAP_BYTES)
         # Pages between the ranges are never touched, and so cost no memory.
         memory = np.empty(runs.stop - runs.start, dtype=np.uint8).data
         for (start, stop), data in zip(ranges, self._ranges(path, ranges), strict=True):
             memory[start - runs.start : stop - runs.start] = data
-        yield Window(memory, num_requests=len(ranges), bytes_requested=sum(stop - start for start, stop in ranges))
+        return Window(memory, num_requests=len(ranges), bytes_requested=sum(stop - start for start, stop in ranges))
 
     def close(self) -> None:
         """The filesystem keeps its connections: it is not ours alone."""

@@ -29,6 +29,7 @@ def fail_on(ranks: tuple[int, ...], error: type[Exception]) -> tuple[str, str, f
     return "", "", 0.0
 
 
+@pytest.mark.conformance(19)
 @pytest.mark.parametrize("error", [PlanError, ZeroDivisionError])
 @pytest.mark.parametrize("failing", [(0,), (2,), (1, 2)], ids=str)
 def test_one_rank_fails_and_all_raise(ranks: RankPool, failing: tuple[int, ...], error: type[Exception]) -> None:

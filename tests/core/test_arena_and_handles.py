@@ -17,8 +17,9 @@ import torch
 from shardferry import errors
 from shardferry.arena import HostArena, check_host_room
 from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryError
-from shardferry.handoff import Manifest, Payload, ShardHandle, SharedMemory, StateTensor
+from shardferry.handoff import Payload, ShardHandle, SharedMemory
 from shardferry.layout import replicated
+from shardferry.manifest import Manifest, StateTensor, StateValue
 
 SHAPE = (3, 5)
 CONTENT = torch.arange(15.0).view(SHAPE)
@@ -30,7 +31,7 @@ def mappings() -> int:
 
 def manifest() -> Manifest:
     tensor = StateTensor("w", "exp_avg", torch.float32, replicated(SHAPE), 256)
-    return Manifest(0, 1, None, (tensor,), {"w": {"step": 3}}, ({"params": ["w"], "lr": 0.5},))
+    return Manifest(0, 1, None, (tensor,), (StateValue("w", ("step",), 3),), ({"params": ["w"], "lr": 0.5},), ("w",))
 
 
 def filled_arena() -> HostArena:

@@ -112,6 +112,7 @@ def as_torch_2_1(metadata: Metadata) -> None:
         metadata.__dict__.pop(later, None)
 
 
+@pytest.mark.conformance(17)
 def test_metadata_of_torch_2_1(saved: Path) -> None:
     before = open_checkpoint(saved)
     edit_metadata(saved, as_torch_2_1)
@@ -188,6 +189,7 @@ def test_contradictions_name_file_and_key(saved: Path, edit: Callable[[Metadata]
     assert str(caught.value).startswith(f"{saved / '.metadata'}: {MATRIX}: ")
 
 
+@pytest.mark.conformance(21)
 def test_a_command_is_refused_that_a_careless_reader_would_run(saved: Path) -> None:
     forbidden_global(saved)
     with pytest.raises(UnsafeMetadata, match=r"names the global (os|posix)\.system"):

@@ -14,6 +14,7 @@ from shardferry.errors import PlanError
 from shardferry.layout import AxisCut, LiveLayout, Replicate, Shard, TensorLayout, flat_slice, sharded
 from shardferry.plan import ALIGNMENT, LoadPlan, plan_load
 from shardferry.region import Region
+from shardferry.request import LoadRequest
 from tests.support.catalogs import catalog_of
 
 
@@ -24,13 +25,14 @@ def rows(*bounds: int) -> list[Region]:
 
 def plan_of(shape: tuple[int, ...], saved: list[Region], layout: TensorLayout) -> LoadPlan:
     catalog = catalog_of({"w": (shape, saved)})
-    return plan_load(catalog, LiveLayout(0, 1, {"w": layout}), optimizer_key="optim")
+    return plan_load(catalog, LiveLayout(0, 1, {"w": layout}), LoadRequest("optim"))
 
 
 def one_row(size: int, ranks: int, rank: int) -> TensorLayout:
     return sharded((size,), [AxisCut(ranks, rank, Shard(0))])
 
 
+@pytest.mark.conformance(2)
 @pytest.mark.parametrize(
     ("size", "saved", "ranks", "rank", "reads"),
     [
@@ -48,6 +50,7 @@ def test_exact_plans(size: int, saved: int, ranks: int, rank: int, reads: list[t
     assert found == reads
 
 
+@pytest.mark.conformance(2)
 def test_a_box_over_two_chunks() -> None:
     plan = plan_of((16,), rows(0, 8, 16), flat_slice((16,), start=4, stop=11))
     assert [(item.chunk, item.source, item.offset) for item in plan.reads] == [
@@ -131,6 +134,7 @@ def test_every_wanted_element_is_filled_once_from_the_right_place(
     assert plan.arena_bytes % ALIGNMENT == 0
 
 
+@pytest.mark.conformance(7)
 @settings(deadline=None, max_examples=300)
 @given(loads(), st.data())
 def test_a_missing_chunk_is_an_error_exactly_where_it_is_wanted(
@@ -148,6 +152,7 @@ def test_a_missing_chunk_is_an_error_exactly_where_it_is_wanted(
         assert simulate(plan_of(shape, rest, layout), shape, rest).tolist() == expected(layout).tolist()
 
 
+@pytest.mark.conformance(8)
 @settings(deadline=None, max_examples=300)
 @given(loads(), st.data())
 def test_an_overlap_is_an_error_exactly_where_it_is_wanted(
@@ -168,6 +173,7 @@ def test_an_overlap_is_an_error_exactly_where_it_is_wanted(
         assert simulate(plan_of(shape, both, layout), shape, both).tolist() == expected(layout).tolist()
 
 
+@pytest.mark.conformance(7)
 def test_the_hole_is_named_by_its_box() -> None:
     saved = [Region((0, 0), (2, 4)), Region((2, 0), (2, 3))]
     with pytest.raises(PlanError, match=r"2 of 16 wanted elements .* first at \[2:4, 3:4\] of the shape \(4, 4\)"):

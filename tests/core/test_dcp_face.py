@@ -179,6 +179,7 @@ def load_fsdp1(path: str, replicas: int) -> int:
     return compared
 
 
+@pytest.mark.conformance(5)
 @pytest.mark.parametrize(("target", "replicas"), [(2, 1), (3, 1), (4, 2)], ids=["shrink", "3", "hsdp"])
 def test_fsdp1_takes_it(ranks: RankPool, tmp_path: Path, target: int, replicas: int) -> None:
     ranks.run(4, save_fsdp1, str(tmp_path / "ckpt"))
@@ -190,6 +191,7 @@ def load_key(path: str, key: str, reader: Any) -> None:
     ours.load_sharded_optimizer_state_dict({}, key, reader(path))
 
 
+@pytest.mark.conformance(9)
 @pytest.mark.parametrize("reader", [FileSystemReader, CountingReader])
 def test_wrong_key(ranks: RankPool, saved_by: dict[int, Path], reader: Any) -> None:
     outcomes = ranks.outcomes(2, load_key, str(saved_by[2]), "opt", reader)
@@ -199,6 +201,7 @@ def test_wrong_key(ranks: RankPool, saved_by: dict[int, Path], reader: Any) -> N
         assert "optimizer_key 'opt'; top-level keys are" in message
 
 
+@pytest.mark.conformance(7)
 def test_hole(ranks: RankPool, saved_by: dict[int, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -217,6 +220,7 @@ def load_in_subgroups(path: str) -> int:
     return compare(loaded)
 
 
+@pytest.mark.conformance(18)
 def test_process_group(ranks: RankPool, saved_by: dict[int, Path]) -> None:
     compared = ranks.run(4, load_in_subgroups, str(saved_by[3]))
     assert compared[0] + compared[1] == compared[2] + compared[3] == NUM_ELEMENTS

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 from torch.utils.serialization import config
 
-from shardferry.decode import HeadTooShort, ItemLayout, decode_object, parse_head
+from shardferry.decode import MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 from shardferry.errors import DecodeError
 
 DTYPES = [
@@ -22,6 +23,9 @@ DTYPES = [
     torch.bfloat16,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
     torch.int64,
     torch.int32,
     torch.int16,
@@ -54,15 +58,17 @@ def gathered(item: bytes, layout: ItemLayout) -> bytes:
     return b"".join(item[start : start + layout.dtype.itemsize] for start in positions)
 
 
+@pytest.mark.conformance(13)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_dtype(dtype: torch.dtype) -> None:
-    tensor = torch.tensor([[1, 0, 2], [3, 5, 7]], dtype=torch.float32).to(dtype)
+    tensor = torch.tensor([[1, 1, 2], [4, 8, 16]], dtype=torch.float32).to(dtype)
     item = item_of(tensor)
     layout = parse_head(item[:1024])
     assert (layout.dtype, layout.shape, layout.strides, layout.storage_offset) == (dtype, (2, 3), (3, 1), 0)
     assert gathered(item, layout) == raw_bytes(tensor)
 
 
+@pytest.mark.conformance(12)
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -100,7 +106,7 @@ def alignment() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alignment")
-@pytest.mark.parametrize("num_bytes", [64, 256, 4096])
+@pytest.mark.parametrize("num_bytes", [64, 256, 4096, 32768])
 def test_the_start_of_the_data_is_what_the_zip_says(num_bytes: int) -> None:
     config.save.storage_alignment = num_bytes
     tensor = torch.arange(10.0)
@@ -110,13 +116,67 @@ def test_the_start_of_the_data_is_what_the_zip_says(num_bytes: int) -> None:
     assert layout.raw_start % num_bytes == 0
 
 
+class _Ends:
+    """A file of which only the first bytes are kept: the item below is as long as it says, and takes no room."""
+
+    def __init__(self) -> None:
+        self.head = bytearray()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.head += view[: max(0, 4096 - len(self.head))]
+        self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+@pytest.fixture
+def no_checksums() -> Iterator[None]:
+    before = get_crc32_options()
+    set_crc32_options(False)
+    yield
+    set_crc32_options(before)
+
+
+@pytest.mark.usefixtures("no_checksums")
+def test_an_item_longer_than_a_zip_of_32_bits_can_say() -> None:
+    tensor, file = torch.empty(2**30 + 5), _Ends()
+    tensor[:3] = torch.tensor([1.0, 2.0, 4.0])
+    torch.save(tensor, file)
+    assert file.num_bytes > 2**32
+    layout = parse_head(bytes(file.head[:1024]))
+    assert (layout.shape, layout.strides) == ((2**30 + 5,), (1,))
+    assert layout.byte_position((2**30 + 4,)) == layout.raw_start + 2**32 + 16
+    assert file.head[layout.raw_start :][:12] == raw_bytes(tensor[:3])
+
+
 def test_a_head_that_is_cut_asks_for_more() -> None:
     item = item_of(torch.arange(10.0))
-    layout = parse_head(item)
-    for length in range(layout.raw_start):
+    layout, named = parse_head(item), item.index(b"archive/data/0") + len(b"archive/data/0")
+    for length in range(named):
         with pytest.raises(HeadTooShort):
             parse_head(item[:length])
-    assert parse_head(item[: layout.raw_start]) == layout
+    for length in range(named, layout.raw_start):
+        assert parse_head(item[:length]) == layout
+
+
+@pytest.mark.parametrize(
+    ("view", "says"),
+    [
+        pytest.param(torch.tensor([1 + 2j, 3 - 1j]).conj(), r"lazy view \(conj\)", id="conjugated"),
+        pytest.param(torch.tensor([1 + 2j]).conj().imag, r"lazy view \(neg\)", id="negated"),
+        pytest.param(torch.arange(4.0).to(torch.float8_e4m3fn)[::2], None, id="a plain view"),
+    ],
+)
+def test_values_that_are_not_those_of_the_bytes(view: torch.Tensor, says: str | None) -> None:
+    if says is None:
+        assert gathered(item_of(view), parse_head(item_of(view))) == raw_bytes(view)
+        return
+    with pytest.raises(DecodeError, match=says):
+        parse_head(item_of(view).ljust(MAX_HEAD_BYTES, b"\0"))
 
 
 class _Custom:
@@ -137,7 +197,7 @@ class _Custom:
 )
 def test_items_of_something_else(value: Any, says: str) -> None:
     with pytest.raises(DecodeError, match=says):
-        parse_head(item_of(value).ljust(64 * 1024, b"\0"))
+        parse_head(item_of(value).ljust(MAX_HEAD_BYTES, b"\0"))
 
 
 def test_damaged_heads() -> None:

@@ -29,6 +29,7 @@ from shardferry.layout import Shard as ShardOf
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan import ALIGNMENT
 from shardferry.reader import ReadOptions
+from shardferry.request import LoadRequest
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
@@ -51,7 +52,9 @@ def load(path: Path, world_rank: int = 1, world_size: int = 4) -> LoadedShard:
     layout = SpecLayout(
         Mesh((("dp", world_size),)), (Rule("thirty.*", {"dp": ShardOf(1)}),), default={"dp": ShardOf(0)}
     )
-    job = LoadJob(open_checkpoint(path), layout.rank(world_rank), "optim", torch.device("cpu"), ReadOptions(4))
+    job = LoadJob(
+        open_checkpoint(path), layout.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), ReadOptions(4)
+    )
     return load_rank(job, Agreement(None))
 
 

@@ -26,7 +26,7 @@ from tests.support.models import (
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
 
-SIZES = (1, 2, 3, 4, 6, 8)
+SIZES = (1, 2, 3, 4, 5, 6, 8)
 OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
 MATRICES = [fqn for fqn, shape in SHAPES.items() if len(shape) >= 2]
 COLUMNS = {fqn: [Shard(1)] for fqn in MATRICES}
@@ -41,6 +41,8 @@ def load_fsdp2(path: str) -> int:
     return check_state(model, optimizer)
 
 
+@pytest.mark.conformance(1)
+@pytest.mark.conformance(3)
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(SIZES, SIZES)))
 def test_fsdp2_to_fsdp2(ranks: RankPool, saved_by: dict[int, Path], source: int, target: int) -> None:
     compared = ranks.run(target, load_fsdp2, str(saved_by[source]))
@@ -54,6 +56,7 @@ def load_columns(path: str) -> int:
     return check_state(model, optimizer)
 
 
+@pytest.mark.conformance(4)
 @pytest.mark.parametrize("target", SIZES)
 def test_rows_to_columns(ranks: RankPool, saved_by: dict[int, Path], target: int) -> None:
     assert all(ranks.run(target, load_columns, str(saved_by[4])))
@@ -66,6 +69,7 @@ def save_columns(path: str) -> None:
     save(model, optimizer, path)
 
 
+@pytest.mark.conformance(4)
 @pytest.mark.parametrize("target", SIZES)
 def test_columns_to_rows(ranks: RankPool, tmp_path: Path, target: int) -> None:
     ranks.run(3, save_columns, str(tmp_path / "ckpt"))
@@ -81,6 +85,7 @@ def load_replicated_and_sharded(path: str) -> int:
     return check_state(model, optimizer)
 
 
+@pytest.mark.conformance(4)
 def test_rows_to_replicated_rows(ranks: RankPool, saved_by: dict[int, Path]) -> None:
     assert all(ranks.run(4, load_replicated_and_sharded, str(saved_by[3])))
 
@@ -120,6 +125,7 @@ def save_one_group(path: str) -> None:
     save(model, optimizer, path)
 
 
+@pytest.mark.conformance(1)
 @pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
 @pytest.mark.parametrize("target", [2, 3, 4])
 def test_fsdp2_to_fsdp1(ranks: RankPool, tmp_path: Path, target: int, use_orig_params: bool) -> None:
@@ -153,6 +159,7 @@ def save_each_rank_alone(path: str) -> None:
     dcp.save(state, storage_writer=dcp.FileSystemWriter(path), use_collectives=False)
 
 
+@pytest.mark.conformance(16)
 @pytest.mark.parametrize("target", [2, 4])
 def test_rank_local_metadata(ranks: RankPool, tmp_path: Path, target: int) -> None:
     ranks.run(3, save_each_rank_alone, str(tmp_path / "ckpt"))

@@ -68,6 +68,7 @@ def test_training_goes_on_alike(tmp_path: Path, name: str, stepped: int) -> None
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.conformance(10)
 def test_flags_of_the_checkpoint_decide_where_step_is(tmp_path: Path) -> None:
     """As in torch: the saved hyperparameters replace the live ones, ``fused`` among them."""
     model, optimizer = build(MAKERS["fused"])

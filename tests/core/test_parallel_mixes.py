@@ -61,6 +61,8 @@ def load_wrapped(path: str, kind: str, sizes: tuple[int, int], outer: int, inner
     return compared
 
 
+@pytest.mark.conformance(5)
+@pytest.mark.conformance(6)
 @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize(("kind", "outer", "inner"), [("tp-fsdp2", 2, 2), ("tp-fsdp2", 4, 2), ("hsdp", 2, 2)])
 def test_plain_to_wrapped(
@@ -90,6 +92,8 @@ def load_plain(path: str, sizes: tuple[int, int]) -> int:
     return compared
 
 
+@pytest.mark.conformance(5)
+@pytest.mark.conformance(6)
 @pytest.mark.parametrize("kind", ["tp-fsdp2", "hsdp"])
 def test_wrapped_to_plain(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     ranks.run(1, save_plain, str(tmp_path / "ckpt"), EVEN)

@@ -43,6 +43,7 @@ def by_parameter(groups: list[dict[str, Any]]) -> dict[KeyPath, Any]:
     }
 
 
+@pytest.mark.conformance(9)
 @given(saved_groups())
 def test_each_way_of_saving_gives_each_parameter_its_hyperparameters(groups: list[dict[str, Any]]) -> None:
     wanted = {fqn: {"lr": group["lr"], "betas": group["betas"]} for group in groups for fqn in group["params"]}

@@ -9,8 +9,8 @@ import fsspec
 import torch
 import torch.distributed as dist
 from ray.autoscaler._private.util import prepare_config, validate_config
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint import FileSystemReader, _hf_utils
+from torch.distributed.checkpoint._extension import ExtensionRegistry, ZStandard
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
@@ -18,8 +18,11 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
 from shardferry.fsdp1 import flattened_parameters
-from shardferry.handoff import strided_shard
+from shardferry.placing import strided_shard
 from shardferry.region import Region
+from shardferry.safetensors import OFFSETS_REMARK, SHARDING_REMARK
+from shardferry.safetensors_files import INDEX_FILE, SUFFIX
+from shardferry.transforms import ZSTANDARD
 from tests.support.models import SHAPES, Model, fsdp1
 from tests.support.ranks import RankPool
 
@@ -51,6 +54,18 @@ def test_flat_parameters(ranks: RankPool) -> None:
     """shardferry/fsdp1.py: both ranks' slices make up each parameter."""
     one, other = ranks.run(2, flat_parameter_tells_where_parameters_are)
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
+
+
+def test_transformations_that_torch_brings() -> None:
+    """shardferry/transforms.py: one more is one more to undo."""
+    assert set(ExtensionRegistry().extensions) == {ZSTANDARD}
+    assert ZStandard().get_descriptor() == f"{ZSTANDARD}/1"
+
+
+def test_names_in_and_around_safetensors_files() -> None:
+    """shardferry/safetensors.py, shardferry/safetensors_files.py"""
+    assert (_hf_utils.CUSTOM_METADATA_KEY, _hf_utils.SAVED_OFFSETS_KEY) == (SHARDING_REMARK, OFFSETS_REMARK)
+    assert (_hf_utils._metadata_fn, _hf_utils.SUFFIX) == (INDEX_FILE, SUFFIX)
 
 
 def test_readers_of_torch(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from shardferry.errors import DecodeError, StorageError
 from shardferry.layout import Mesh, Shard, SpecLayout
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions, read_plan
+from shardferry.request import LoadRequest
 from shardferry.storage import LocalReader
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, edit_metadata
@@ -62,7 +63,7 @@ def save(path: Path, shapes: dict[str, tuple[int, ...]], *, num_files: int = 1) 
 
 def plan_of(catalog: Catalog, *, world_rank: int = 0, world_size: int = 1, dim: int = 0) -> LoadPlan:
     layout = SpecLayout(Mesh((("dp", world_size),)), default={"dp": Shard(dim)}).rank(world_rank)
-    return plan_load(catalog, layout, optimizer_key="optim")
+    return plan_load(catalog, layout, LoadRequest("optim"))
 
 
 def read(plan: LoadPlan, catalog: Catalog, storage: LocalReader, options: ReadOptions) -> tuple[HostArena, Counters]:

@@ -12,6 +12,7 @@ from shardferry.checkpoint import open_checkpoint
 from shardferry.layout import Mesh, Rule, Shard, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.reader import ReadOptions
+from shardferry.request import LoadRequest
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 
@@ -29,10 +30,11 @@ def load(path: Path, dim: int, world_rank: int, world_size: int, *, concurrency:
     mesh = Mesh((("dp", world_size),))
     spec = SpecLayout(mesh, (Rule("vector", {"dp": Shard(0)}),), {"dp": Shard(dim)})
     options = ReadOptions(concurrency=concurrency)
-    job = LoadJob(open_checkpoint(path), spec.rank(world_rank), "optim", torch.device("cpu"), options)
+    job = LoadJob(open_checkpoint(path), spec.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), options)
     return load_rank(job, Agreement(None))
 
 
+@pytest.mark.conformance(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_every_element(tmp_path: Path, dtype: torch.dtype, dim: int) -> None:

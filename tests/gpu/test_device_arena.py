@@ -14,6 +14,7 @@ from shardferry.errors import ArenaError
 from shardferry.layout import Mesh, Shard, SpecLayout
 from shardferry.load import LoadJob, load_rank
 from shardferry.reader import ReadOptions
+from shardferry.request import LoadRequest
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 
@@ -44,7 +45,9 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_every_element_on_the_device(checkpoint: Path, dim: int, world_rank: int) -> None:
     spec = SpecLayout(Mesh((("dp", 3),)), (), {"dp": Shard(dim)}) if dim == 0 else _columns()
     device = torch.device("cuda", 0)
-    job = LoadJob(open_checkpoint(checkpoint), spec.rank(world_rank), "optim", device, ReadOptions(concurrency=4))
+    job = LoadJob(
+        open_checkpoint(checkpoint), spec.rank(world_rank), LoadRequest("optim"), device, ReadOptions(concurrency=4)
+    )
     loaded = load_rank(job, Agreement(None))
     assert loaded.arena.device == device
     with loaded.handle("in_process", exclusive=True).open() as shard:

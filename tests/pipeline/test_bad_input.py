@@ -52,6 +52,7 @@ def check_one_error(done: Finished, status: int, message: str) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.conformance(20)
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

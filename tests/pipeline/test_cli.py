@@ -109,10 +109,14 @@ def test_plan_and_run_agree_on_the_bytes(spec: Path, tmp_path: Path) -> None:
 
 
 def test_plan_of_the_needed_bytes_by_hand(spec: Path) -> None:
-    """FSDP rows over dp, replicated over tp: each rank of dp needs half of every matrix, and every vector whole."""
+    """FSDP rows over dp, replicated over tp: each rank of dp needs half of every matrix, and every vector whole.
+
+    Rank 0 reads the hyperparameters too, for all.
+    """
     plan = json_of("plan", spec, "--json")
     assert plan["world_size"] == 4
-    assert plan["ranks"][0]["bytes_needed"] == plan["ranks"][1]["bytes_needed"]
+    needed = [rank["bytes_needed"] for rank in plan["ranks"]]
+    assert needed[0] > needed[1] == needed[2] == needed[3]
     assert plan["unique_bytes_needed"] < plan["storage_bytes_planned"] <= 2.1 * plan["unique_bytes_needed"]
 
 
@@ -124,6 +128,7 @@ def test_verify_reads_everything(checkpoint: Path) -> None:
     assert report["bytes_read"] == sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
 
 
+@pytest.mark.conformance(20)
 def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
     spoilt = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
     file = spoilt / "__2_0.distcp"

@@ -104,6 +104,7 @@ def test_run_delivers_to_trainers(four_saved: Path, trainers_of: Callable[..., l
     assert report.lower_bound_s > 0
 
 
+@pytest.mark.conformance(18)
 def test_loaders_are_pinned_to_gpus_of_their_own(four_saved: Path) -> None:
     with OptimizerLoadStage(config(four_saved, 4)).run() as result:
         assert sorted(gpu for rank in result.report.ranks for gpu in rank.gpu_ids) == ["0", "1", "2", "3"]
@@ -118,6 +119,50 @@ def test_submit_gives_one_ref_a_rank(four_saved: Path, transport: str, world_siz
     assert sum(map(check_shard, handles)) == NUM_ELEMENTS
     loading.result()
     loading.close()
+
+
+def test_stages_hold_parameters_of_their_own_and_weights_come_along(four_saved: Path) -> None:
+    """Two pipeline stages of two data-parallel ranks, under new names, with the model's weights."""
+    spec = {
+        "checkpoint": {
+            "location": str(four_saved),
+            "model_key": "model",
+            "rename": {"even.*": "first.*"},
+            "exclude": ["one.*", "cube.*"],
+        },
+        "topology": {
+            "mesh": {"pp": 2, "dp": 2},
+            "default": {"dp": "Shard(0)"},
+            "held_by": [{"match": "first.*", "ranks": {"pp": [0]}}, {"match": "*", "ranks": {"pp": [1]}}],
+        },
+    }
+    with OptimizerLoadStage(StageConfig.model_validate(spec)).run() as result:
+        shards = [handle.open() for handle in result.handles]
+    weights = [shard.model_state_dict() for shard in shards]
+    first, last = {"first.weight", "first.bias"}, {"five.weight", "seven.weight", "thirty.weight"}
+    assert [set(shard.state_dict()["state"]) for shard in shards] == [first, first, last, last]
+    assert [set(found) for found in weights] == [first, first, last, last]
+    for fqn in ("even.weight", "seven.weight"):
+        name = "first.weight" if fqn == "even.weight" else fqn
+        one, other = shards[:2] if name in first else shards[2:]
+        state = [shard.state_dict()["state"][name]["exp_avg"] for shard in (one, other)]
+        assert torch.equal(torch.cat(state), full_tensor(fqn, "exp_avg", SHAPES[fqn]))
+        both = [shard.model_state_dict()[name] for shard in (one, other)]
+        assert torch.equal(torch.cat(both), full_tensor(fqn, "weight", SHAPES[fqn]))
+    groups = [group["params"] for group in shards[0].state_dict()["param_groups"]]
+    assert groups == [["first.weight"], ["first.bias"]]
+
+
+def test_what_does_not_fit_is_reported_where_it_is_allowed(
+    four_saved: Path, trainers_of: Callable[..., list[Any]]
+) -> None:
+    checkpoint = {"location": str(four_saved), "rename": {"five.*": "six.*"}}
+    trainers = trainers_of(2)
+    with pytest.raises(PlanError, match=r"five\.weight: the checkpoint has no state for this parameter"):
+        OptimizerLoadStage(StageConfig.model_validate({"checkpoint": checkpoint})).run(trainers)
+    lenient = {**checkpoint, "keys": ["allow_missing", "ignore_unexpected"]}
+    report = OptimizerLoadStage(StageConfig.model_validate({"checkpoint": lenient})).run(trainers).report
+    assert (report.missing, report.unexpected) == (["five.weight"], ["six.weight"])
 
 
 def test_refs_of_a_forgotten_stage_are_kept_and_its_gpus_given_back(four_saved: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from schemas import StageConfig
 from shardferry.errors import SpecError
@@ -39,9 +40,69 @@ def test_the_documented_spec(tmp_path: Path) -> None:
     assert StageConfig.model_validate_json(config.model_dump_json()) == config
 
 
+def test_what_is_asked_of_the_checkpoint() -> None:
+    values = {
+        "optimizer_key": "app.optim",
+        "model_key": "app.model",
+        "rename": {"_orig_mod.*": "*"},
+        "include": ["layers.*"],
+        "keys": "allow_missing",
+        "dtype": "cast",
+        "wanted_dtypes": {"exp_avg*": "bfloat16"},
+    }
+    request = StageConfig.model_validate({"checkpoint": values}).checkpoint.request()
+    assert (request.optimizer_key, request.model_key) == ("app.optim", "app.model")
+    assert request.selection.wanted_name("_orig_mod.layers.0.weight") == "layers.0.weight"
+    assert [request.selection.selects(fqn) for fqn in ("layers.0.weight", "head.weight")] == [True, False]
+    assert (request.keys.allow_missing, request.keys.ignore_unexpected) == (True, False)
+    assert (request.wanted_dtype("exp_avg_sq"), request.wanted_dtype("step")) == (torch.bfloat16, None)
+
+
+def test_who_holds_what() -> None:
+    topology = {
+        "mesh": {"pp": 2, "ep": 4, "dp": 1},
+        "rules": [
+            {"match": "*.experts", "placements": {"ep": "Shard(0)"}},
+            {"match": "*", "state": "row_*", "placements": {}},
+        ],
+        "held_by": [
+            {"match": "layers.0.*", "ranks": {"pp": [0]}},
+            {"match": "layers.*", "ranks": {"pp": [1]}},
+            {"match": "*.expert3.*", "ranks": {"ep": [3]}},
+        ],
+    }
+    config = StageConfig.model_validate({"topology": topology})
+    assert config.topology is not None
+    layout = config.topology.layout()
+
+    def holders(fqn: str) -> list[int]:
+        return [rank for rank in range(8) if layout.rank(rank).holds(fqn)]
+
+    assert holders("embedding.weight") == list(range(8))
+    assert holders("layers.0.weight") == [0, 1, 2, 3]
+    assert holders("layers.1.expert3.weight") == [7]
+    assert layout.placements("layers.0.weight") == (Replicate(), Replicate(), Replicate())
+    assert layout.placements("layers.0.weight", "exp_avg") is None
+    assert layout.placements("layers.0.weight", "row_var") == (Replicate(), Replicate(), Replicate())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        pytest.param(
+            {"topology": {"mesh": {"pp": 2}, "held_by": [{"match": "*", "ranks": {"pp": [2]}}]}},
+            r"topology: held_by '\*': pp: \[2\] are no coordinates of an axis of 2; give some of 0 to 1",
+            id="holder",
+        ),
+        pytest.param(
+            {"checkpoint": {"rename": {"a.*": "b"}}}, r"checkpoint: rename: 'a\.\*' has 1 stars, 'b' has 0", id="rename"
+        ),
+        pytest.param(
+            {"checkpoint": {"keys": ["strict", "allow_missing"]}},
+            r"checkpoint: keys: strict goes with no other",
+            id="keys",
+        ),
+        pytest.param({"checkpoint": {"wanted_dtypes": {"*": "float31"}}}, r"'float31' is no torch dtype", id="dtype"),
         pytest.param({"chekpoint": {}}, r"chekpoint: unknown field .* known are checkpoint, topology", id="section"),
         pytest.param(
             {"read": {"concurency": 3}}, r"read\.concurency: unknown field .*known are .*concurrency", id="field"

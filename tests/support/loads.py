@@ -9,11 +9,29 @@ import torch
 from shardferry.arena import HostArena
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import storage_of
-from shardferry.layout import single_box
+from shardferry.layout import TensorLayout, single_box
 from shardferry.plan import plan_tensors
 from shardferry.reader import Counters, ReadOptions, read_plan
 from shardferry.region import Region
 from shardferry.storage import RangeReader
+
+
+def load_layouts(
+    catalog: Catalog,
+    wanted: Sequence[tuple[str, TensorLayout]],
+    *,
+    storage: RangeReader | None = None,
+    concurrency: int = 4,
+) -> tuple[list[torch.Tensor], Counters]:
+    """The local tensor of each wanted key, as one rank loads them, and what was asked of storage."""
+    plan, counters = plan_tensors(catalog, wanted, world_rank=0, world_size=1), Counters()
+    arena, opened = HostArena(plan.arena_bytes), storage or storage_of(catalog)
+    try:
+        read_plan(plan, catalog, opened, arena, ReadOptions(concurrency), counters)
+    finally:
+        opened.close()
+    assert counters.bytes_done == plan.bytes_needed
+    return [arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors], counters
 
 
 def load_boxes(
@@ -23,16 +41,9 @@ def load_boxes(
     storage: RangeReader | None = None,
     concurrency: int = 4,
 ) -> tuple[list[torch.Tensor], Counters]:
-    """Each wanted box of each wanted key, as one rank loads them, and what was asked of storage."""
+    """Each wanted box of each wanted key; see `load_layouts`."""
     layouts = [(key, single_box(catalog.tensors[key].shape, region)) for key, region in wanted]
-    plan, counters = plan_tensors(catalog, layouts, world_rank=0, world_size=1), Counters()
-    arena, opened = HostArena(plan.arena_bytes), storage or storage_of(catalog)
-    try:
-        read_plan(plan, catalog, opened, arena, ReadOptions(concurrency), counters)
-    finally:
-        opened.close()
-    assert counters.bytes_done == plan.bytes_needed
-    return [arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors], counters
+    return load_layouts(catalog, layouts, storage=storage, concurrency=concurrency)
 
 
 def load_whole(catalog: Catalog) -> dict[str, torch.Tensor]:
@@ -44,4 +55,5 @@ def load_whole(catalog: Catalog) -> dict[str, torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The elements, row-major: for comparisons that know no rounding, no NaN and no dtype."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    packed = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return packed.view(-1).view(torch.uint8).numpy().tobytes()

@@ -96,7 +96,8 @@ def fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def like_parameter(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """The part of a whole tensor that this rank's parameter holds; torch's own DTensor code does the cutting."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+        # Every rank has the whole: nothing has to be sent.
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return full.clone()
 
 

@@ -17,3 +17,11 @@ def full_tensor(fqn: str, name: str, shape: Sequence[int], dtype: torch.dtype = 
     index = torch.arange(math.prod(shape), dtype=torch.int64)
     values = (index * 2654435761 + seed) % (_EXACT[dtype] - 1) + 1
     return values.to(dtype).view(tuple(shape))
+
+
+def random_bits(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Every bit pattern of a dtype, NaNs too; of booleans only the two that there are."""
+    generator = torch.Generator().manual_seed(seed)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(tuple(shape))

@@ -124,8 +124,8 @@ def test_nothing_is_read_ahead() -> None:
     storage, buffer = RemoteReader(filesystem, "ckpt"), bytearray(100)
     storage.read_into("data", 1_000, memoryview(buffer))
     assert (bytes(buffer), filesystem.fetched) == (FilesOnly.data[1_000:1_100], [(1_000, 1_100)])
-    with storage.window("data", Runs(5, 10, (3,), (200_000,))) as window:
-        assert bytes(window.view[400_000:]) == FilesOnly.data[400_005:400_015]
+    window = storage.window("data", Runs(5, 10, (3,), (200_000,)))
+    assert bytes(window.view[400_000:]) == FilesOnly.data[400_005:400_015]
     assert filesystem.fetched[1:] == [(5, 15), (200_005, 200_015), (400_005, 400_015)]
 
 

@@ -1,0 +1,92 @@
+"""Which optimizers are meant where a program hands out something else: see tests/programs for the programs' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+import shardferry
+from shardferry.wrappers import torch_optimizers
+from tests.support.alone import save_alone
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Shows another's state as its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Trains the same parameters as another, with state of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+
+class Container(torch.optim.Optimizer):
+    """One for several."""
+
+    def __init__(self, parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> None:
+        super().__init__(parameters, {})
+        self.optimizers = optimizers
+
+
+def parameters(count: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2)) for _ in range(count)]
+
+
+def test_an_optimizer_stands_for_itself() -> None:
+    optimizer = torch.optim.AdamW(parameters(1))
+    assert torch_optimizers(optimizer) == (optimizer,)
+
+
+def test_wrappers_are_taken_off() -> None:
+    optimizer = torch.optim.AdamW(parameters(1))
+    assert torch_optimizers(Wrapper(Wrapper(optimizer))) == (optimizer,)
+
+
+def test_an_optimizer_with_state_of_its_own_is_no_wrapper() -> None:
+    outer = Lookahead(torch.optim.AdamW(parameters(1)))
+    assert torch_optimizers(outer) == (outer,)
+
+
+def test_a_container_stands_for_its_members() -> None:
+    one, other = parameters(2)
+    members = [torch.optim.AdamW([one]), torch.optim.SGD([other])]
+    container = Container([one, other], [Wrapper(members[0]), members[1]])
+    assert torch_optimizers(container) == tuple(members)
+
+
+def test_a_container_that_trains_more_than_its_members_does_not() -> None:
+    one, other = parameters(2)
+    container = Container([one, other], [torch.optim.AdamW([one])])
+    assert torch_optimizers(container) == (container,)
+
+
+def test_members_of_a_container_get_their_own_state(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    saved = torch.optim.AdamW([{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.25}])
+    model(torch.ones(1, 3)).sum().backward()
+    saved.step()
+    save_alone({"optim": get_optimizer_state_dict(model, saved)}, tmp_path / "ckpt")
+    members = [torch.optim.AdamW([model.weight]), torch.optim.AdamW([model.bias])]
+    container = Container([model.weight, model.bias], members)
+    shardferry.load_optimizer_state(model, container, tmp_path / "ckpt")
+    for member, parameter, lr in zip(members, model.parameters(), (0.5, 0.25), strict=True):
+        assert list(member.state) == [parameter]
+        assert torch.equal(member.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])
+        assert member.param_groups[0]["lr"] == lr
+    assert not container.state

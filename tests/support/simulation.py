@@ -1,0 +1,39 @@
+"""Carry out a plan's reads on numbers instead of files: what would be where in a rank's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from shardferry.catalog import Catalog
+from shardferry.plan import LoadPlan, PlannedTensor
+from shardferry.region import Region
+
+NOTHING = -1
+
+
+def simulate(plan: LoadPlan, catalog: Catalog, whole: Callable[[PlannedTensor], np.ndarray]) -> list[np.ndarray]:
+    """The memory of each of the plan's tensors after its reads; `NOTHING` where none arrived.
+
+    Args:
+        whole: the whole tensor that was saved, as numbers that aren't negative.
+
+    Fails where two reads, or two elements of one, arrive at one place.
+    """
+    memories = [np.full(tensor.layout.local_numel, NOTHING, dtype=np.int64) for tensor in plan.tensors]
+    arrived = [0] * len(memories)
+    for item in plan.reads:
+        tensor, memory = plan.tensors[item.tensor], memories[item.tensor]
+        chunk = whole(tensor)[_slices(catalog.region(catalog.tensors[tensor.key], item.chunk))]
+        strides = [stride * memory.itemsize for stride in item.strides]
+        as_strided(memory[item.offset :], item.source.sizes, strides)[...] = chunk[_slices(item.source)]
+        arrived[item.tensor] += item.source.numel
+    for tensor, memory, count in zip(plan.tensors, memories, arrived, strict=True):
+        assert np.count_nonzero(memory != NOTHING) == count, f"{tensor.key}: filled twice"
+    return memories
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, end) for start, end in zip(region.offsets, region.ends, strict=True))
