@@ -26,6 +26,11 @@ from shardferry.optimizer_index import SCALAR_STATE
 from shardferry.region import Region, row_major_strides
 from shardferry.tensor_layout import layout_of_tensor
 
+# What torch's own optimizers keep in their parameter's shape, always: another shape is another model's.
+_AS_PARAMETER = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
+)
+
 Build = Callable[[Sequence[torch.Tensor]], Any]
 
 
@@ -92,6 +97,11 @@ def _the_one(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:
 def _target(state: SavedState, like: Any, guessed: tuple[int, ...] | None, group: dist.ProcessGroup) -> Target:
     known = isinstance(like, torch.Tensor)
     wanted = tuple(size_of(like)) if known else guessed
+    if known and state.name in _AS_PARAMETER and state.shape != wanted:
+        raise LayoutError(
+            f"{state.key}: was saved with the shape {state.shape}, but the model's {state.fqn} has {wanted}; "
+            "this checkpoint belongs to another model"
+        )
     if state.name in SCALAR_STATE or not state.shape or state.shape != wanted:
         return _whole(state)
     nested = known and _is_nested(state, like)

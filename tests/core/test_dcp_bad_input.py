@@ -198,6 +198,18 @@ def test_shards_outside_the_saved_tensor(ranks: RankPool, saved_by: dict[int, Pa
         assert "[30:54, 0:6] lies outside the saved shape (48, 6)" in message
 
 
+def load_other_model(path: str, planner: Any) -> Outcome:
+    return load(path, model_state_dict={"even.weight": torch.zeros(47, 6)}, planner=planner() if planner else None)
+
+
+@pytest.mark.parametrize("planner", [None, OwnPlanner])
+def test_another_models_checkpoint(ranks: RankPool, saved_by: dict[int, Path], planner: Any) -> None:
+    """A moment always has its parameter's shape: it isn't taken for state of another shape, which comes whole."""
+    for kind, message in ranks.run(2, load_other_model, str(saved_by[2]), planner):
+        assert kind == "LayoutError"
+        assert "saved with the shape (48, 6), but the model's even.weight has (47, 6)" in message
+
+
 def test_no_traceback_is_lost(ranks: RankPool, saved_by: dict[int, Path]) -> None:
     """Whose fault it was stands in the error's cause, as torch gathered it."""
     (outcome, _) = ranks.run(2, cause_of, str(saved_by[2]))

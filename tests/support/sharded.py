@@ -35,12 +35,17 @@ def mostly_elsewhere(shape: Sequence[int], own: Box, rest: Sequence[Box]) -> Sha
     return _of_table(shape, table, torch.float32, group=None)
 
 
-def chunked(shape: Sequence[int], group: Any, dim: int = 0) -> ShardedTensor:
-    """Cut along one dimension over a group, by torch's own spec; zeros. Ranks beyond the rows have no shard."""
+def chunked(shape: Sequence[int], group: Any, dim: int = 0, *, keep_empty: bool = False) -> ShardedTensor:
+    """Cut along one dimension over a group, by torch's own spec; zeros.
+
+    Args:
+        keep_empty: ranks beyond the rows have an empty shard; else they have none.
+    """
     ranks = dist.get_process_group_ranks(group)
     spec = ChunkShardingSpec(dim=dim, placements=[f"rank:{rank}/cpu" for rank in ranks])
     table = spec.build_metadata(torch.Size(shape), TensorProperties(dtype=torch.float32)).shards_metadata
-    return _of_table(shape, [shard for shard in table if 0 not in shard.shard_sizes], torch.float32, group)
+    table = [shard for shard in table if keep_empty or 0 not in shard.shard_sizes]
+    return _of_table(shape, table, torch.float32, group)
 
 
 def nested(shape: Sequence[int], *, dim: int, tp: int, tp_inside: bool = True) -> ShardedTensor:
@@ -58,7 +63,7 @@ def nested(shape: Sequence[int], *, dim: int, tp: int, tp_inside: bool = True) -
     apart = [list(range(start, world_size, inside)) for start in range(inside)]
     tp_group = _group_of(rank, neighbours if tp_inside else apart)
     dp_group = _group_of(rank, apart if tp_inside else neighbours)
-    outer = chunked(shape, tp_group, dim)
+    outer = chunked(shape, tp_group, dim, keep_empty=True)
     return _chunk_tensor(outer, dist.get_rank(dp_group), dist.get_world_size(dp_group), 1, dp_group)
 
 
