@@ -96,7 +96,7 @@ def fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def like_parameter(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """The part of a whole tensor that this rank's parameter holds; torch's own DTensor code does the cutting."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it
     return full.clone()
 
 
