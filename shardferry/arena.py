@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from shardferry.errors import ArenaError
@@ -59,13 +60,16 @@ def check_host_room(*, arenas_bytes: int, num_arenas: int, host: str) -> None:
 class HostArena:
     """Bytes of an anonymous memory file, mapped into this process."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, num_places: int = 0) -> None:
+        """``num_places`` numbers stand behind the data: where other processes of the node find the tensors."""
         self.nbytes = max(nbytes, 1)
+        self.directory_offset = -(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.device = torch.device("cpu")
+        file_bytes = self.directory_offset + 8 * num_places if num_places else self.nbytes
         self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.descriptor, self.nbytes)
-            pages = mmap.mmap(self.descriptor, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            os.ftruncate(self.descriptor, file_bytes)
+            pages = mmap.mmap(self.descriptor, file_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             os.close(self.descriptor)
             raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
@@ -73,6 +77,9 @@ class HostArena:
             pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes: torch.Tensor | None = torch.frombuffer(pages, dtype=torch.uint8)
         self.memory = memoryview(pages)
+        self.directory = np.empty(0, dtype=np.int64)
+        if num_places:
+            self.directory = np.frombuffer(pages, dtype=np.int64, count=num_places, offset=self.directory_offset)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""
@@ -96,6 +103,7 @@ class HostArena:
         """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
         self._bytes = None
         self.memory = memoryview(b"")
+        self.directory = np.empty(0, dtype=np.int64)
 
     def close(self) -> None:
         """Give the memory back, unless a tensor or another process still uses it."""
@@ -149,9 +157,9 @@ class DeviceArena:
 Arena = HostArena | DeviceArena
 
 
-def allocate_arena(nbytes: int, device: torch.device) -> Arena:
-    """One arena on the host or on a GPU. Raises ArenaError where there is no room."""
-    return HostArena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)
+def allocate_arena(nbytes: int, device: torch.device, *, num_places: int = 0) -> Arena:
+    """One arena on the host, with places in its directory, or on a GPU. Raises ArenaError where there is no room."""
+    return HostArena(nbytes, num_places=num_places) if device.type == "cpu" else DeviceArena(nbytes, device)
 
 
 def view_bytes(memory: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

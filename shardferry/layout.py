@@ -188,6 +188,10 @@ class RankLayout(Protocol):
     @property
     def mesh(self) -> Mesh | None: ...
 
+    @property
+    def spec(self) -> SpecLayout | None:
+        """The spec that says what every rank wants; None where each knows of itself alone."""
+
     def fqns(self) -> Sequence[str] | None:
         """Parameters whose state this rank wants; None for those that the checkpoint has and `holds` admits."""
 
@@ -378,6 +382,7 @@ class LiveLayout:
     world_size: int
     parameters: Mapping[str, TensorLayout]
     mesh: Mesh | None = None
+    spec: SpecLayout | None = None
     entries: Mapping[tuple[str, str], LiveEntry] = field(default_factory=dict)  # by FQN and state name
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # FQN: the parameter's other names
     frozen: frozenset[str] = frozenset()

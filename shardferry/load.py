@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,19 +16,22 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from shardferry.agreement import Agreement
-from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
+from shardferry.arena import Arena, HostArena
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import HandoffError
-from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory, node_identity
+from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory
 from shardferry.install import fit
 from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
+from shardferry.neighbours import meet_neighbours, rows_of
+from shardferry.peers import ArenaAddress, PeerArenas
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
-from shardferry.reader import Counters, ReadOptions, read_objects, read_plan
+from shardferry.reader import Counters, ReadOptions, Sharing, read_objects, read_plan
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
+from shardferry.sharing import SharedPlan
 from shardferry.storage.base import RangeReader
 
 
@@ -59,6 +61,7 @@ class LoadedShard:
     counters: Counters
     seconds: dict[str, float] = field(default_factory=dict)
     unexpected: tuple[str, ...] = ()  # saved, wanted by no rank, allowed
+    sharing: SharedPlan | None = None  # None: every rank read for itself
 
     def handle(self, transport: str, *, exclusive: bool) -> ShardHandle:
         """A handle for the trainer.
@@ -113,7 +116,7 @@ def load_rank(
     Args:
         counters: grows while the rank reads.
         announce: called once with the plan, before anything is read.
-        arena: to be filled, with room for the plan; default: a new one.
+        arena: to be filled, with room for the plan (see `arena_for`); default: a new one.
 
     Raises:
         ShardferryError: this rank's own failure.
@@ -129,12 +132,15 @@ def load_rank(
         plan = agreement.attempt("planning", lambda: plan_load(job.catalog, job.layout, job.request, values))
         unexpected = _check_claims(plan, job, agreement)
         announce(plan)
+        neighbours = meet_neighbours(job, plan, agreement)
+        sharing = neighbours.share(job, plan)
     with clock.phase("allocate"):
-        arena = arena or _allocate(plan, job.device, agreement)
+        made = agreement.attempt("allocating the arena", lambda: arena or neighbours.allocate(job, plan))
+        addresses = neighbours.addresses(made, plan, job.catalog, agreement) if sharing is not None else {}
     with clock.phase("read"):
-        agreement.attempt("reading", lambda: _read(job, plan, arena, counters))
+        agreement.attempt("reading", lambda: _read(job, plan, made, counters, sharing, addresses))
     manifest = _manifest(plan, values)
-    return LoadedShard(plan, manifest, arena, counters, clock.seconds, unexpected)
+    return LoadedShard(plan, manifest, made, counters, clock.seconds, unexpected, sharing)
 
 
 def read_values(
@@ -173,22 +179,23 @@ def _check_claims(plan: LoadPlan, job: LoadJob, agreement: Agreement) -> tuple[s
     return unexpected
 
 
-def _allocate(plan: LoadPlan, device: torch.device, agreement: Agreement) -> Arena:
-    host = node_identity()
-    asked = agreement.share("planning", lambda: (host, plan.arena_bytes if device.type == "cpu" else 0))
-    here = [nbytes for other, nbytes in asked if other == host]
-
-    def allocate() -> Arena:
-        check_host_room(arenas_bytes=sum(here), num_arenas=len(here), host=socket.gethostname())
-        return allocate_arena(plan.arena_bytes, device)
-
-    return agreement.attempt("allocating the arena", allocate)
-
-
-def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters) -> None:
+def _read(
+    job: LoadJob,
+    plan: LoadPlan,
+    arena: Arena,
+    counters: Counters,
+    sharing: SharedPlan | None,
+    addresses: Mapping[int, ArenaAddress],
+) -> None:
     storage = storage_of(job.catalog)
     try:
-        read_plan(plan, job.catalog, storage, arena, job.read, counters)
+        if sharing is None:
+            read_plan(plan, job.catalog, storage, arena, job.read, counters)
+            return
+        assert isinstance(arena, HostArena)
+        with PeerArenas(plan.world_rank, arena, addresses) as peers:
+            together = Sharing(sharing, peers, rows_of(job.catalog))
+            read_plan(plan, job.catalog, storage, arena, job.read, counters, together)
     finally:
         storage.close()
 

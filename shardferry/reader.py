@@ -8,9 +8,9 @@ read in ranges is read whole, by one thread, and the same requests are carried o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,17 @@ from shardferry.crew import Crew, cores
 from shardferry.decode import ItemLayout
 from shardferry.errors import StorageError
 from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
+from shardferry.peers import PeerArenas
 from shardferry.plan import LoadPlan, ReadItem
+from shardferry.region import row_major_strides
 from shardferry.requests import Gather, InPlaceRead, Request, requests_for
+from shardferry.sharing import SharedPlan, SharedRead
 from shardferry.storage.base import ByteSource, RangeReader, Window
 from shardferry.storage.memory import MemorySource
 from shardferry.storage.runs import Runs
 
 T = TypeVar("T")
+Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
 
@@ -77,6 +81,8 @@ class ReadOptions:
 
     concurrency: int = 16  # requests in flight of this rank
     timeout_s: float | None = None  # for all reads of this rank
+    strategy: Strategy = "auto"
+    node: str | None = None  # ranks with the same name share memory; None: found out
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +98,16 @@ class _Chunk:
     """A saved chunk of which this rank wants something."""
 
     item: TensorItem
+    row: int  # of the catalog's tensors
     pieces: list[_Piece] = field(default_factory=list)
+    shared: list[SharedRead] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are wanted of it."""
-        return sum(piece.item.source.numel for piece in self.pieces) * self.item.dtype.itemsize
+        own = sum(piece.item.source.numel for piece in self.pieces)
+        delivered = sum(d.source.numel for read in self.shared for d in read.deliveries)
+        return (own + delivered) * self.item.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,29 +125,70 @@ class _PlacedRequest:
         return self.request.nbytes
 
 
-_Work = _PlacedRequest | _Chunk  # what one thread does in one go; a chunk where its item has to be read whole
+@dataclass(frozen=True, slots=True)
+class _PlacedSlab:
+    """A slab that is read for several ranks."""
+
+    item: TensorItem
+    row: int  # of the catalog's tensors
+    layout: ItemLayout
+    read: SharedRead
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are wanted, by all ranks together."""
+        return sum(delivery.source.numel for delivery in self.read.deliveries) * self.item.dtype.itemsize
+
+
+# What one thread does in one go; a chunk where its item has to be read whole.
+_Work = _PlacedRequest | _PlacedSlab | _Chunk
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a rank reads for the other ranks of its node, and their arenas."""
+
+    plan: SharedPlan
+    peers: PeerArenas
+    rows: Mapping[str, int]  # of the catalog's tensors, by key
 
 
 def read_plan(
-    plan: LoadPlan, catalog: Catalog, storage: RangeReader, arena: Arena, options: ReadOptions, counters: Counters
+    plan: LoadPlan,
+    catalog: Catalog,
+    storage: RangeReader,
+    arena: Arena,
+    options: ReadOptions,
+    counters: Counters,
+    sharing: Sharing | None = None,
 ) -> None:
     """Fill the arena as planned.
+
+    Args:
+        sharing: the node's ranks read for each other; the arena is filled when all of them are done. Default: alone.
 
     Raises:
         StorageError: a file is missing, short, or not the one that the catalog was made of.
         DecodeError: an item is damaged or not what the metadata says.
     """
-    chunks = _chunks_in_reading_order(plan, catalog)
+    chunks = _chunks_in_reading_order(plan, catalog, sharing)
     _check_ends((chunk.item for chunk in chunks), catalog, storage)
     source = CountedSource(storage, counters)
     placer, sink = _Placer(ItemReader(source)), make_sink(arena)
+    courier = None if sharing is None else _Courier(sharing.peers)
 
     def carry_out(batch: Sequence[_Work]) -> None:
         for work in batch:
             if isinstance(work, _Chunk):
-                content, requests = placer.whole(work)
-                for request in requests:
+                content, layout = placer.whole(work)
+                for request in placer.placed(work, layout, 0):
                     sink.carry_out(request, content)
+                for slab in placer.slabs(work, layout):
+                    assert courier is not None
+                    courier.carry_out(slab, 0, content)
+            elif isinstance(work, _PlacedSlab):
+                assert courier is not None
+                courier.carry_out(work, work.item.byte_offset, source)
             else:
                 sink.carry_out(work, source)
         counters.done(sum(work.nbytes for work in batch))
@@ -168,16 +219,24 @@ def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Coun
     return value
 
 
-def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog) -> list[_Chunk]:
+def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog, sharing: Sharing | None) -> list[_Chunk]:
     """By file and position; each rank starts at another file, so that ranks don't queue for the same one."""
     chunks: dict[int, _Chunk] = {}
-    for read in plan.reads:
-        tensor = plan.tensors[read.tensor]
-        chunk = chunks.get(read.chunk)
-        if chunk is None:
+
+    def chunk_of(read: ReadItem | SharedRead) -> _Chunk:
+        found = chunks.get(read.chunk)
+        if found is None:
+            tensor = plan.tensors[read.tensor]
             item = tensor_item(catalog, tensor.key, tensor.dtype, read.chunk_shape, read.chunk)
-            chunk = chunks[read.chunk] = _Chunk(item)
-        chunk.pieces.append(_Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
+            row = -1 if sharing is None else sharing.rows[tensor.key]
+            found = chunks[read.chunk] = _Chunk(item, row)
+        return found
+
+    for read in plan.reads if sharing is None else sharing.plan.own:
+        tensor = plan.tensors[read.tensor]
+        chunk_of(read).pieces.append(_Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
+    for shared in () if sharing is None else sharing.plan.shared:
+        chunk_of(shared).shared.append(shared)
     paths = sorted({chunk.item.path for chunk in chunks.values()})
     first = plan.world_rank * len(paths) // max(plan.world_size, 1)
     turn = {path: (place - first) % len(paths) for place, path in enumerate(paths)}
@@ -233,17 +292,23 @@ class _Placer:
         works: list[_Work] = []
         for chunk in chunks:
             if chunk.item.is_ranged:
-                works += self._placed(chunk, self._items.layout(chunk.item), chunk.item.byte_offset)
+                layout = self._items.layout(chunk.item)
+                works += self.placed(chunk, layout, chunk.item.byte_offset)
+                works += self.slabs(chunk, layout)
             else:
                 works.append(chunk)
         return works
 
-    def whole(self, chunk: _Chunk) -> tuple[MemorySource, list[_PlacedRequest]]:
-        """The content of a chunk's item, and the requests to it."""
+    def whole(self, chunk: _Chunk) -> tuple[MemorySource, ItemLayout]:
+        """The content of a chunk's item, and how its elements lie in it."""
         content = self._items.content(chunk.item)
-        return MemorySource(content), self._placed(chunk, self._items.layout_in(content, chunk.item), 0)
+        return MemorySource(content), self._items.layout_in(content, chunk.item)
 
-    def _placed(self, chunk: _Chunk, layout: ItemLayout, item_offset: int) -> list[_PlacedRequest]:
+    def slabs(self, chunk: _Chunk, layout: ItemLayout) -> list[_PlacedSlab]:
+        """What is read of a chunk for several ranks."""
+        return [_PlacedSlab(chunk.item, chunk.row, layout, read) for read in chunk.shared]
+
+    def placed(self, chunk: _Chunk, layout: ItemLayout, item_offset: int) -> list[_PlacedRequest]:
         return [
             _PlacedRequest(chunk.item.path, item_offset, piece.arena_offset, request)
             for piece in chunk.pieces
@@ -290,12 +355,12 @@ class Sink(Protocol):
 
 
 def make_sink(arena: Arena) -> Sink:
-    return _HostSink(arena) if isinstance(arena, HostArena) else _DeviceSink(arena)
+    return _HostSink(arena.memory) if isinstance(arena, HostArena) else _DeviceSink(arena)
 
 
 class _HostSink:
-    def __init__(self, arena: HostArena) -> None:
-        self._memory = arena.memory
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
 
     def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None:
         request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
@@ -306,6 +371,36 @@ class _HostSink:
         window = source.window(placed.path, request.runs(placed.item_offset))
         target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
         target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+
+
+class _Courier:
+    """Reads slabs into a buffer of each thread, and brings their boxes to the ranks that want them."""
+
+    def __init__(self, peers: PeerArenas) -> None:
+        self._peers = peers
+        self._buffers = threading.local()
+
+    def carry_out(self, slab: _PlacedSlab, item_offset: int, source: ByteSource) -> None:
+        region, itemsize = slab.read.region, slab.item.dtype.itemsize
+        strides = row_major_strides(region.sizes)
+        buffer = self._buffer(region.numel * itemsize)
+        sink = _HostSink(buffer)
+        for request in requests_for(
+            slab.layout, source_offsets=region.offsets, sizes=region.sizes, arena_offset=0, strides=strides
+        ):
+            sink.carry_out(_PlacedRequest(slab.item.path, item_offset, 0, request), source)
+        for delivery in slab.read.deliveries:
+            inside = delivery.source.relative_to(region.offsets)
+            start = sum(o * s for o, s in zip(inside.offsets, strides, strict=True)) * itemsize
+            block = _strided(buffer, start, inside.sizes, strides, itemsize)
+            byte_strides = tuple(stride * itemsize for stride in delivery.strides)
+            self._peers.put(delivery.world_rank, slab.row, delivery.offset * itemsize, block, byte_strides)
+
+    def _buffer(self, nbytes: int) -> memoryview:
+        buffer: bytearray | None = getattr(self._buffers, "bytes", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._buffers.bytes = bytearray(nbytes)
+        return memoryview(buffer)
 
 
 class _DeviceSink:

@@ -1,0 +1,138 @@
+"""Write into the arenas of the other ranks of a node, through the memory files that they are.
+
+Where a tensor begins in a rank's arena stands in a directory behind the arena's data: one number for each tensor of the
+catalog. Writes go through the file: mapping another rank's pages first would cost more than the copy.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from shardferry.arena import HostArena
+from shardferry.errors import StorageError
+
+_SHORT_RUN = 4096  # bytes; shorter runs of a strided place are written through a mapping
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaAddress:
+    """Where another process of the node finds an arena."""
+
+    pid: int
+    descriptor: int
+    inode: int
+    directory_offset: int  # bytes; behind the data
+
+    @classmethod
+    def of(cls, arena: HostArena) -> ArenaAddress:
+        """The address of an arena of this process."""
+        return cls(os.getpid(), arena.descriptor, os.fstat(arena.descriptor).st_ino, arena.directory_offset)
+
+
+class PeerArenas:
+    """The arenas of a node's ranks, this one's among them; opened when they are first written to."""
+
+    def __init__(self, world_rank: int, arena: HostArena, addresses: Mapping[int, ArenaAddress]) -> None:
+        self._own_rank = world_rank
+        self._arena = arena
+        self._addresses = addresses
+        self._opened: dict[int, _Peer] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for peer in self._opened.values():
+            peer.close()
+
+    def put(
+        self, world_rank: int, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]
+    ) -> None:
+        """Write a block of elements into a rank's tensor.
+
+        Args:
+            tensor: row of the catalog's tensors.
+            byte_offset: of the block's first element, in the rank's local tensor.
+            byte_strides: of the place, a step in each dimension of the block.
+
+        Raises:
+            StorageError: the rank's arena is gone.
+        """
+        if world_rank == self._own_rank:
+            place = self._arena.directory[tensor] + byte_offset
+            np.ndarray(block.shape, block.dtype, self._arena.memory, int(place), byte_strides)[...] = block
+            return
+        with self._lock:
+            peer = self._opened.get(world_rank)
+            if peer is None:
+                peer = self._opened[world_rank] = _Peer.open(world_rank, self._addresses[world_rank])
+        peer.put(tensor, byte_offset, block, byte_strides)
+
+
+class _Peer:
+    def __init__(self, descriptor: int, directory: np.ndarray) -> None:
+        self._descriptor = descriptor
+        self._directory = directory
+        self._pages: mmap.mmap | None = None
+
+    @classmethod
+    def open(cls, world_rank: int, address: ArenaAddress) -> _Peer:
+        gone = f"the arena of rank {world_rank} (process {address.pid}) is gone: the rank has ended"
+        try:
+            descriptor = os.open(f"/proc/{address.pid}/fd/{address.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"{gone} ({error})") from error
+        status = os.fstat(descriptor)
+        if status.st_ino != address.inode:
+            os.close(descriptor)
+            raise StorageError(gone)
+        table = os.pread(descriptor, status.st_size - address.directory_offset, address.directory_offset)
+        return cls(descriptor, np.frombuffer(table, dtype=np.int64))
+
+    def put(self, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]) -> None:
+        start = int(self._directory[tensor]) + byte_offset
+        outer = block.ndim - _contiguous_dims(block.shape, byte_strides, block.itemsize)
+        run_bytes = block[(0,) * outer].nbytes
+        if outer and run_bytes < _SHORT_RUN:
+            np.ndarray(block.shape, block.dtype, self._mapped(), start, byte_strides)[...] = block
+            return
+        packed = np.ascontiguousarray(block)
+        for index in np.ndindex(block.shape[:outer]):
+            place = start + sum(i * s for i, s in zip(index, byte_strides, strict=False))
+            self._write(packed[index].reshape(-1).view(np.uint8).data, place)
+
+    def _write(self, data: memoryview, place: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], place + done)
+
+    def _mapped(self) -> mmap.mmap:
+        if self._pages is None:
+            self._pages = mmap.mmap(self._descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        return self._pages
+
+    def close(self) -> None:
+        self._pages = None  # unmapped with its last array
+        os.close(self._descriptor)
+
+
+def _contiguous_dims(shape: tuple[int, ...], byte_strides: tuple[int, ...], itemsize: int) -> int:
+    """How many of the last dimensions lie together in the place."""
+    expected, count = itemsize, 0
+    for size, stride in zip(reversed(shape), reversed(byte_strides), strict=True):
+        if size != 1 and stride != expected:
+            break
+        expected *= size
+        count += 1
+    return count

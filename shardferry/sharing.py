@@ -1,0 +1,233 @@
+"""Decide who reads what for whom: parts of saved chunks that several ranks of a node want are read once, by one of them.
+
+A chunk is cut along its outermost dimension wherever the set of ranks that want something changes. Such a slab is contiguous
+in its file. One rank alone: it reads for itself. Several: one of them reads the slab and gives each its boxes::
+
+    chunk (4, 4), saved by rows; two ranks want a column half each, and a third one row 3
+    row 0  |A A B B|
+    row 1  |A A B B|      slab [0:3, 0:4] for ranks A and B: one of them reads all of it
+    row 2  |A A B B|
+    row 3  |A C B C|      slab [3:4, 0:4] for A, B and C
+
+Everything here is a pure function of catalog and layouts, so that all ranks decide alike without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from shardferry.catalog import Catalog
+from shardferry.item_format import TransformedItem
+from shardferry.plan import LoadPlan, PlannedTensor, ReadItem
+from shardferry.region import Region
+from shardferry.wants import Want, Wants
+
+_LEAST_PART = 1 << 20  # bytes; a slab is divided among its ranks down to this
+_LONG_RUN = 1 << 20  # bytes; boxes that share nothing and have runs as long are read by their own ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A box of a chunk on its way to one rank's local tensor."""
+
+    world_rank: int
+    source: Region  # in the chunk, elements
+    offset: int  # elements, from the start of the rank's local tensor
+    strides: tuple[int, ...]  # elements of the local tensor, a step in each dimension of `source`
+
+    def within(self, dim: int, start: int, stop: int) -> Delivery | None:
+        """The part of it between two positions of one dimension of the chunk."""
+        first = self.source.offsets[dim]
+        begin, end = max(start, first), min(stop, first + self.source.sizes[dim])
+        if begin >= end:
+            return None
+        offsets = (*self.source.offsets[:dim], begin, *self.source.offsets[dim + 1 :])
+        sizes = (*self.source.sizes[:dim], end - begin, *self.source.sizes[dim + 1 :])
+        offset = self.offset + (begin - first) * self.strides[dim]
+        return Delivery(self.world_rank, Region(offsets, sizes), offset, self.strides)
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A contiguous part of a chunk, the rank that reads it, and where its boxes go."""
+
+    region: Region  # in the chunk, elements
+    reader: int  # world rank
+    deliveries: tuple[Delivery, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRead:
+    """A slab of one chunk that this rank reads for several ranks."""
+
+    tensor: int  # row of LoadPlan.tensors
+    chunk: int  # row of the catalog
+    chunk_shape: tuple[int, ...]
+    region: Region  # in the chunk, elements
+    deliveries: tuple[Delivery, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.region.numel
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPlan:
+    """One rank's part of the reads of its node."""
+
+    own: tuple[ReadItem, ...]  # that it reads for itself
+    shared: tuple[SharedRead, ...]  # that it reads for others, or for others and itself
+    bytes_sent: int  # into other ranks' arenas
+    bytes_received: int  # from other ranks
+
+
+def share_reads(plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int) -> SharedPlan:
+    """Divide the reads of a node's ranks among them; gives the part of the plan's own rank.
+
+    Args:
+        wants: of the ranks that can write into each other's arenas.
+        max_slab_bytes: that one rank reads in one go for others; a single row may be longer.
+    """
+    return _Sharer(plan, catalog, wants, max_slab_bytes).result()
+
+
+class _Sharer:
+    def __init__(self, plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int) -> None:
+        self._plan = plan
+        self._catalog = catalog
+        self._wants = wants
+        self._max_slab_bytes = max_slab_bytes
+        self._known: dict[tuple[object, ...], list[Slab]] = {}  # most chunks look like some other
+
+    def result(self) -> SharedPlan:
+        own: list[ReadItem] = []
+        shared: list[SharedRead] = []
+        sent = received = 0
+        for (row, chunk), items in _by_chunk(self._plan.reads).items():
+            tensor = self._plan.tensors[row]
+            slabs = self._slabs(tensor, chunk, items[0].chunk_shape)
+            if not any(len(slab.deliveries) > 1 for slab in slabs):
+                own += items
+                continue
+            for slab in slabs:
+                mine = [d for d in slab.deliveries if d.world_rank == self._plan.world_rank]
+                others = sum(d.source.numel for d in slab.deliveries) - sum(d.source.numel for d in mine)
+                if slab.reader != self._plan.world_rank:
+                    received += sum(d.source.numel for d in mine) * tensor.dtype.itemsize
+                elif not others:
+                    own += [ReadItem(row, chunk, d.source, items[0].chunk_shape, d.offset, d.strides) for d in mine]
+                else:
+                    sent += others * tensor.dtype.itemsize
+                    shared.append(SharedRead(row, chunk, items[0].chunk_shape, slab.region, slab.deliveries))
+        return SharedPlan(tuple(own), tuple(shared), sent, received)
+
+    def _slabs(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> list[Slab]:
+        wants = self._wants.of(tensor)
+        region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
+        ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
+        turn = chunk % max(len(wants), 1)
+        alike = (wants, region, tensor.dtype.itemsize, turn, ranged)
+        slabs = self._known.get(alike)
+        if slabs is None:
+            deliveries = [d for want in wants for d in _deliveries(want, region)]
+            if ranged:
+                slabs = list(_cut(deliveries, chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes, turn))
+            else:  # decoded by one rank for all
+                slabs = [Slab(Region.whole(chunk_shape), _turn(deliveries, turn), tuple(deliveries))]
+            self._known[alike] = slabs
+        return slabs
+
+
+def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]]:
+    chunks: dict[tuple[int, int], list[ReadItem]] = {}
+    for item in reads:
+        chunks.setdefault((item.tensor, item.chunk), []).append(item)
+    return chunks
+
+
+def _deliveries(want: Want, chunk: Region) -> Iterator[Delivery]:
+    """What one rank wants of a chunk."""
+    world_rank, layout = want
+    for box in layout.boxes:
+        common = chunk.intersect(box.region)
+        if common is not None:
+            start, strides = layout.destination(box)
+            inside = common.relative_to(box.region.offsets)
+            offset = start + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
+            yield Delivery(world_rank, common.relative_to(chunk.offsets), offset, strides)
+
+
+def _cut(
+    deliveries: Sequence[Delivery], chunk_shape: tuple[int, ...], itemsize: int, max_slab_bytes: int, turn: int
+) -> Iterator[Slab]:
+    """Slabs of a chunk, each with its reader, in the order of the chunk's rows."""
+    dim = next((d for d, size in enumerate(chunk_shape) if size > 1), 0)
+    if not chunk_shape:
+        yield Slab(Region((), ()), _turn(deliveries, turn), tuple(deliveries))
+        return
+    bounds = sorted({bound for d in deliveries for bound in (d.source.offsets[dim], d.source.ends[dim])})
+    row_bytes = math.prod(chunk_shape[dim + 1 :]) * itemsize
+    for start, stop in pairwise(bounds):
+        inside = [part for d in deliveries if (part := d.within(dim, start, stop)) is not None]
+        if inside:
+            yield from _read_by(inside, chunk_shape, dim, (start, stop), row_bytes, itemsize, max_slab_bytes, turn)
+
+
+def _read_by(
+    deliveries: Sequence[Delivery],
+    chunk_shape: tuple[int, ...],
+    dim: int,
+    rows: tuple[int, int],
+    row_bytes: int,
+    itemsize: int,
+    max_slab_bytes: int,
+    turn: int,
+) -> Iterator[Slab]:
+    """Divide a slab among the ranks that want something of it."""
+    ranks = sorted({d.world_rank for d in deliveries})
+    if len(ranks) == 1 or _better_alone(deliveries, chunk_shape, itemsize):
+        for rank in ranks:
+            mine = tuple(d for d in deliveries if d.world_rank == rank)
+            yield Slab(_slab(chunk_shape, dim, *rows), rank, mine)
+        return
+    start, stop = rows
+    parts = min(len(ranks), max(1, (stop - start) * row_bytes // _LEAST_PART), stop - start)
+    for part in range(parts):
+        reader = ranks[(part + turn) % len(ranks)]
+        begin, end = start + (stop - start) * part // parts, start + (stop - start) * (part + 1) // parts
+        step = max(1, max_slab_bytes // max(row_bytes, 1))
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            inside = tuple(d for x in deliveries if (d := x.within(dim, first, last)) is not None)
+            yield Slab(_slab(chunk_shape, dim, first, last), reader, inside)
+
+
+def _turn(deliveries: Sequence[Delivery], turn: int) -> int:
+    ranks = sorted({d.world_rank for d in deliveries})
+    return ranks[turn % len(ranks)]
+
+
+def _slab(chunk_shape: tuple[int, ...], dim: int, start: int, stop: int) -> Region:
+    offsets = tuple(start if d == dim else 0 for d in range(len(chunk_shape)))
+    sizes = tuple(stop - start if d == dim else size for d, size in enumerate(chunk_shape))
+    return Region(offsets, sizes)
+
+
+def _better_alone(deliveries: Sequence[Delivery], chunk_shape: tuple[int, ...], itemsize: int) -> bool:
+    """Whether no element is wanted twice and every run is long: then nothing is gained by reading for others."""
+    if any(_run_bytes(d.source, chunk_shape, itemsize) < _LONG_RUN for d in deliveries):
+        return False
+    return all(a.source.intersect(b.source) is None for i, a in enumerate(deliveries) for b in deliveries[i + 1 :])
+
+
+def _run_bytes(box: Region, chunk_shape: tuple[int, ...], itemsize: int) -> int:
+    """Bytes of the box that lie together in a row-major chunk."""
+    run = itemsize
+    for size, whole in zip(reversed(box.sizes), reversed(chunk_shape), strict=True):
+        run *= size
+        if size < whole:
+            break
+    return run
