@@ -57,10 +57,10 @@ def with_common_values(catalog: Catalog, common: bytes) -> Catalog:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # inert; Megatron-LM's own arguments
             values = torch.load(io.BytesIO(common), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that isn't from torch.save raises nearly any type
+        known = dict(_known_values(values, fqns))
+    except Exception as error:  # a file that isn't from torch.save, or not as Megatron fills it, raises nearly any type
         problem = f"{COMMON_FILE}: not readable as plain values ({_reason(error)}); the optimizer's step and param groups are unknown"
         return dataclasses.replace(catalog, problems=(*catalog.problems, problem))
-    known = dict(_known_values(values, fqns))
     if not known:
         return catalog
     files = (*catalog.files, COMMON_FILE)

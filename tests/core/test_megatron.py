@@ -72,6 +72,17 @@ def test_the_trainers_arguments_beside_the_state(checkpoints: Path) -> None:
     assert check_state(model, optimizer) == NUM_ELEMENTS
 
 
+def test_the_step_among_the_param_groups(checkpoints: Path) -> None:
+    """The distributed optimizer, and those with master weights, put theirs one level deeper."""
+    groups = [{"lr": 0.125, "weight_decay": 0.5, "step": int(STEP)}]
+    common = {"optimizer": {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}}
+    torch.save(common, checkpoints / "canonical" / "common.pt")
+    model, optimizer = load(checkpoints / "canonical")
+    assert check_state(model, optimizer) == NUM_ELEMENTS
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], "step" in group) == (0.125, 0.5, False)
+
+
 def test_groups_that_differ_leave_the_live_hyperparameters(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model, optimizer = load(checkpoints / "groups")
@@ -88,7 +99,7 @@ def test_stacked_layers_are_one_tensor_under_one_name(checkpoints: Path) -> None
         zeros, second = state[name]
         assert torch.equal(zeros, torch.zeros(3, 6))
         assert torch.equal(second, full_tensor("second.weight", name, (3, 6)))
-    with pytest.raises(PlanError, match=r"second\.weight: the checkpoint .* has no state for this parameter"):
+    with pytest.raises(PlanError, match=r"second\.weight: the checkpoint .*has no state for this parameter"):
         load(checkpoints / "stacked")
 
 
@@ -122,6 +133,9 @@ def test_without_the_step_nothing_is_loaded(checkpoints: Path) -> None:
     torch.save({"optimizer": {"state": {}, "args": Namesake()}}, path / "common.pt")
     assert any("common.pt: not readable as plain values" in p for p in shardferry.open_checkpoint(path).problems)
     with pytest.raises(PlanError, match=r"first\.weight: no step .*\.Namesake\).*add_safe_globals before"):
+        load(path)
+    torch.save({"optimizer": {"param_groups": 3}}, path / "common.pt")
+    with pytest.raises(PlanError, match=r"first\.weight: no step .* not readable as plain values"):
         load(path)
     (path / "common.pt").unlink()
     with pytest.raises(PlanError, match=r"first\.weight: no step .* there is no common\.pt"):

@@ -13,6 +13,8 @@ from pipeline.inspecting import inspect_report
 from tests.support.models import STATES, STEP, Model, adamw, check_groups, check_state, fsdp2
 from tests.support.ranks import RankPool
 
+pytestmark = pytest.mark.conformance(17)
+
 DATA = Path(__file__).resolve().parent.parent / "data"
 SHAPES = {"first.weight": (6, 4), "second.weight": (3, 6), "second.bias": (3,)}
 NUM_ELEMENTS = 2 * (6 * 4 + 3 * 6 + 3)

@@ -61,9 +61,9 @@ def load_fsdp2(path: str) -> int:
 @pytest.mark.parametrize(
     ("options", "saving", "files"),
     [
-        pytest.param({"thread_count": 3}, {}, 3 * 3, id="several files a rank"),
+        pytest.param({"thread_count": 3}, {}, 3 * 3, id="several files a rank", marks=pytest.mark.conformance(14)),
         pytest.param({"single_file_per_rank": False}, {}, None, id="one file a tensor"),
-        pytest.param({}, {"use_collectives": False}, 3, id="metadata of each rank"),
+        pytest.param({}, {"use_collectives": False}, 3, id="metadata of each rank", marks=pytest.mark.conformance(16)),
         pytest.param({"thread_count": 2}, {"use_collectives": False}, 3 * 2, id="both"),
         pytest.param({}, {"planner": dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)}, 3, id="deduplicated"),
     ],
@@ -101,6 +101,7 @@ def load_plain(path: Path) -> int:
     return check_state(model, optimizer)
 
 
+@pytest.mark.conformance(16)
 def test_metadata_of_a_rank_is_missing(of_each_rank: Path) -> None:
     """A gap is seen at once; after the last rank nothing tells, but the plan finds the hole."""
     shutil.copytree(of_each_rank, of_each_rank / "gap")
@@ -120,6 +121,7 @@ def of_rank(path: Path, rank: int, edit: Callable[[Metadata], Any]) -> None:
     file.write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.conformance(16)
 def test_a_replica_that_one_rank_did_not_store(of_each_rank: Path) -> None:
     """Every rank saved `step` for itself: whichever is stored is taken, and none is a problem."""
     key = "optim.state.even.weight.step"
@@ -174,6 +176,7 @@ def saved(saved_by: dict[int, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_by[2], tmp_path / "ckpt"))
 
 
+@pytest.mark.conformance(9)
 def test_without_planner_data(saved: Path) -> None:
     """The paths are then taken from the keys."""
     edit_metadata(saved, lambda metadata: setattr(metadata, "planner_data", None))
@@ -191,6 +194,7 @@ def unflattened(*, flat: bool) -> dict[str, Any]:
     return {f"optim.{key}": value for key, value in state.items()} if flat else {"optim": state}
 
 
+@pytest.mark.conformance(9)
 def test_a_planner_that_does_not_flatten(tmp_path: Path) -> None:
     """Tensors are found where the state dict was flat before; else all of it is one pickled object."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
