@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from ray.autoscaler._private.util import prepare_config, validate_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from shardferry.fsdp1 import flattened_parameters
 from shardferry.placing import strided_shard
@@ -39,6 +43,20 @@ def test_flat_parameters(ranks: RankPool) -> None:
     """shardferry/fsdp1.py: both ranks' slices make up each parameter."""
     one, other = ranks.run(2, flat_parameter_tells_where_parameters_are)
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
+
+
+def specs_of_flattened_dtensors() -> list[tuple[int, ...]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(torch.nn.Linear(4, 8), mesh["tp"], ColwiseParallel())
+    flat = FullyShardedDataParallel(model, device_mesh=mesh["dp"], device_id=torch.device("cpu"))._handle.flat_param
+    assert all(isinstance(spec, DTensorSpec) for spec in flat._param_extensions)
+    assert [tuple(shape) for shape in flat._shapes] == [(4, 4), (4,)], "what was flattened are local tensors"
+    return [tuple(spec.shape) for spec in flat._param_extensions]
+
+
+def test_flattened_dtensors(ranks: RankPool) -> None:
+    """shardferry/fsdp1.py: FSDP1 over TP keeps what the DTensors were."""
+    assert ranks.run(4, specs_of_flattened_dtensors) == [[(8, 4), (8,)]] * 4
 
 
 def test_cluster_launcher_schema() -> None:
