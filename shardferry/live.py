@@ -181,8 +181,8 @@ def _refuse_meshes_out_of_order(root: Module) -> None:
     FSDPMeshInfo.shard_mesh_rank.
     """
     for name, module in root.named_modules():
-        named = module.named_parameters() if isinstance(module, FSDPModule) else ()
-        for leaf, parameter in named:
+        by_fsdp2 = isinstance(module, FSDPModule)
+        for leaf, parameter in module.named_parameters() if by_fsdp2 else ():
             if isinstance(parameter, DTensor) and not _is_in_order(parameter.device_mesh):
                 raise LayoutError(
                     f"{f'{name}.{leaf}' if name else leaf}: FSDP2 was given the mesh {parameter.device_mesh}, whose ranks are not "
