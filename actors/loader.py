@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -93,10 +93,10 @@ class Loader:
             self._agreement = Agreement(dist.group.WORLD)
         return os.getpid()
 
-    def open_catalog(self, location: str) -> Catalog:
+    def open_catalog(self, location: str, storage_options: Mapping[str, Any]) -> Catalog:
         """On rank 0: read the checkpoint's metadata for all."""
         with self._span("catalog"):
-            return open_checkpoint(location)
+            return open_checkpoint(location, storage_options=storage_options)
 
     def load(
         self, catalog: Catalog, target: SpecLayout | Reception, request: LoadRequest, read: ReadOptions, _joined: int

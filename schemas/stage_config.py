@@ -42,6 +42,9 @@ class CheckpointSpec(Spec):
         "optim",
         description="the optimizer's key in the state dict that was saved; dots lead into nested ones, '' is all of it",
     )
+    storage_options: dict[str, Any] = Field(
+        {}, description="for stores that are not directories: credentials, an endpoint"
+    )
     model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")
     include: tuple[str, ...] = Field((), description="globs over the FQNs here; none: all")

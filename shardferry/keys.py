@@ -68,7 +68,8 @@ def find_state(saved: SavedOptimizer, layout: RankLayout, request: LoadRequest) 
     """
     wanted = layout.fqns()
     if wanted is None:
-        return [Found(fqn, fqn) for fqn in sorted({*saved.state, *saved.grouped}) if layout.holds(fqn)], ()
+        known = dict.fromkeys([*saved.state, *sorted(saved.grouped)])
+        return [Found(fqn, fqn) for fqn in known if layout.holds(fqn)], ()
     found: list[Found] = []
     missing: list[str] = []
     grouped = saved.grouped

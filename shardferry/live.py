@@ -8,13 +8,15 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardferry import fsdp1
-from shardferry.errors import InstallError
+from shardferry.errors import InstallError, LayoutError
 from shardferry.layout import LiveEntry, LiveLayout, TensorLayout, replicated
 from shardferry.nesting import flat_entries
 from shardferry.optimizer_index import SCALAR_STATE
@@ -153,6 +155,7 @@ def _members(group: dict[str, Any], index: int, known: Mapping[int, LiveParamete
 
 
 def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LiveParameter]:
+    _refuse_meshes_out_of_order(root)
     prefixes = _ddp_prefixes(root)
     flattened: set[int] = set()
     for flat in fsdp1.flattened_parameters(root):
@@ -169,6 +172,28 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
     for key, (fqn, *aliases) in names.items():
         part = Part(fqn, layout_of_tensor(tensors[key], name=fqn), aliases=tuple(aliases))
         yield LiveParameter(tensors[key], (part,), state=flat_entries(states.get(key, {})))
+
+
+def _refuse_meshes_out_of_order(root: Module) -> None:
+    """FSDP2 cuts by a rank's place in its process group, and its DTensors say the place in the mesh.
+
+    Where the two differ, nobody can tell from a parameter what it holds. Source: torch/distributed/fsdp/_fully_shard,
+    FSDPMeshInfo.shard_mesh_rank.
+    """
+    for name, module in root.named_modules():
+        by_fsdp2 = isinstance(module, FSDPModule)
+        for leaf, parameter in module.named_parameters() if by_fsdp2 else ():
+            if isinstance(parameter, DTensor) and not _is_in_order(parameter.device_mesh):
+                raise LayoutError(
+                    f"{f'{name}.{leaf}' if name else leaf}: FSDP2 was given the mesh {parameter.device_mesh}, whose ranks are not "
+                    "ascending: torch then holds other rows than it says. Make the mesh of ascending ranks"
+                )
+
+
+def _is_in_order(mesh: DeviceMesh) -> bool:
+    coordinate = mesh.get_coordinate()
+    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    return coordinate is None or [dist.get_rank(group) for group in groups] == list(coordinate)
 
 
 def _buffers_of(root: Module) -> Iterator[tuple[str, torch.Tensor]]:

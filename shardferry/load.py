@@ -223,6 +223,7 @@ def load_optimizer_state(
     *,
     optimizer_key: str = "optim",
     model_key: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keys: str | Sequence[str] = "strict",
     rename: Mapping[str, str] | None = None,
@@ -239,9 +240,10 @@ def load_optimizer_state(
     Args:
         model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
         optimizer: of that model; several where the state of several was saved as one.
-        location: the checkpoint's directory, written by ``torch.distributed.checkpoint``.
+        location: the checkpoint's directory, or any URL that fsspec can open.
         optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones.
         model_key: the model's key in the state dict that was saved, to load its weights and buffers too.
+        storage_options: of a URL: credentials, an endpoint.
         process_group: default: the whole job where torch.distributed is initialised, else this process alone.
         keys: ``strict``, or what may be: ``allow_missing`` leaves live state of parameters that were not saved as it is,
             ``ignore_unexpected`` leaves saved state that no rank wants. Or a list of both.
@@ -269,7 +271,7 @@ def load_optimizer_state(
         return request, layout, live.device
 
     request, layout, device = agreement.attempt("reading the model's layout", prepare)
-    catalog = catalog_of_all(location, agreement)
+    catalog = catalog_of_all(location, agreement, storage_options)
     loaded = load_rank(LoadJob(catalog, layout, request, device, ReadOptions(concurrency)), agreement)
     shard = loaded.handle("in_process", exclusive=True).open()
     install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
@@ -277,6 +279,10 @@ def load_optimizer_state(
     return KeyReport(loaded.plan.missing, loaded.unexpected)
 
 
-def catalog_of_all(location: str | Path, agreement: Agreement) -> Catalog:
+def catalog_of_all(
+    location: str | Path, agreement: Agreement, storage_options: Mapping[str, Any] | None = None
+) -> Catalog:
     """Rank 0 reads the metadata; the others get the catalog from it."""
-    return agreement.from_first("opening the checkpoint", lambda: open_checkpoint(os.fspath(location)))
+    return agreement.from_first(
+        "opening the checkpoint", lambda: open_checkpoint(os.fspath(location), storage_options=storage_options)
+    )

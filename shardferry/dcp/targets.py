@@ -73,8 +73,17 @@ def targets_of(states: Iterable[SavedState], model: Mapping[str, Any], group: di
         LayoutError: a tensor of the model lies in a way that isn't supported.
     """
     states = list(states)
-    guessed = _guessed_shapes(states)
-    return [_target(state, model.get(state.fqn), guessed.get(state.fqn), group) for state in states]
+    guessed, factors = _guessed_shapes(states), _factors(states, model)
+    return [
+        _whole(state) if state.name in factors else _target(state, model.get(state.fqn), guessed.get(state.fqn), group)
+        for state in states
+    ]
+
+
+def _factors(states: Iterable[SavedState], model: Mapping[str, Any]) -> set[str]:
+    """Names that somewhere have another shape than their parameter: a square matrix's statistics are square by accident."""
+    known = [(state, like) for state in states if isinstance(like := model.get(state.fqn), torch.Tensor)]
+    return {state.name for state, like in known if state.shape != tuple(size_of(like))} - _AS_PARAMETER
 
 
 def _guessed_shapes(states: Iterable[SavedState]) -> dict[str, tuple[int, ...] | None]:

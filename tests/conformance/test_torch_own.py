@@ -126,6 +126,7 @@ def _numbers(item: ReadItem) -> Read:
     return storage, dest, length
 
 
+@pytest.mark.conformance(2)
 @pytest.mark.parametrize("offset", [None, 2], ids=["in-place", "at-an-offset"])
 @pytest.mark.parametrize(
     ("length", "num_saved", "piece", "expected"),

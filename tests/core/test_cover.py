@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardferry.errors import PlanError
-from shardferry.layout import AxisCut, LiveLayout, Replicate, Shard, TensorLayout, flat_slice, sharded
+from shardferry.layout import AxisCut, Box, LiveLayout, Replicate, Shard, TensorLayout, flat_slice, sharded
 from shardferry.plan import ALIGNMENT, LoadPlan, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
+from shardferry.tensor_layout import TorchCut, left_to_right
 from tests.support.catalogs import catalog_of
 
 
@@ -77,17 +78,50 @@ def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    """One rank's part under a random mesh, or a slice of the flattened tensor."""
-    if draw(st.booleans()):
-        numel = math.prod(shape)
-        start = draw(st.integers(0, numel))
-        return flat_slice(shape, start=start, stop=draw(st.integers(start, numel)))
+    """One rank's share of a tensor: cut as we cut, as torch reads placements, by flat position, or in boxes of its own."""
+    return draw(draw(st.sampled_from([cut_layouts, torch_layouts, flat_layouts, boxes_of_rows]))(shape))
+
+
+@st.composite
+def cut_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
     cuts = []
     for _ in range(draw(st.integers(0, 3))):
         ranks = draw(st.integers(1, 5))
         placement = draw(st.sampled_from([Replicate(), *(Shard(dim) for dim in range(len(shape)))]))
         cuts.append(AxisCut(ranks, draw(st.integers(0, ranks - 1)), placement))
     return sharded(shape, cuts)
+
+
+@st.composite
+def torch_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
+    """Shard and _StridedShard in any mix, several of one dimension too; the local tensor may be many boxes."""
+    cuts = []
+    for _ in range(draw(st.integers(0, 3)) if shape else 0):
+        ranks = draw(st.integers(1, 4))
+        dim, split_factor = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 3))
+        cuts.append(TorchCut(ranks, draw(st.integers(0, ranks - 1)), dim, split_factor))
+    return left_to_right(shape, cuts)
+
+
+@st.composite
+def flat_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
+    start = draw(st.integers(0, math.prod(shape)))
+    return flat_slice(shape, start=start, stop=draw(st.integers(start, math.prod(shape))))
+
+
+@st.composite
+def boxes_of_rows(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
+    """Some spans of rows, in any order in the local tensor, as a CheckpointableTensor may have them."""
+    if not shape:
+        return flat_slice(shape, start=0, stop=1)
+    edges = sorted(draw(st.sets(st.integers(0, shape[0]), max_size=6)))
+    spans = draw(st.permutations(list(pairwise(edges))))
+    boxes, position, inner = [], 0, (0,) * (len(shape) - 1)
+    for start, stop in spans[: draw(st.integers(0, len(spans)))]:
+        sizes = (stop - start, *shape[1:])
+        boxes.append(Box(Region((start, *inner), sizes), Region((position, *inner), sizes)))
+        position += stop - start
+    return TensorLayout(shape, (position, *shape[1:]), tuple(boxes))
 
 
 @st.composite

@@ -153,6 +153,7 @@ def load_with(path: str, reader: type[FileSystemReader], planner: type[LoadPlann
     return load(path, storage_reader=reader(path), planner=planner() if planner else None)
 
 
+@pytest.mark.conformance(19)
 @pytest.mark.parametrize(
     ("reader", "planner", "message"),
     [

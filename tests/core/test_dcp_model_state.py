@@ -71,6 +71,7 @@ def load_more_ranks_than_rows(path: str, planner: Any) -> int:
     )
 
 
+@pytest.mark.conformance(3)
 @WAYS
 def test_more_ranks_than_rows(ranks: RankPool, saved_by: dict[int, Path], planner: Any) -> None:
     """A size-[1] parameter's moments lie as it does; they are no scalars (B16)."""
@@ -97,6 +98,7 @@ def load_dtensors(path: str, planner: Any) -> None:
             assert torch.equal(value.full_tensor(), full_tensor(fqn, name, SHAPES[fqn])), fqn
 
 
+@pytest.mark.conformance(4)
 @WAYS
 def test_dtensors_on_a_mesh(ranks: RankPool, saved_by: dict[int, Path], planner: Any) -> None:
     ranks.run(4, load_dtensors, str(saved_by[3]), planner)
@@ -120,6 +122,7 @@ def load_fsdp2_over_tp(path: str, planner: Any) -> None:
         assert torch.equal(value.full_tensor(), full_tensor(fqn, "exp_avg", SHAPES[fqn])), fqn
 
 
+@pytest.mark.conformance(4)
 @WAYS
 def test_fsdp2_over_tp(ranks: RankPool, saved_by: dict[int, Path], planner: Any) -> None:
     ranks.run(4, load_fsdp2_over_tp, str(saved_by[3]), planner)
@@ -188,6 +191,7 @@ def load_factored(path: str, planner: Any, known: bool) -> dict[str, Any]:
     return {name: type(value).__name__ for name, value in state.items()}
 
 
+@pytest.mark.conformance(22)
 @WAYS
 @pytest.mark.parametrize("known", [True, False])
 def test_state_of_other_shapes_is_whole(ranks: RankPool, tmp_path: Path, planner: Any, known: bool) -> None:
@@ -198,11 +202,32 @@ def test_state_of_other_shapes_is_whole(ranks: RankPool, tmp_path: Path, planner
         assert types == dict.fromkeys(FACTORED, "Tensor") | ({"exp_avg": "ShardedTensor"} if known else {})
 
 
+def load_statistics(path: str, planner: Any) -> None:
+    world = dist.group.WORLD
+    loaded = load(path, {"tall": chunked((48, 6), world), "square": chunked((6, 6), world)}, planner)
+    for fqn, rows in (("tall", 48), ("square", 6)):
+        assert torch.equal(loaded["state"][fqn]["left"], full_tensor(fqn, "left", (rows, rows)))
+        check_shards(loaded["state"][fqn]["exp_avg"], full_tensor(fqn, "exp_avg", (rows, 6)))
+
+
+@pytest.mark.conformance(22)
+@WAYS
+def test_a_square_matrixs_statistics_are_whole_too(ranks: RankPool, tmp_path: Path, planner: Any) -> None:
+    """They have its shape by accident: the same name has another shape than its parameter elsewhere."""
+    state = {
+        fqn: {"left": full_tensor(fqn, "left", (rows, rows)), "exp_avg": full_tensor(fqn, "exp_avg", (rows, 6))}
+        for fqn, rows in (("tall", 48), ("square", 6))
+    }
+    save_alone({"optim": {"state": state}}, tmp_path / "ckpt")
+    ranks.run(2, load_statistics, str(tmp_path / "ckpt"), planner)
+
+
 def load_zero_elements(path: str, planner: Any) -> None:
     state = load(path, {}, planner)["state"]["none.weight"]
     assert state["exp_avg"].size() == (0, 4)
 
 
+@pytest.mark.conformance(3)
 @WAYS
 def test_tensors_without_elements(ranks: RankPool, tmp_path: Path, planner: Any) -> None:
     state = {"exp_avg": torch.zeros(0, 4), "step": torch.tensor(7.0)}
@@ -234,6 +259,7 @@ def load_integer_keys(path: str, planner: Any) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [values["lr"] for values in HYPERPARAMETERS]
 
 
+@pytest.mark.conformance(9)
 @WAYS
 def test_integer_keys_come_back_as_integers(ranks: RankPool, tmp_path: Path, planner: Any) -> None:
     save_plain_optimizer(tmp_path / "ckpt")
@@ -256,6 +282,7 @@ def load_flattened(path: str, planner: Any) -> int:
     )
 
 
+@pytest.mark.conformance(9)
 @WAYS
 def test_flattened_keys(ranks: RankPool, tmp_path: Path, planner: Any) -> None:
     ranks.run(1, save_flattened, str(tmp_path / "ckpt"))
@@ -268,6 +295,7 @@ def load_unrecorded(path: str, planner: Any) -> int:
     return check_shards(loaded["state"]["even.weight"]["exp_avg"], full_tensor("even.weight", "exp_avg", (48, 6)))
 
 
+@pytest.mark.conformance(9)
 @WAYS
 def test_checkpoints_without_recorded_paths(ranks: RankPool, tmp_path: Path, planner: Any) -> None:
     """planner_data is None (B5)."""
@@ -290,6 +318,7 @@ def load_in_subgroups(path: str, planner: Any) -> int:
     return check_shards(value, full_tensor("even.weight", "exp_avg", (48, 6)))
 
 
+@pytest.mark.conformance(18)
 @WAYS
 def test_process_group(ranks: RankPool, saved_by: dict[int, Path], planner: Any) -> None:
     assert ranks.run(4, load_in_subgroups, str(saved_by[3]), planner) == [144] * 4

@@ -119,6 +119,7 @@ def load_nested(path: str, dim: int, tp: int, reader: type[StorageReader], plann
     return compared
 
 
+@pytest.mark.conformance(6)
 @pytest.mark.parametrize(("dim", "tp", "world_size"), [(0, 2, 4), (1, 2, 4), (1, 3, 6), (0, 2, 8)])
 def test_nested_tensors_without_a_planner(
     ranks: RankPool, saved_by: dict[int, Path], dim: int, tp: int, world_size: int
@@ -127,6 +128,7 @@ def test_nested_tensors_without_a_planner(
     assert sum(compared) == 2 * sum(torch.Size(shape).numel() for shape in MATRICES.values())
 
 
+@pytest.mark.conformance(6)
 @pytest.mark.parametrize(
     ("reader", "planner", "factor"),
     [

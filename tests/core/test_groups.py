@@ -41,6 +41,19 @@ def test_groups_of_a_job(ranks: RankPool, saved_by: dict[int, Path], members: li
         assert sum(compared for found, compared in results if found == place) == NUM_ELEMENTS
 
 
+def load_out_of_order(path: str) -> None:
+    model = fully_shard(Model({"even.weight": (48, 6)}), mesh=DeviceMesh("cpu", [1, 0]))
+    shardferry.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), path, keys="ignore_unexpected")
+
+
+@pytest.mark.conformance(18)
+def test_fsdp2_on_a_mesh_out_of_order_is_refused(ranks: RankPool, saved_by: dict[int, Path]) -> None:
+    """Torch cuts by the process group's order and says the mesh's: even shapes would be loaded into the wrong rows."""
+    for done, message in ranks.outcomes(2, load_out_of_order, str(saved_by[2])):
+        assert not done
+        assert "even.weight: FSDP2 was given the mesh" in message
+
+
 def load_two_at_once(one: str, other: str) -> list[int]:
     """Two models, two process groups, two threads; with nothing global in between them."""
     compared = [0, 0]

@@ -14,7 +14,11 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry, ZStandard
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
 from shardferry.fsdp1 import flattened_parameters
@@ -100,6 +104,20 @@ def test_planner_helpers() -> None:
     visited: dict[tuple[Any, ...], Any] = {}
     traverse_state_dict_v_2_3({"a": {"b": torch.zeros(1)}, "groups": [{"lr": 1}]}, visited.__setitem__)
     assert visited.keys() == {("a", "b"), ("groups",)}
+
+
+def specs_of_flattened_dtensors() -> list[tuple[int, ...]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(torch.nn.Linear(4, 8), mesh["tp"], ColwiseParallel())
+    flat = FullyShardedDataParallel(model, device_mesh=mesh["dp"], device_id=torch.device("cpu"))._handle.flat_param
+    assert all(isinstance(spec, DTensorSpec) for spec in flat._param_extensions)
+    assert [tuple(shape) for shape in flat._shapes] == [(4, 4), (4,)], "what was flattened are local tensors"
+    return [tuple(spec.shape) for spec in flat._param_extensions]
+
+
+def test_flattened_dtensors(ranks: RankPool) -> None:
+    """shardferry/fsdp1.py: FSDP1 over TP keeps what the DTensors were."""
+    assert ranks.run(4, specs_of_flattened_dtensors) == [[(8, 4), (8,)]] * 4
 
 
 def test_cluster_launcher_schema() -> None:

@@ -27,6 +27,7 @@ from shardferry.plan import plan_load
 from shardferry.predict import predict_reads
 from shardferry.reader import Counters, read_object
 from shardferry.region import Region
+from shardferry.request import LoadRequest
 from shardferry.safetensors import parse_header
 from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
@@ -80,7 +81,7 @@ def test_an_optimizer_is_found_by_its_keys(ranks: RankPool, tmp_path: Path) -> N
     ranks.run(3, save_sharded, str(path), False)
     catalog = open_checkpoint(path)
     assert set(index_optimizer(catalog, "optim").state) == set(SHAPES)
-    plan = plan_load(catalog, SpecLayout(Mesh((("dp", 2),)), default={"dp": Cut(0)}).rank(1), optimizer_key="optim")
+    plan = plan_load(catalog, SpecLayout(Mesh((("dp", 2),)), default={"dp": Cut(0)}).rank(1), LoadRequest("optim"))
     assert plan.bytes_needed == (5 * 6 + 3 * 9 + 2) * 4 == predict_reads(plan, catalog)[0]
 
 

@@ -1,0 +1,50 @@
+"""A load from a URL: the same call, options for the store beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import shardferry
+from schemas import StageConfig
+from shardferry.checkpoint import storage_of
+from shardferry.errors import CheckpointNotFound
+from tests.core.test_keys import Net, adamw, check, fill, save
+
+
+def test_load_from_a_url(tmp_path: Path) -> None:
+    model = Net()
+    save(tmp_path / "ckpt", *fill(model, adamw(model)))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "ckpt"), "/url-test/ckpt", recursive=True)
+    try:
+        other = Net()
+        optimizer = adamw(other)
+        shardferry.load_optimizer_state(other, optimizer, "memory://url-test/ckpt", model_key="model")
+        check(other, optimizer)
+    finally:
+        memory.rm("/url-test", recursive=True)
+
+
+def test_options_go_with_the_catalog(tmp_path: Path) -> None:
+    """``dir://`` reads another filesystem's directory, which only its options name."""
+    model = Net()
+    save(tmp_path / "ckpt", *fill(model, adamw(model)))
+    options = {"target_protocol": "file", "path": str(tmp_path)}
+    catalog = shardferry.open_checkpoint("dir://ckpt", storage_options=options)
+    with_options = storage_of(catalog)
+    assert ".metadata" in with_options.listing()
+    with_options.close()
+    other = Net()
+    optimizer = adamw(other)
+    shardferry.load_optimizer_state(other, optimizer, "dir://ckpt", storage_options=options)
+    check(other, optimizer)
+    spec = StageConfig.model_validate({"checkpoint": {"location": "dir://ckpt", "storage_options": options}})
+    assert spec.checkpoint.storage_options == options
+
+
+def test_options_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound):
+        shardferry.open_checkpoint("memory://nowhere/ckpt")
