@@ -25,9 +25,9 @@ from benchmarks.checkpoint import OPTIMIZER_KEY, adamw, data_files
 from benchmarks.gpt import LEARNING_RATE, STATES, STEP, expected_state
 from benchmarks.meter import Spent
 from shardferry.agreement import Agreement
-from shardferry.arena import HostArena, allocate_arena
+from shardferry.arena import HostArena
 from shardferry.checkpoint import METADATA_FILE, open_checkpoint
-from shardferry.load import LoadJob, PhaseClock, catalog_of_all, load_rank
+from shardferry.load import LoadJob, PhaseClock, arena_for, catalog_of_all, load_rank
 from shardferry.param_groups import ParamGroup
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions
@@ -124,8 +124,8 @@ class Shardferry:
 
     def prepare(self) -> None:
         plan = plan_load(open_checkpoint(self._task.path), self._layout, _REQUEST)
-        arena = allocate_arena(plan.arena_bytes, torch.device("cpu"))
-        assert isinstance(arena, HostArena)
+        arena = arena_for(plan, open_checkpoint(self._task.path))
+        arena.allocate()
         arena.tensor(0, (plan.arena_bytes // 4,), torch.float32).fill_(_POISON)
         self._arena = arena
 

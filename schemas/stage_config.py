@@ -155,7 +155,11 @@ class ReadSpec(Spec):
 
     memory_budget: ByteSize = Field(ByteSize(1 << 30), description="bytes of reads in flight, each rank")
     concurrency: int = Field(16, ge=1, le=1024, description="requests in flight, each rank")
-    strategy: Literal["auto", "direct"] = Field("auto", description="direct: each rank reads what it needs itself")
+    strategy: Literal["auto", "direct", "cooperative"] = Field(
+        "auto",
+        description="direct: each rank reads what it needs itself; cooperative: ranks of a node read for each other; "
+        "auto: cooperative where ranks share a node and arenas are on the host",
+    )
     storage_bandwidth: ByteSize | None = Field(
         None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
     )
@@ -169,7 +173,7 @@ class ReadSpec(Spec):
 
     def options(self, timeout_s: float) -> ReadOptions:
         """The same in the core's terms: as many requests in flight as the budget holds."""
-        return ReadOptions(min(self.concurrency, self.memory_budget // MAX_REQUEST), timeout_s)
+        return ReadOptions(min(self.concurrency, self.memory_budget // MAX_REQUEST), timeout_s, self.strategy)
 
 
 class HandoffSpec(Spec):
@@ -200,6 +204,8 @@ class StageConfig(Spec):
     def _device_and_transport_fit(self) -> Self:
         if self.actors.device == "cuda" and self.handoff.transport == "shared_memory":
             raise ValueError("handoff.transport shared_memory needs arenas on the host; actors.device is cuda")
+        if self.actors.device == "cuda" and self.read.strategy == "cooperative":
+            raise ValueError("read.strategy cooperative needs arenas on the host; actors.device is cuda")
         if self.actors.device == "cuda" and self.actors.gpus_per_actor == 0:
             raise ValueError("actors.device is cuda, but actors.gpus_per_actor is 0")
         return self

@@ -32,6 +32,8 @@ class RankReport(BaseModel):
     arena_bytes: int
     peak_rss_bytes: int
     transport: str
+    strategy: str
+    strategy_reason: str
     host_copy_bandwidth: float  # bytes a second, measured after the load; for the lower bound
     missing: list[str] = []  # FQNs that the rank wants and the checkpoint hasn't, where that is allowed
     unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants, where that is allowed
@@ -47,7 +49,8 @@ class StageReport(BaseModel):
     location: str
     optimizer_key: str
     world_size: int
-    strategy: str
+    strategy: str  # of each node where they differ
+    strategy_reason: str
     unique_bytes_needed: int
     storage_bytes_read: int
     read_amplification: float  # storage_bytes_read / unique_bytes_needed

@@ -58,28 +58,50 @@ def check_host_room(*, arenas_bytes: int, num_arenas: int, host: str) -> None:
 
 
 class HostArena:
-    """Bytes of an anonymous memory file, mapped into this process."""
+    """Bytes of an anonymous memory file, mapped into this process.
+
+    Args:
+        nbytes: of data.
+        num_places: numbers behind the data, which tell other processes of the node where the tensors are.
+    """
 
     def __init__(self, nbytes: int, *, num_places: int = 0) -> None:
-        """``num_places`` numbers stand behind the data: where other processes of the node find the tensors."""
+        self._reserve(nbytes, num_places)
+        self.allocate()
+
+    @classmethod
+    def reserved(cls, nbytes: int, *, num_places: int = 0) -> HostArena:
+        """An arena that others can be told of, and that takes no memory until `allocate`."""
+        arena = cls.__new__(cls)
+        arena._reserve(nbytes, num_places)
+        return arena
+
+    def _reserve(self, nbytes: int, num_places: int) -> None:
         self.nbytes = max(nbytes, 1)
         self.directory_offset = -(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.device = torch.device("cpu")
-        file_bytes = self.directory_offset + 8 * num_places if num_places else self.nbytes
+        self.memory = memoryview(b"")
+        self.directory = np.empty(0, dtype=np.int64)
+        self._num_places = num_places
+        self._bytes: torch.Tensor | None = None
         self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+    def allocate(self) -> None:
+        """Map the memory file. Raises ArenaError."""
+        file_bytes = self.directory_offset + 8 * self._num_places if self._num_places else self.nbytes
         try:
             os.ftruncate(self.descriptor, file_bytes)
             pages = mmap.mmap(self.descriptor, file_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
-            os.close(self.descriptor)
+            self.close()
             raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
         with suppress(OSError):  # a kernel without transparent huge pages for shared memory
             pages.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes: torch.Tensor | None = torch.frombuffer(pages, dtype=torch.uint8)
+        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         self.memory = memoryview(pages)
-        self.directory = np.empty(0, dtype=np.int64)
-        if num_places:
-            self.directory = np.frombuffer(pages, dtype=np.int64, count=num_places, offset=self.directory_offset)
+        if self._num_places:
+            offset = self.directory_offset
+            self.directory = np.frombuffer(pages, dtype=np.int64, count=self._num_places, offset=offset)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""
@@ -157,9 +179,9 @@ class DeviceArena:
 Arena = HostArena | DeviceArena
 
 
-def allocate_arena(nbytes: int, device: torch.device, *, num_places: int = 0) -> Arena:
-    """One arena on the host, with places in its directory, or on a GPU. Raises ArenaError where there is no room."""
-    return HostArena(nbytes, num_places=num_places) if device.type == "cpu" else DeviceArena(nbytes, device)
+def allocate_arena(nbytes: int, device: torch.device) -> Arena:
+    """One arena on the host or on a GPU. Raises ArenaError where there is no room."""
+    return HostArena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)
 
 
 def view_bytes(memory: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from shardferry.agreement import Agreement
-from shardferry.arena import Arena, HostArena
+from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import HandoffError
@@ -26,7 +26,7 @@ from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
-from shardferry.neighbours import meet_neighbours, rows_of
+from shardferry.neighbours import Neighbours, Strategy, meet_neighbours
 from shardferry.peers import ArenaAddress, PeerArenas
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.reader import Counters, ReadOptions, Sharing, read_objects, read_plan
@@ -59,9 +59,19 @@ class LoadedShard:
     manifest: Manifest
     arena: Arena
     counters: Counters
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
+    strategy: Strategy
     unexpected: tuple[str, ...] = ()  # saved, wanted by no rank, allowed
-    sharing: SharedPlan | None = None  # None: every rank read for itself
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank read for others."""
+        return 0 if self.strategy.plan is None else self.strategy.plan.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that others read for this rank."""
+        return 0 if self.strategy.plan is None else self.strategy.plan.bytes_received
 
     def handle(self, transport: str, *, exclusive: bool) -> ShardHandle:
         """A handle for the trainer.
@@ -132,15 +142,15 @@ def load_rank(
         plan = agreement.attempt("planning", lambda: plan_load(job.catalog, job.layout, job.request, values))
         unexpected = _check_claims(plan, job, agreement)
         announce(plan)
-        neighbours = meet_neighbours(job, plan, agreement)
-        sharing = neighbours.share(job, plan)
+        reserved = arena or _reserve(job, plan)
+        neighbours = meet_neighbours(job, plan, reserved if isinstance(reserved, HostArena) else None, agreement)
+        strategy = neighbours.strategy(job, plan)
     with clock.phase("allocate"):
-        made = agreement.attempt("allocating the arena", lambda: arena or neighbours.allocate(job, plan))
-        addresses = neighbours.addresses(made, plan, job.catalog, agreement) if sharing is not None else {}
+        made = agreement.attempt("allocating the arena", lambda: _allocate(job, plan, reserved, neighbours))
     with clock.phase("read"):
-        agreement.attempt("reading", lambda: _read(job, plan, made, counters, sharing, addresses))
+        agreement.attempt("reading", lambda: _read(job, plan, made, counters, strategy.plan, neighbours.addresses))
     manifest = _manifest(plan, values)
-    return LoadedShard(plan, manifest, made, counters, clock.seconds, unexpected, sharing)
+    return LoadedShard(plan, manifest, made, counters, clock.seconds, strategy, unexpected)
 
 
 def read_values(
@@ -177,6 +187,32 @@ def _check_claims(plan: LoadPlan, job: LoadJob, agreement: Agreement) -> tuple[s
         taken = agreement.any_of(claims.taken)
         unexpected += claims.check(taken, job.request, job.catalog.location)
     return unexpected
+
+
+def rows_of(catalog: Catalog) -> dict[str, int]:
+    """The catalog's tensors in order, by key: the same on all ranks."""
+    return {key: row for row, key in enumerate(catalog.tensors)}
+
+
+def arena_for(plan: LoadPlan, catalog: Catalog) -> HostArena:
+    """An arena on the host with room for a plan, reserved: `HostArena.allocate` takes the memory."""
+    return HostArena.reserved(plan.arena_bytes, num_places=len(catalog.tensors))
+
+
+def _reserve(job: LoadJob, plan: LoadPlan) -> HostArena | None:
+    return arena_for(plan, job.catalog) if job.device.type == "cpu" else None
+
+
+def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None, neighbours: Neighbours) -> Arena:
+    if not isinstance(arena, HostArena):
+        return arena or allocate_arena(plan.arena_bytes, job.device)
+    if not arena.memory:
+        neighbours.check_room()
+        arena.allocate()
+    rows = rows_of(job.catalog)
+    for tensor in plan.tensors:
+        arena.directory[rows[tensor.key]] = tensor.arena_offset
+    return arena
 
 
 def _read(

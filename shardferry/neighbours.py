@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from shardferry.agreement import Agreement
-from shardferry.arena import Arena, HostArena, allocate_arena, check_host_room
+from shardferry.arena import HostArena, check_host_room
 from shardferry.catalog import Catalog
 from shardferry.handoff import node_identity
 from shardferry.layout import RankLayout, SpecLayout, TensorLayout
@@ -38,12 +38,22 @@ class Job(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Strategy:
+    """Who reads what, and why."""
+
+    name: Literal["direct", "cooperative"]
+    reason: str
+    plan: SharedPlan | None = None  # of cooperative reads
+
+
+@dataclass(frozen=True, slots=True)
 class _Word:
     """What each rank says of itself."""
 
     node: str
     host_bytes: int  # of its arena; 0 where that is on a GPU
-    can_share: bool
+    address: ArenaAddress | None  # of its arena, where that is on the host
+    alone_because: str  # why it reads for itself; empty where it can read with others
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
 
 
@@ -51,67 +61,59 @@ class _Word:
 class Neighbours:
     """The ranks of this node, by world rank, ascending."""
 
-    world_rank: int
     words: Mapping[int, _Word]
     spec: SpecLayout | None
 
-    def share(self, job: Job, plan: LoadPlan) -> SharedPlan | None:
-        """This rank's part of the node's reads; None where every rank reads for itself."""
-        if len(self.words) < 2 or not all(word.can_share for word in self.words.values()):
-            return None
+    @property
+    def addresses(self) -> dict[int, ArenaAddress]:
+        """Where their arenas are."""
+        return {rank: word.address for rank, word in self.words.items() if word.address is not None}
+
+    def strategy(self, job: Job, plan: LoadPlan) -> Strategy:
+        """Whether the node's ranks read for each other, and this rank's part. All of them find the same."""
+        because = next((word.alone_because for word in self.words.values() if word.alone_because), "")
+        if not because and len(self.words) < 2:
+            because = "no other rank is on this node"
+        if because:
+            return Strategy("direct", because)
         shared = share_reads(plan, job.catalog, self._wants(), max_slab_bytes=MAX_SLAB_BYTES)
-        return shared
+        return Strategy("cooperative", f"{len(self.words)} ranks on this node share memory", shared)
 
     def _wants(self) -> Wants:
         if self.spec is not None:
             return SpecWants(self.spec, list(self.words))
         return ToldWants({rank: word.layouts or {} for rank, word in self.words.items()})
 
-    def allocate(self, job: Job, plan: LoadPlan) -> Arena:
-        """An arena for this rank. Raises ArenaError where the host has no room for all of its ranks' arenas."""
+    def check_room(self) -> None:
+        """Raises ArenaError where the host has no room for all of its ranks' arenas."""
         sizes = [word.host_bytes for word in self.words.values()]
         check_host_room(arenas_bytes=sum(sizes), num_arenas=len(sizes), host=socket.gethostname())
-        return arena_for(plan, job.catalog, job.device)
-
-    def addresses(
-        self, arena: Arena, plan: LoadPlan, catalog: Catalog, agreement: Agreement
-    ) -> dict[int, ArenaAddress]:
-        """Where the neighbours' arenas are, after each rank has written where its tensors begin."""
-
-        def publish() -> ArenaAddress | None:
-            if not isinstance(arena, HostArena):
-                return None
-            rows = rows_of(catalog)
-            for tensor in plan.tensors:
-                arena.directory[rows[tensor.key]] = tensor.arena_offset
-            return ArenaAddress.of(arena)
-
-        published = agreement.share("allocating the arena", publish)
-        return {rank: address for rank in self.words if (address := published[rank]) is not None}
 
 
-def meet_neighbours(job: Job, plan: LoadPlan, agreement: Agreement) -> Neighbours:
-    """Hear of every rank where it runs and how much memory it will take; all ranks must call it."""
-    spec = job.layout.spec
-    wants_sharing = job.read.strategy != "direct" and job.device.type == "cpu"
-    if spec is None and agreement.size > MAX_TOLD_RANKS:
-        wants_sharing = False
+def meet_neighbours(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement) -> Neighbours:
+    """Hear of every rank where it runs and how much memory it will take; all ranks must call it.
+
+    Args:
+        arena: this rank's, reserved; None where it will be on a GPU.
+    """
+    spec, because = job.layout.spec, _alone_because(job, agreement.size)
     word = _Word(
         job.read.node or node_identity(),
-        plan.arena_bytes if job.device.type == "cpu" else 0,
-        wants_sharing,
-        told(plan) if wants_sharing and spec is None and agreement.size > 1 else None,
+        0 if arena is None else plan.arena_bytes,
+        None if arena is None else ArenaAddress.of(arena),
+        because,
+        told(plan) if not because and spec is None and agreement.size > 1 else None,
     )
     words = agreement.share("planning", lambda: word)
     here = {rank: other for rank, other in enumerate(words) if other.node == word.node}
-    return Neighbours(agreement.rank, here, spec)
+    return Neighbours(here, spec)
 
 
-def arena_for(plan: LoadPlan, catalog: Catalog, device: torch.device) -> Arena:
-    """An arena with room for a plan, and with a directory of its tensors. Raises ArenaError."""
-    return allocate_arena(plan.arena_bytes, device, num_places=len(catalog.tensors))
-
-
-def rows_of(catalog: Catalog) -> dict[str, int]:
-    """The catalog's tensors in order: the same on all ranks."""
-    return {key: row for row, key in enumerate(catalog.tensors)}
+def _alone_because(job: Job, world_size: int) -> str:
+    if job.read.strategy == "direct":
+        return "read.strategy is direct"
+    if job.device.type != "cpu":
+        return "arenas on GPUs can't be written by other ranks"
+    if job.layout.spec is None and world_size > MAX_TOLD_RANKS:
+        return f"of more than {MAX_TOLD_RANKS} live models each rank knows its own alone"
+    return ""

@@ -1,0 +1,158 @@
+"""Ranks of a node that read for each other: real gloo ranks, real memory files, counted bytes, every element bitwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardferry.agreement import Agreement
+from shardferry.errors import RankError, ShardferryError
+from shardferry.layout import Mesh, Replicate, Shard, SpecLayout
+from shardferry.load import LoadJob, catalog_of_all, load_rank
+from shardferry.reader import ReadOptions, Strategy
+from shardferry.request import LoadRequest
+from tests.support.damage import short_file
+from tests.support.models import STATES, STEP, save_fsdp2
+from tests.support.oracle import full_tensor
+from tests.support.ranks import RankPool
+
+SHAPES = {"wide.weight": (640, 768), "tall.weight": (1536, 320), "odd.weight": (509, 701), "small.weight": (7, 3)}
+UNIQUE_BYTES = 2 * 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+TOPOLOGIES = {
+    "rows": lambda n: SpecLayout(Mesh((("dp", n),)), (), {"dp": Shard(0)}),
+    "columns": lambda n: SpecLayout(Mesh((("tp", n),)), (), {"tp": Shard(1)}),
+    "replicas": lambda n: SpecLayout(Mesh((("copies", 2), ("dp", n // 2))), (), {"dp": Shard(0)}),
+    "both": lambda n: SpecLayout(Mesh((("dp", 2), ("tp", n // 2))), (), {"dp": Shard(0), "tp": Shard(1)}),
+    "whole": lambda n: SpecLayout(Mesh((("dp", n),)), (), {"dp": Replicate()}),
+}
+
+
+def load(path: str, topology: str, strategy: Strategy, nodes: Sequence[str | None]) -> dict[str, int]:
+    """Load and compare; what this rank asked of storage, and what it gave and got."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    agreement = Agreement(dist.group.WORLD)
+    job = LoadJob(
+        catalog_of_all(path, agreement),
+        TOPOLOGIES[topology](size).rank(rank),
+        LoadRequest("optim"),
+        torch.device("cpu"),
+        ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)]),
+    )
+    loaded = load_rank(job, agreement)
+    with loaded.handle("in_process", exclusive=True).open() as shard:
+        compared = 0
+        for fqn, entries in shard.state_dict()["state"].items():
+            assert float(entries["step"]) == STEP
+            for name in STATES:
+                full = full_tensor(fqn, name, SHAPES[fqn])
+                for whole, local in shard.regions(fqn, name):
+                    box = full[tuple(map(slice, whole.offsets, whole.ends))]
+                    assert torch.equal(entries[name][tuple(map(slice, local.offsets, local.ends))], box), (
+                        f"{fqn}.{name}"
+                    )
+                    compared += box.numel()
+    return {
+        "compared": 4 * compared,
+        "read": loaded.counters.bytes_requested,
+        "done": loaded.counters.bytes_done,
+        "needed": loaded.plan.bytes_needed,
+        "sent": loaded.bytes_sent,
+        "received": loaded.bytes_received,
+        "shared": int(loaded.strategy.name == "cooperative"),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("cooperative") / "ckpt"
+    ranks.run(4, save_fsdp2, str(path), SHAPES)
+    return str(path)
+
+
+def total(results: list[dict[str, int]], name: str) -> int:
+    return sum(result[name] for result in results)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_node_reads_each_byte_once(ranks: RankPool, saved: str, topology: str, size: int) -> None:
+    results = ranks.run(size, load, saved, topology, "auto", [None])
+    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024, "headers of a few chunks, and nothing twice"
+    assert total(results, "done") == total(results, "needed")
+    assert total(results, "sent") == total(results, "received")
+    assert all(result["shared"] for result in results)
+    if topology != "rows":
+        assert total(results, "received") > 0
+    if topology in ("columns", "whole"):
+        reads = [result["read"] for result in results]
+        assert max(reads) <= 1.25 * UNIQUE_BYTES / size + 64 * 1024, "readers take equal shares"
+
+
+@pytest.mark.parametrize("topology", ["columns", "replicas"])
+def test_direct_reads_are_no_ones_but_the_ranks_own(ranks: RankPool, saved: str, topology: str) -> None:
+    results = ranks.run(4, load, saved, topology, "direct", [None])
+    assert not any(result["shared"] or result["sent"] or result["received"] for result in results)
+    assert total(results, "read") >= total(results, "needed")
+
+
+def test_two_nodes_read_once_each(ranks: RankPool, saved: str) -> None:
+    """Ranks 0 and 2 share memory, and ranks 1 and 3; between nodes nothing is sent."""
+    results = ranks.run(4, load, saved, "whole", "auto", ["here", "there"])
+    for node in (results[0::2], results[1::2]):
+        assert total(node, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+        assert total(node, "sent") == total(node, "received")
+    assert total(results, "read") >= 2 * UNIQUE_BYTES
+
+
+def test_a_rank_that_is_alone_on_its_node(ranks: RankPool, saved: str) -> None:
+    results = ranks.run(3, load, saved, "columns", "auto", ["here", "here", "there"])
+    assert [result["shared"] for result in results] == [1, 1, 0]
+
+
+def load_damaged(path: str) -> str:
+    try:
+        load(path, "columns", "auto", [None])
+    except ShardferryError as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def test_a_failing_reader_fails_all(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_fsdp2, str(tmp_path / "ckpt"))
+    short_file(tmp_path / "ckpt")
+    messages = ranks.run(3, load_damaged, str(tmp_path / "ckpt"))
+    assert all("is cut" in message for message in messages), messages
+    assert not any(message == "loaded" for message in messages)
+
+
+def die_before_reading(path: str) -> str:
+    """Rank 1's arena is gone when the others write to it."""
+    from shardferry import peers
+
+    rank = dist.get_rank()
+    original = peers.ArenaAddress.of
+
+    def elsewhere(arena: object) -> peers.ArenaAddress:
+        address = original(arena)  # type: ignore[arg-type]
+        return peers.ArenaAddress(2**22 + os.getpid() % 2, address.descriptor, address.inode, address.directory_offset)
+
+    if rank == 1:
+        peers.ArenaAddress.of = staticmethod(elsewhere)  # type: ignore[method-assign, assignment]
+    try:
+        load(path, "whole", "auto", [None])
+    except (RankError, ShardferryError) as error:
+        return str(error)
+    finally:
+        peers.ArenaAddress.of = original  # type: ignore[method-assign]
+    return "loaded"
+
+
+def test_an_arena_that_is_gone_is_named(ranks: RankPool, saved: str) -> None:
+    messages = ranks.run(3, die_before_reading, saved)
+    assert all("the arena of rank 1 (process" in message for message in messages)

@@ -1,0 +1,139 @@
+"""Shared reads against brute force over elements: every wanted element arrives once, and leaves storage once."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardferry import sharing
+from shardferry.layout import AxisCut, LiveLayout, Mesh, Replicate, Rule, Shard, SpecLayout, TensorLayout, sharded
+from shardferry.plan import LoadPlan, plan_load
+from shardferry.region import Region
+from shardferry.request import LoadRequest
+from shardferry.sharing import SharedPlan, share_reads
+from shardferry.wants import SpecWants, ToldWants, told
+from tests.core.test_cover import expected, grids, layouts, shapes
+from tests.support.catalogs import catalog_of
+
+REQUEST = LoadRequest("optim")
+
+
+def shared_plans(
+    shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], max_slab_bytes: int
+) -> list[tuple[LoadPlan, SharedPlan]]:
+    catalog = catalog_of({"w": (shape, saved)})
+    live = [LiveLayout(rank, len(wanted), {"w": layout}) for rank, layout in enumerate(wanted)]
+    plans = [plan_load(catalog, layout, REQUEST) for layout in live]
+    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    return [(plan, share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes)) for plan in plans]
+
+
+class Node:
+    """The memory of all ranks, and how often each element left storage."""
+
+    def __init__(self, shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout]) -> None:
+        self._saved = saved
+        self._whole = np.arange(math.prod(shape)).reshape(shape)
+        self.memory = [np.full(layout.local_numel, -1) for layout in wanted]
+        self.taken = np.zeros(math.prod(shape), dtype=int)
+
+    def content(self, chunk: int, box: Region) -> np.ndarray:
+        region = self._saved[chunk]
+        inside = self._whole[tuple(map(slice, region.offsets, region.ends))]
+        return inside[tuple(map(slice, box.offsets, box.ends))]
+
+    def take(self, chunk: int, box: Region) -> None:
+        self.taken[self.content(chunk, box).ravel()] += 1
+
+    def put(self, rank: int, chunk: int, box: Region, offset: int, strides: tuple[int, ...]) -> None:
+        content = self.content(chunk, box)
+        for index in product(*map(range, box.sizes)):
+            place = offset + sum(i * s for i, s in zip(index, strides, strict=True))
+            assert self.memory[rank][place] == -1, "filled twice"
+            self.memory[rank][place] = content[index]
+
+    def run(self, plan: LoadPlan, shared: SharedPlan) -> None:
+        for item in shared.own:
+            self.take(item.chunk, item.source)
+            self.put(plan.world_rank, item.chunk, item.source, item.offset, item.strides)
+        for read in shared.shared:
+            self.take(read.chunk, read.region)
+            for delivery in read.deliveries:
+                self.put(delivery.world_rank, read.chunk, delivery.source, delivery.offset, delivery.strides)
+
+
+@st.composite
+def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[TensorLayout], int]:
+    shape = draw(shapes())
+    wanted = draw(st.lists(layouts(shape), min_size=1, max_size=4))
+    return shape, draw(grids(shape)), wanted, draw(st.sampled_from([4, 16, 64, 1 << 20]))
+
+
+@settings(deadline=None, max_examples=400)
+@given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]))
+def test_every_wanted_element_arrives_once(
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], int], least_part: int, long_run: int
+) -> None:
+    shape, saved, wanted, max_slab_bytes = load
+    with pytest.MonkeyPatch.context() as patch:  # small tensors must reach every branch
+        patch.setattr(sharing, "_LEAST_PART", least_part)
+        patch.setattr(sharing, "_LONG_RUN", long_run)
+        plans = shared_plans(shape, saved, wanted, max_slab_bytes)
+        assert plans == shared_plans(shape, saved, wanted, max_slab_bytes), "plans are deterministic"
+    node = Node(shape, saved, wanted)
+    for plan, shared in plans:
+        node.run(plan, shared)
+    for memory, layout in zip(node.memory, wanted, strict=True):
+        assert memory.tolist() == expected(layout).tolist()
+    assert node.taken.max(initial=0) <= 1, "an element left storage twice"
+    assert sum(s.bytes_sent for _, s in plans) == sum(s.bytes_received for _, s in plans)
+
+
+def rows(size: int, ranks: int) -> list[Region]:
+    bounds = [size * rank // ranks for rank in range(ranks + 1)]
+    return [Region((a, 0), (b - a, 64)) for a, b in pairwise(bounds)]
+
+
+def split(ranks: int, dim: int) -> list[TensorLayout]:
+    return [sharded((64, 64), [AxisCut(ranks, rank, Shard(dim))]) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_rows_to_columns_reads_each_byte_once_and_evenly(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_LEAST_PART", 256)
+    plans = shared_plans((64, 64), rows(64, 4), split(ranks, 1), 1 << 20)
+    read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
+    assert sum(read) == 64 * 64
+    assert max(read) == min(read)
+
+
+def test_rows_that_stay_rows_are_read_by_their_own_ranks() -> None:
+    """No rank reads for another, and the plan's reads are as they were."""
+    for plan, shared in shared_plans((64, 64), rows(64, 4), split(3, 0), 1 << 20):
+        assert shared.shared == ()
+        assert shared.own == plan.reads
+        assert shared.bytes_sent == shared.bytes_received == 0
+
+
+def test_replicas_are_read_once() -> None:
+    wanted = [sharded((64, 64), [AxisCut(2, r // 2, Replicate()), AxisCut(2, r % 2, Shard(0))]) for r in range(4)]
+    plans = shared_plans((64, 64), rows(64, 4), wanted, 1 << 20)
+    read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
+    assert sum(read) == 64 * 64
+    assert sum(s.bytes_sent for _, s in plans) == 64 * 64 * 4
+
+
+def test_a_spec_tells_what_ranks_would_tell() -> None:
+    mesh = Mesh((("replicas", 2), ("shards", 2)))
+    spec = SpecLayout(mesh, (Rule("a", {"shards": Shard(1)}),), {"shards": Shard(0)})
+    catalog = catalog_of({"a": ((64, 64), rows(64, 4)), "b": ((64, 64), rows(64, 4))})
+    plans = [plan_load(catalog, spec.rank(rank), REQUEST) for rank in range(4)]
+    by_spec, by_word = SpecWants(spec, range(4)), ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    for plan in plans:
+        for tensor in plan.tensors:
+            assert by_spec.of(tensor) == by_word.of(tensor)
