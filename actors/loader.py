@@ -24,12 +24,13 @@ from shardferry.agreement import Agreement
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint
 from shardferry.handoff import ShardHandle, node_identity
-from shardferry.layout import RankLayout, SpecLayout
+from shardferry.layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan import LoadPlan
 from shardferry.reader import Counters, ReadOptions
 from shardferry.receiver import Reception
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import SpecLayout
 
 Transport = Literal["shared_memory", "object_store"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shardferry.layout import AxisCut, Mesh, Replicate, Rule, Shard, SpecLayout, TensorLayout, sharded
+from shardferry.layout import AxisCut, TensorLayout, sharded
+from shardferry.mesh import Mesh, Replicate, Shard
+from shardferry.spec_layout import Rule, SpecLayout
 
 AXIS = "dp"
 

@@ -19,7 +19,7 @@ from schemas.stage_config import StageConfig
 from schemas.stage_report import StageReport
 from shardferry.errors import RankError
 from shardferry.handoff import ShardHandle
-from shardferry.layout import SpecLayout
+from shardferry.spec_layout import SpecLayout
 
 ProgressCallback = Callable[[list[Progress]], None]
 _PROGRESS_EVERY_S = 0.5

@@ -11,7 +11,7 @@ from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
-from shardferry.layout import RankLayout, SpecLayout
+from shardferry.layout import RankLayout
 from shardferry.optimizer_index import index_optimizer
 from shardferry.plan import LoadPlan, covering_chunks, plan_load, saved_weights
 from shardferry.predict import predict_reads
@@ -19,6 +19,7 @@ from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
 from shardferry.requests import MAX_REQUEST
+from shardferry.spec_layout import SpecLayout
 
 
 def target_layout(config: StageConfig) -> SpecLayout:

@@ -18,7 +18,7 @@ from pipeline.waiting import Wait, gather
 from schemas.stage_config import StageConfig
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import SpecError
-from shardferry.layout import SpecLayout
+from shardferry.spec_layout import SpecLayout
 
 Trainers = Sequence[ActorHandle[Any]]
 Location = str | Path | ray.ObjectRef[Any]

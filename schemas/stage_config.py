@@ -19,10 +19,11 @@ from pydantic import (
 )
 
 from shardferry.errors import LayoutError, SpecError
-from shardferry.layout import HeldBy, Mesh, Placement, Rule, SpecLayout, parse_placement
+from shardferry.mesh import Mesh, Placement, parse_placement
 from shardferry.reader import ReadOptions
 from shardferry.request import DtypePolicy, KeyPolicy, LoadRequest, Selection
 from shardferry.requests import MAX_REQUEST
+from shardferry.spec_layout import HeldBy, Rule, SpecLayout
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

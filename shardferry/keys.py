@@ -128,7 +128,7 @@ def mismatch_error(mismatched: Sequence[Exception]) -> Exception:
     first = mismatched[0]
     if len(mismatched) == 1:
         return first
-    names = shown([str(error).partition(":")[0] for error in mismatched])
+    names = shown(list(dict.fromkeys(str(error).partition(":")[0] for error in mismatched)))
     return LayoutError(f"{first} ({len(mismatched)} are mismatched: {names})")
 
 

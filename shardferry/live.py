@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from shardferry import fsdp1
 from shardferry.errors import InstallError, LayoutError
-from shardferry.layout import LiveEntry, LiveLayout, TensorLayout, replicated
+from shardferry.layout import TensorLayout, replicated
+from shardferry.live_layout import LiveEntry, LiveLayout
 from shardferry.nesting import flat_entries
 from shardferry.optimizer_index import SCALAR_STATE
 from shardferry.tensor_layout import layout_of_tensor

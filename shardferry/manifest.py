@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from shardferry.catalog import KeyPath
-from shardferry.layout import Mesh, TensorLayout
+from shardferry.layout import TensorLayout
+from shardferry.mesh import Mesh
 from shardferry.param_groups import ParamGroup
 from shardferry.request import LoadRequest
 

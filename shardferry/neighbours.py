@@ -13,11 +13,12 @@ from shardferry.agreement import Agreement
 from shardferry.arena import HostArena, check_host_room
 from shardferry.catalog import Catalog
 from shardferry.handoff import node_identity
-from shardferry.layout import RankLayout, SpecLayout, TensorLayout
+from shardferry.layout import RankLayout, TensorLayout
 from shardferry.peers import ArenaAddress
 from shardferry.plan import LoadPlan
 from shardferry.reader import ReadOptions
 from shardferry.sharing import SharedPlan, share_reads
+from shardferry.spec_layout import SpecLayout
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 
 MAX_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache

@@ -7,7 +7,8 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
-from shardferry.layout import Replicate, TensorLayout
+from shardferry.layout import TensorLayout
+from shardferry.mesh import Replicate
 
 
 def torch_placements(layout: TensorLayout, mesh: DeviceMesh) -> list[TorchPlacement]:

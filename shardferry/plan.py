@@ -16,8 +16,10 @@ from shardferry.catalog import NO_FILE, Catalog, KeyPath, SavedTensor
 from shardferry.collector import paused_gc
 from shardferry.errors import LayoutError, PlanError
 from shardferry.keys import Claims, Found, find_state, find_weights, mismatch_error
-from shardferry.layout import Box, LiveLayout, Mesh, RankLayout, TensorLayout
+from shardferry.layout import Box, RankLayout, TensorLayout
+from shardferry.live_layout import LiveLayout
 from shardferry.manifest import Section
+from shardferry.mesh import Mesh
 from shardferry.optimizer_index import SCALAR_STATE, index_optimizer, index_weights
 from shardferry.param_groups import ParamGroup
 from shardferry.region import Region, first_overlap, uncovered

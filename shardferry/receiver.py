@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from shardferry.errors import LayoutError
 from shardferry.handoff import ShardHandle, node_identity
-from shardferry.layout import LiveLayout
 from shardferry.live import LiveModel, live_layout
+from shardferry.live_layout import LiveLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from shardferry.errors import LayoutError
-from shardferry.layout import AxisCut, Box, Placement, Replicate, Shard, TensorLayout, replicated, sharded, single_box
+from shardferry.layout import AxisCut, Box, TensorLayout, replicated, sharded, single_box
+from shardferry.mesh import Placement, Replicate, Shard
 from shardferry.region import Region
 
 _PROTOCOL = ("global_shape", "global_offsets", "local_offsets", "local_sizes")  # of torch's CheckpointableTensor

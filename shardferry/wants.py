@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shardferry.layout import RankLayout, SpecLayout, TensorLayout, replicated
+from shardferry.layout import RankLayout, TensorLayout, replicated
 from shardferry.plan import LoadPlan, PlannedTensor
+from shardferry.spec_layout import SpecLayout
 
 Want = tuple[int, TensorLayout]  # world rank, and how the tensor lies there
 

@@ -17,10 +17,11 @@ import shardferry
 from shardferry.agreement import Agreement
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import PlanError
-from shardferry.layout import Mesh, Shard, SpecLayout
 from shardferry.load import LoadJob, load_rank
+from shardferry.mesh import Mesh, Shard
 from shardferry.reader import ReadOptions
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import SpecLayout
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.matrix import load_and_compare, save_and_describe

@@ -15,7 +15,8 @@ from torch.utils.serialization import config
 
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint, storage_of
-from shardferry.layout import AxisCut, Replicate, Shard, TensorLayout, flat_slice, sharded
+from shardferry.layout import AxisCut, TensorLayout, flat_slice, sharded
+from shardferry.mesh import Replicate, Shard
 from shardferry.region import Region
 from shardferry.storage import RemoteReader
 from shardferry.verify import verify_checkpoint

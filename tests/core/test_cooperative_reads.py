@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from shardferry.agreement import Agreement
 from shardferry.errors import RankError, ShardferryError
-from shardferry.layout import Mesh, Replicate, Shard, SpecLayout
 from shardferry.load import LoadJob, catalog_of_all, load_rank
+from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.reader import ReadOptions, Strategy
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import SpecLayout
 from tests.support.damage import short_file
 from tests.support.models import STATES, STEP, save_fsdp2
 from tests.support.oracle import full_tensor
@@ -117,7 +118,7 @@ def test_a_rank_that_is_alone_on_its_node(ranks: RankPool, saved: str) -> None:
 
 def load_damaged(path: str) -> str:
     try:
-        load(path, "columns", "auto", [None])
+        load(path, "whole", "auto", [None])
     except ShardferryError as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardferry.errors import PlanError
-from shardferry.layout import AxisCut, Box, LiveLayout, Replicate, Shard, TensorLayout, flat_slice, sharded
+from shardferry.layout import AxisCut, Box, TensorLayout, flat_slice, sharded
+from shardferry.live_layout import LiveLayout
+from shardferry.mesh import Replicate, Shard
 from shardferry.plan import ALIGNMENT, LoadPlan, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest

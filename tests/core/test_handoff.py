@@ -24,12 +24,13 @@ from shardferry.arena import HostArena
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import HandoffError
 from shardferry.handoff import Payload, Shard, ShardHandle
-from shardferry.layout import Mesh, Rule, SpecLayout
-from shardferry.layout import Shard as ShardOf
 from shardferry.load import LoadedShard, LoadJob, load_rank
+from shardferry.mesh import Mesh
+from shardferry.mesh import Shard as ShardOf
 from shardferry.plan import ALIGNMENT
 from shardferry.reader import ReadOptions
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import Rule, SpecLayout
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool

@@ -9,19 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.errors import LayoutError
-from shardferry.layout import (
-    AxisCut,
-    Mesh,
-    Placement,
-    Replicate,
-    Rule,
-    Shard,
-    SpecLayout,
-    flat_slice,
-    parse_placement,
-    sharded,
-)
+from shardferry.layout import AxisCut, flat_slice, sharded
+from shardferry.mesh import Mesh, Placement, Replicate, Shard, parse_placement
 from shardferry.region import Region
+from shardferry.spec_layout import Rule, SpecLayout
 
 Index = tuple[int, ...]
 

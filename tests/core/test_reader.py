@@ -14,10 +14,11 @@ from shardferry.arena import HostArena
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import DecodeError, StorageError
-from shardferry.layout import Mesh, Shard, SpecLayout
+from shardferry.mesh import Mesh, Shard
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions, read_plan
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import SpecLayout
 from shardferry.storage import LocalReader
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, edit_metadata

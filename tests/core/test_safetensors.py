@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import CatalogError, PlanError, StorageError
-from shardferry.layout import Mesh, SpecLayout
-from shardferry.layout import Shard as Cut
+from shardferry.mesh import Mesh
+from shardferry.mesh import Shard as Cut
 from shardferry.optimizer_index import index_optimizer
 from shardferry.plan import plan_load
 from shardferry.predict import predict_reads
@@ -29,6 +29,7 @@ from shardferry.reader import Counters, read_object
 from shardferry.region import Region
 from shardferry.request import LoadRequest
 from shardferry.safetensors import parse_header
+from shardferry.spec_layout import SpecLayout
 from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole

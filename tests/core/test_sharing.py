@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardferry import sharing
-from shardferry.layout import AxisCut, LiveLayout, Mesh, Replicate, Rule, Shard, SpecLayout, TensorLayout, sharded
+from shardferry.layout import AxisCut, TensorLayout, sharded
+from shardferry.live_layout import LiveLayout
+from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
 from shardferry.sharing import SharedPlan, share_reads
+from shardferry.spec_layout import Rule, SpecLayout
 from shardferry.wants import SpecWants, ToldWants, told
 from tests.core.test_cover import expected, grids, layouts, shapes
 from tests.support.catalogs import catalog_of

@@ -9,10 +9,11 @@ import torch
 
 from shardferry.agreement import Agreement
 from shardferry.checkpoint import open_checkpoint
-from shardferry.layout import Mesh, Rule, Shard, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
+from shardferry.mesh import Mesh, Shard
 from shardferry.reader import ReadOptions
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import Rule, SpecLayout
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 

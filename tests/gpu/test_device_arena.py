@@ -11,10 +11,11 @@ from shardferry.agreement import Agreement
 from shardferry.arena import DeviceArena, allocate_arena
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import ArenaError
-from shardferry.layout import Mesh, Shard, SpecLayout
 from shardferry.load import LoadJob, load_rank
+from shardferry.mesh import Mesh, Shard
 from shardferry.reader import ReadOptions
 from shardferry.request import LoadRequest
+from shardferry.spec_layout import SpecLayout
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 
@@ -62,7 +63,7 @@ def test_every_element_on_the_device(checkpoint: Path, dim: int, world_rank: int
 
 
 def _columns() -> SpecLayout:
-    from shardferry.layout import Rule
+    from shardferry.spec_layout import Rule
 
     return SpecLayout(Mesh((("dp", 3),)), (Rule("vector", {}),), {"dp": Shard(1)})
 

@@ -10,7 +10,7 @@ import torch
 
 from schemas import StageConfig
 from shardferry.errors import SpecError
-from shardferry.layout import Replicate, Shard
+from shardferry.mesh import Replicate, Shard
 
 DESIGN = """
 checkpoint: {location: ckpt/step-1000, optimizer_key: optim}
