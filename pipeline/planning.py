@@ -12,6 +12,7 @@ from shardferry.catalog import Catalog
 from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout
+from shardferry.neighbours import MAX_SLAB_BYTES
 from shardferry.optimizer_index import index_optimizer
 from shardferry.plan import LoadPlan, covering_chunks, plan_load, saved_weights
 from shardferry.predict import predict_reads
@@ -19,7 +20,9 @@ from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
 from shardferry.requests import MAX_REQUEST
+from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
+from shardferry.wants import SpecWants
 
 
 def target_layout(config: StageConfig) -> SpecLayout:
@@ -67,7 +70,8 @@ def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
     layout = target_layout(config)
     request = config.checkpoint.request()
     plans = plan_all(catalog, [layout.rank(rank) for rank in range(layout.world_size)], request)
-    ranks = [_rank_plan(plan, catalog) for plan in plans]
+    shared = _shared(config, catalog, layout, plans)
+    ranks = [_rank_plan(plan, catalog, part) for plan, part in zip(plans, shared, strict=True)]
     unique = unique_bytes_needed(plans)
     planned = sum(rank.bytes_read for rank in ranks)
     in_flight = config.read.options(config.timeouts.load_s).concurrency * MAX_REQUEST
@@ -88,12 +92,24 @@ def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
     )
 
 
-def _rank_plan(plan: LoadPlan, catalog: Catalog) -> RankPlan:
-    nbytes, num_requests = predict_reads(plan, catalog)
+def _shared(
+    config: StageConfig, catalog: Catalog, layout: SpecLayout, plans: Sequence[LoadPlan]
+) -> list[SharedPlan | None]:
+    """Each rank's part of the reads, were all ranks on one node: what a dry run can't know."""
+    if config.read.strategy == "direct" or config.actors.device == "cuda" or len(plans) < 2:
+        return [None] * len(plans)
+    wants = SpecWants(layout, range(len(plans)))
+    return [share_reads(plan, catalog, wants, max_slab_bytes=MAX_SLAB_BYTES) for plan in plans]
+
+
+def _rank_plan(plan: LoadPlan, catalog: Catalog, shared: SharedPlan | None) -> RankPlan:
+    nbytes, num_requests = predict_reads(plan, catalog, shared)
     return RankPlan(
         rank=plan.world_rank,
         bytes_needed=plan.bytes_needed,
         bytes_read=nbytes,
+        bytes_sent=0 if shared is None else shared.bytes_sent,
+        bytes_received=0 if shared is None else shared.bytes_received,
         num_requests=num_requests,
         arena_bytes=plan.arena_bytes,
     )
