@@ -72,6 +72,7 @@ class Catalog:
     file_bytes: Mapping[str, int] = field(
         default_factory=dict
     )  # by name, as far as the storage told when it was opened
+    file_versions: Mapping[str, str] = field(default_factory=dict)  # alike: an etag, a time; see RangeReader.versions
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # for fsspec; may hold credentials
     problems: tuple[str, ...] = field(default=())
 
@@ -102,12 +103,17 @@ class Catalog:
 
 
 def build_catalog(
-    parts: Mapping[str, Metadata], *, location: str, listing: Mapping[str, int | None] | None = None
+    parts: Mapping[str, Metadata],
+    *,
+    location: str,
+    listing: Mapping[str, int | None] | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Catalog:
     """Build the catalog from the parsed metadata files of one checkpoint (one, or one a rank).
 
     Args:
         listing: bytes of the checkpoint's files, as far as known.
+        versions: what will be different once a file is written again, as far as known.
 
     Raises:
         UnsafeMetadata: a file's relative path leaves the checkpoint.
@@ -117,7 +123,7 @@ def build_catalog(
     with paused_gc():
         for source, metadata in parts.items():
             builder.add(source, metadata)
-        return builder.finish(listing or {})
+        return builder.finish(listing or {}, versions or {})
 
 
 class _CatalogBuilder:
@@ -221,7 +227,7 @@ class _CatalogBuilder:
             )
         return self._files.setdefault(str(path), len(self._files))
 
-    def finish(self, listing: Mapping[str, int | None]) -> Catalog:
+    def finish(self, listing: Mapping[str, int | None], versions: Mapping[str, str]) -> Catalog:
         tensors: dict[str, SavedTensor] = {}
         columns = _Columns()
         for key, rows in self._tensors.items():
@@ -247,6 +253,7 @@ class _CatalogBuilder:
             chunk_format=np.array(columns.formats, dtype=np.int16),
             formats=tuple(self._formats),
             file_bytes={file: size for file in self._files if (size := listing.get(file)) is not None},
+            file_versions={file: versions[file] for file in self._files if file in versions},
             problems=tuple(self._problems),
         )
 

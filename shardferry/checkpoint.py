@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -9,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from shardferry.catalog import Catalog, build_catalog
-from shardferry.errors import CatalogError, CheckpointNotFound
+from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.megatron import COMMON_FILE, with_common_values
 from shardferry.metadata import parse_metadata
-from shardferry.safetensors_files import is_safetensors, read_safetensors, with_safetensors_positions
+from shardferry.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    is_safetensors,
+    read_safetensors,
+    with_safetensors_positions,
+)
 from shardferry.storage.base import RangeReader, open_storage, read_file
+from shardferry.storage.retrying import RetryPolicy
 
 METADATA_FILE = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
@@ -23,8 +31,10 @@ def open_checkpoint(location: str | Path, *, storage_options: Mapping[str, Any] 
     """What the checkpoint at ``location`` holds.
 
     Args:
-        location: a directory, its ``file://`` URL, or any URL that fsspec can open, such as ``s3://bucket/run/step-1000``.
-        storage_options: for fsspec: credentials, an endpoint. They go with the catalog, to every process that reads.
+        location: a directory, its ``file://`` URL, or the URL of an object store (``s3://bucket/run/step-1000``), of a web
+            server, or of anything else that fsspec can open.
+        storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
+            reads.
 
     Raises:
         CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
@@ -38,29 +48,45 @@ def open_checkpoint(location: str | Path, *, storage_options: Mapping[str, Any] 
         storage.close()
 
 
-def storage_of(catalog: Catalog) -> RangeReader:
-    """The storage that a catalog is of. Raises CheckpointNotFound where it is gone."""
-    return open_storage(catalog.location, catalog.storage_options)
+def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeReader:
+    """The storage that a catalog is of; its files must be those that the catalog was made of.
+
+    Raises CheckpointNotFound where it is gone.
+    """
+    storage = open_storage(catalog.location, catalog.storage_options, retry=retry)
+    storage.expect(catalog.file_versions)
+    return storage
 
 
 def read_catalog(storage: RangeReader) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
-    listing = storage.listing()
-    names = list(listing)
+    listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
+    names, versions = list(listing), storage.versions()
     sources = _metadata_files(storage.location, names)
     if not sources and is_safetensors(names):
         parts = {storage.location: read_safetensors(storage, names)}
-        return build_catalog(parts, location=storage.location, listing=listing)
+        return build_catalog(parts, location=storage.location, listing=listing, versions=versions)
     if not sources:
-        raise _no_checkpoint(storage.location, names)
+        raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
     parts = {}
     for name in sources:
         source = f"{storage.location}/{name}"
         parts[source] = parse_metadata(read_file(storage, name), source=source)
-    catalog = with_safetensors_positions(build_catalog(parts, location=storage.location, listing=listing), storage)
+    catalog = with_safetensors_positions(
+        build_catalog(parts, location=storage.location, listing=listing, versions=versions), storage
+    )
     if COMMON_FILE in listing:
         return with_common_values(catalog, read_file(storage, COMMON_FILE))
     return catalog
+
+
+def _known_files(storage: RangeReader) -> dict[str, int | None]:
+    """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there."""
+    found: dict[str, int | None] = {}
+    for name in (METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE):
+        with contextlib.suppress(MissingFile):
+            found[name] = storage.size(name)
+    return dict(sorted(found.items()))
 
 
 def _metadata_files(location: str, names: list[str]) -> list[str]:
@@ -88,4 +114,12 @@ def _no_checkpoint(location: str, names: list[str]) -> CheckpointNotFound:
     hint = "the save was not completed" if saved else "this is no distributed checkpoint"
     return CheckpointNotFound(
         f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
+    )
+
+
+def _not_served(location: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"{location}: no {METADATA_FILE} file, and no {INDEX_FILE}. Other files can't be found here, as a web server doesn't "
+        "list what it has: neither metadata that each rank wrote for itself (__0.metadata, ...) nor whether the save was "
+        'completed. Where the server has an index page of the directory, storage_options={"client": "fsspec"} reads that'
     )

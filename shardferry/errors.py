@@ -8,6 +8,7 @@
   + LayoutError             the wanted topology is impossible                (ValueError)
   + PlanError               checkpoint and wanted topology don't fit         (ValueError)
   + StorageError            bytes are missing, short or unreadable           (OSError)
+    - MissingFile           a file is not there                              (FileNotFoundError)
     - DecodeError           a saved item is not what the metadata says
   + ArenaError              no room for a rank's arena                       (MemoryError)
   + InstallError            the loaded state doesn't fit the live optimizer  (ValueError)
@@ -56,6 +57,10 @@ class PlanError(ShardferryError, ValueError):
 
 class StorageError(ShardferryError, OSError):
     """A file is missing, shorter than the metadata says, or can't be read."""
+
+
+class MissingFile(StorageError, FileNotFoundError):
+    """A file that the metadata names is not there."""
 
 
 class DecodeError(StorageError):

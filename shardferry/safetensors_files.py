@@ -33,6 +33,7 @@ from shardferry.storage.base import RangeReader, read_file
 
 SUFFIX = ".safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # which file holds which tensor; not every writer leaves one
+SINGLE_FILE = "model.safetensors"  # what a model of one file is called
 
 _HEADERS_AT_ONCE = 16
 

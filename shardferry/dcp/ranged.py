@@ -49,6 +49,7 @@ def _catalog_of_all(storage: RangeReader, group: dist.ProcessGroup, agreement: A
     with paused_gc():
         dist.broadcast_object_list(found, group=group, group_src=0)
     assert found[0] is not None
+    storage.expect(found[0].file_versions)
     return found[0]
 
 

@@ -34,9 +34,10 @@ def storage_of(reader: StorageReader) -> RangeReader:
     assert isinstance(reader, FileSystemReader)
     if _is_fsspec(reader):
         from shardferry.storage.remote import RemoteReader
+        from shardferry.storage.retrying import RetryingReader
 
         filesystem: Any = reader.fs  # torch's wrapper around fsspec's own, which was made with the caller's options
-        return RemoteReader(filesystem.fs, os.fspath(reader.path))
+        return RetryingReader(RemoteReader(filesystem.fs, os.fspath(reader.path)))
     return open_storage(os.fspath(reader.path))
 
 

@@ -3,5 +3,16 @@
 from shardferry.storage.base import RangeReader, open_storage
 from shardferry.storage.local import LocalReader
 from shardferry.storage.remote import RemoteReader
+from shardferry.storage.retrying import RetryingReader, RetryPolicy
+from shardferry.storage.traits import Latency, StorageTraits
 
-__all__ = ["LocalReader", "RangeReader", "RemoteReader", "open_storage"]
+__all__ = [
+    "Latency",
+    "LocalReader",
+    "RangeReader",
+    "RemoteReader",
+    "RetryPolicy",
+    "RetryingReader",
+    "StorageTraits",
+    "open_storage",
+]

@@ -2,84 +2,179 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.storage.base import Window
+from shardferry.errors import CheckpointNotFound, SpecError, StorageError
+from shardferry.storage.base import Window, fetch_window, missing_file, written_again
+from shardferry.storage.direct import open_direct, pread_direct
 from shardferry.storage.runs import Runs
+from shardferry.storage.traits import LOCAL_FILES, StorageTraits
+from shardferry.storage.transient import TransientStorageError, is_transient
+
+
+class PageCache(Enum):
+    """What the kernel is told about the pages of what is read."""
+
+    KEEP = "keep"  # nothing
+    READ_AHEAD = "read_ahead"  # all of a request is wanted, before it is read
+    DROP = "drop"  # what was read is not wanted again
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """How local files are read."""
+
+    direct_io: bool = False  # past the page cache, where the file system can
+    page_cache: PageCache = PageCache.KEEP
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LocalOptions:
+        """From ``storage_options``. Raises SpecError."""
+        unknown = sorted(set(options) - {"direct_io", "page_cache"})
+        if unknown:
+            raise SpecError(
+                f"storage_options: local files have no option {unknown[0]!r}; they have direct_io and page_cache"
+            )
+        direct_io, page_cache = options.get("direct_io", False), options.get("page_cache", PageCache.KEEP)
+        if not isinstance(direct_io, bool):
+            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true or false")
+        try:
+            return cls(direct_io, PageCache(page_cache))
+        except ValueError:
+            known = ", ".join(advice.value for advice in PageCache)
+            raise SpecError(f"storage_options: page_cache is {page_cache!r}; it is one of {known}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    descriptor: int
+    is_direct: bool
 
 
 class LocalReader:
     """Files of a directory. Each file is opened once and stays open until ``close``."""
 
-    def __init__(self, directory: Path) -> None:
+    traits: StorageTraits = LOCAL_FILES
+
+    def __init__(self, directory: Path, options: LocalOptions | None = None) -> None:
         if not directory.is_dir():
             what = "is a file, not a directory" if directory.exists() else "no such directory"
             raise CheckpointNotFound(f"{directory}: {what}; give the directory that holds the checkpoint's .metadata")
         self.location = str(directory)
         self._directory = directory
-        self._files: dict[str, int] = {}
+        self._options = options or LocalOptions()
+        self._files: dict[str, _File] = {}
+        self._retired: list[int] = []  # descriptors that went stale, which another thread may still read from
+        self._versions: dict[str, str] = {}
+        self._expected: dict[str, str] = {}  # of files that were not read from yet
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, int | None]:
         with os.scandir(self._directory) as entries:
-            files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        return dict(sorted(files.items()))
+            files = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+        self._versions = {name: _version(status) for name, status in files.items()}
+        return {name: files[name].st_size for name in sorted(files)}
+
+    def versions(self) -> dict[str, str]:
+        return dict(self._versions)
+
+    def expect(self, versions: Mapping[str, str]) -> None:
+        self._expected = dict(versions)
 
     def size(self, path: str) -> int:
-        return os.fstat(self._descriptor(path)).st_size
+        return os.fstat(self._file(path).descriptor).st_size
 
     def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        descriptor = self._descriptor(path)
+        file = self._checked(path)
+        if self._options.page_cache is PageCache.READ_AHEAD:
+            os.posix_fadvise(file.descriptor, byte_offset, len(buffer), os.POSIX_FADV_WILLNEED)
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(descriptor, [buffer[done:]], byte_offset + done)
+                count = _pread(file, buffer[done:], byte_offset + done)
             except OSError as error:
-                raise StorageError(
-                    f"{self.location}/{path}: reading at byte {byte_offset + done} failed: {error}"
-                ) from error
+                raise self._failed(path, f"reading at byte {byte_offset + done} failed", error) from error
             if count == 0:
                 raise StorageError(
                     f"{self.location}/{path}: ends at byte {self.size(path)}, "
                     f"but bytes {byte_offset} to {byte_offset + len(buffer)} are needed; the file is cut"
                 )
             done += count
+        if self._options.page_cache is PageCache.DROP:
+            os.posix_fadvise(file.descriptor, byte_offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
     def window(self, path: str, runs: Runs) -> Window:
         # A page beyond the file's end would kill the process (SIGBUS): look at the size first.
-        start, stop, size = runs.start, runs.stop, self.size(path)
+        file, start, stop, size = self._checked(path), runs.start, runs.stop, self.size(path)
         if stop > size:
             raise StorageError(f"{self.location}/{path}: has {size} bytes, but bytes {start} to {stop} are needed")
+        if self._options != LocalOptions():  # a mapping goes through the page cache, and fills it
+            return fetch_window(self, path, runs)
         first_page = start - start % mmap.ALLOCATIONGRANULARITY
         # The mapping goes with its last view: closing it by hand would fail while an array still looks at it.
-        pages = mmap.mmap(self._descriptor(path), stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
+        pages = mmap.mmap(file.descriptor, stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
         # Only the pages that are looked at are read, once each.
         return Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
 
     def close(self) -> None:
         with self._lock:
-            for descriptor in self._files.values():
+            for descriptor in [*self._retired, *(file.descriptor for file in self._files.values())]:
                 os.close(descriptor)
             self._files.clear()
+            self._retired.clear()
 
-    def _descriptor(self, path: str) -> int:
+    def _checked(self, path: str) -> _File:
+        """A file to read from: the one that the catalog was made of."""
+        file = self._file(path)
+        expected = self._expected.get(path)
+        if expected is not None:
+            if (found := _version(os.fstat(file.descriptor))) != expected:
+                raise written_again(f"{self.location}/{path}", now=found, before=expected)
+            self._expected.pop(path, None)
+        return file
+
+    def _file(self, path: str) -> _File:
         with self._lock:
-            descriptor = self._files.get(path)
-            if descriptor is None:
-                descriptor = self._files[path] = self._open(path)
-            return descriptor
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = self._open(path)
+            return file
 
-    def _open(self, path: str) -> int:
+    def _open(self, path: str) -> _File:
+        where = self._directory / path
         try:
-            return os.open(self._directory / path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_direct(where) if self._options.direct_io else None
+            if descriptor is not None:
+                return _File(descriptor, is_direct=True)
+            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False)
         except FileNotFoundError:
-            raise StorageError(
-                f"{self.location}/{path}: the file is missing, but the metadata says that it holds saved data; "
-                "restore it or use another checkpoint"
-            ) from None
+            raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:
-            raise StorageError(f"{self.location}/{path}: can't be opened: {error}") from error
+            kind = TransientStorageError if is_transient(error) else StorageError
+            raise kind(f"{self.location}/{path}: can't be opened: {error}") from error
+
+    def _failed(self, path: str, what: str, error: OSError) -> StorageError:
+        if error.errno == errno.ESTALE:  # of a network file system: only a new descriptor helps
+            with self._lock:
+                if (file := self._files.pop(path, None)) is not None:
+                    self._retired.append(file.descriptor)
+        kind = TransientStorageError if is_transient(error) else StorageError
+        return kind(f"{self.location}/{path}: {what}: {error}")
+
+
+def _pread(file: _File, buffer: memoryview, byte_offset: int) -> int:
+    if file.is_direct:
+        return pread_direct(file.descriptor, buffer, byte_offset)
+    return os.preadv(file.descriptor, [buffer], byte_offset)
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"

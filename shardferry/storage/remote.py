@@ -7,34 +7,41 @@ times the bytes where a checkpoint's items are looked at here and there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.storage.base import Window
+from shardferry.storage.base import Window, copy_bytes, fetch_window, missing_file, written_again
 from shardferry.storage.runs import Runs
+from shardferry.storage.traits import OBJECT_STORE, StorageTraits
+from shardferry.storage.transient import TransientStorageError, is_transient
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-MAX_GAP_BYTES = 64 * 1024  # between two runs: fewer bytes than this cost less than another request
+# What backends call what changes when a file is written again: s3fs, gcsfs, adlfs, the local one; in order of their worth.
+_VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
 
 
 class RemoteReader:
     """Files of a directory of a filesystem.
+
+    A file's version is checked where the backend lists one, when the file is first read.
 
     Args:
         filesystem: of fsspec. It is shared with whoever else uses it, and not closed here.
         root: the directory's path in it, with or without the protocol.
     """
 
+    traits: StorageTraits = OBJECT_STORE
+
     def __init__(self, filesystem: AbstractFileSystem, root: str) -> None:
         self._filesystem = filesystem
         self._root = str(filesystem._strip_protocol(root)).rstrip("/")
         self.location = filesystem.unstrip_protocol(self._root)
         self._sizes: dict[str, int] = {}
+        self._versions: dict[str, str] = {}
+        self._expected: dict[str, str] = {}  # of files that were not read from yet
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, int | None]:
@@ -44,9 +51,16 @@ class RemoteReader:
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it") from None
         except Exception as error:  # each backend has its own
-            raise StorageError(f"{self.location}: can't be listed: {_reason(error)}") from error
-        files = {entry["name"].rsplit("/", 1)[-1]: entry.get("size") for entry in entries if entry["type"] == "file"}
-        return dict(sorted(files.items()))
+            raise _error(f"{self.location}: can't be listed", error) from error
+        files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+        self._versions = {name: version for name, entry in files.items() if (version := _version(entry)) is not None}
+        return {name: files[name].get("size") for name in sorted(files)}
+
+    def versions(self) -> dict[str, str]:
+        return dict(self._versions)
+
+    def expect(self, versions: Mapping[str, str]) -> None:
+        self._expected = dict(versions)
 
     def size(self, path: str) -> int:
         with self._lock:
@@ -66,36 +80,36 @@ class RemoteReader:
         if not len(buffer):
             return
         stop = byte_offset + len(buffer)
+        what = f"reading bytes {byte_offset} to {stop} failed"
         try:
+            self._check_version(path)
             data = self._range(path, byte_offset, stop)
+        except StorageError:
+            raise
         except Exception as error:
-            raise self._failed(path, f"reading bytes {byte_offset} to {stop} failed", error) from error
-        self._check_length(path, byte_offset, stop, data)
-        buffer[:] = data
+            raise self._failed(path, what, error) from error
+        if len(data) != len(buffer):
+            raise StorageError(
+                f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {len(data)} bytes came; "
+                "the file is cut, or the storage doesn't serve ranges"
+            )
+        copy_bytes(buffer, memoryview(data))
 
     def window(self, path: str, runs: Runs) -> Window:
-        ranges = runs.ranges(max_gap_bytes=MAX_GAP_BYTES)
-        # Pages between the ranges are never touched, and so cost no memory.
-        memory = np.empty(runs.stop - runs.start, dtype=np.uint8).data
-        for (start, stop), data in zip(ranges, self._ranges(path, ranges), strict=True):
-            memory[start - runs.start : stop - runs.start] = data
-        return Window(memory, num_requests=len(ranges), bytes_requested=sum(stop - start for start, stop in ranges))
+        return fetch_window(self, path, runs)
 
     def close(self) -> None:
         """The filesystem keeps its connections: it is not ours alone."""
 
-    def _ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        starts, stops = map(list, zip(*ranges, strict=True))
-        try:
-            if self._reads_through_files():
-                found = [self._range(path, start, stop) for start, stop in ranges]
-            else:  # side by side, where the backend can
-                found = self._filesystem.cat_ranges([self._path(path)] * len(ranges), starts, stops, on_error="raise")
-        except Exception as error:
-            raise self._failed(path, f"reading bytes {starts[0]} to {stops[-1]} failed", error) from error
-        for (start, stop), data in zip(ranges, found, strict=True):
-            self._check_length(path, start, stop, data)
-        return found
+    def _check_version(self, path: str) -> None:
+        expected = self._expected.get(path)
+        if expected is None:
+            return
+        self._filesystem.invalidate_cache(self._root)  # else it may tell what it listed before
+        found = _version(self._filesystem.info(self._path(path)))
+        if found is not None and found != expected:
+            raise written_again(f"{self.location}/{path}", now=found, before=expected)
+        self._expected.pop(path, None)
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
         if not self._reads_through_files():
@@ -111,20 +125,9 @@ class RemoteReader:
         # Asked of the object, not of its class: asynchronous backends get their methods when they are made.
         return getattr(self._filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
 
-    def _check_length(self, path: str, start: int, stop: int, data: bytes) -> None:
-        if len(data) != stop - start:
-            raise StorageError(
-                f"{self.location}/{path}: bytes {start} to {stop} were asked for, {len(data)} bytes came; "
-                "the file is cut, or the storage doesn't serve ranges"
-            )
-
     def _failed(self, path: str, what: str, error: Exception) -> StorageError:
-        if isinstance(error, FileNotFoundError):
-            return StorageError(
-                f"{self.location}/{path}: the file is missing, but the metadata says that it holds saved data; "
-                "restore it or use another checkpoint"
-            )
-        return StorageError(f"{self.location}/{path}: {what}: {_reason(error)}")
+        where = f"{self.location}/{path}"
+        return missing_file(where) if isinstance(error, FileNotFoundError) else _error(f"{where}: {what}", error)
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -142,6 +145,14 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> RemoteReader:
     except Exception as error:  # each backend has its own
         raise CheckpointNotFound(f"{url}: {scheme}:// can't be opened: {_reason(error)}") from error
     return RemoteReader(filesystem, root)
+
+
+def _version(entry: Mapping[str, Any]) -> str | None:
+    return next((f"{name} {entry[name]}" for name in _VERSIONS if entry.get(name)), None)
+
+
+def _error(what: str, error: Exception) -> StorageError:
+    return (TransientStorageError if is_transient(error) else StorageError)(f"{what}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
