@@ -11,6 +11,7 @@ from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
+from shardferry.extents import JoinLimits
 from shardferry.layout import RankLayout
 from shardferry.neighbours import MAX_SLAB_BYTES
 from shardferry.optimizer_index import index_optimizer
@@ -71,7 +72,8 @@ def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
     request = config.checkpoint.request()
     plans = plan_all(catalog, [layout.rank(rank) for rank in range(layout.world_size)], request)
     shared = _shared(config, catalog, layout, plans)
-    ranks = [_rank_plan(plan, catalog, part) for plan, part in zip(plans, shared, strict=True)]
+    limits = _limits(config, catalog)
+    ranks = [_rank_plan(plan, catalog, limits, part) for plan, part in zip(plans, shared, strict=True)]
     unique = unique_bytes_needed(plans)
     planned = sum(rank.bytes_read for rank in ranks)
     in_flight = config.read.options(config.timeouts.load_s).concurrency * MAX_REQUEST
@@ -102,8 +104,18 @@ def _shared(
     return [share_reads(plan, catalog, wants, max_slab_bytes=MAX_SLAB_BYTES) for plan in plans]
 
 
-def _rank_plan(plan: LoadPlan, catalog: Catalog, shared: SharedPlan | None) -> RankPlan:
-    nbytes, num_requests = predict_reads(plan, catalog, shared)
+def _limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
+    options, storage = config.read.options(config.timeouts.load_s), storage_of(catalog)
+    try:
+        return JoinLimits.of(
+            storage.traits, max_gap_bytes=options.max_gap_bytes, max_request_bytes=options.max_request_bytes
+        )
+    finally:
+        storage.close()
+
+
+def _rank_plan(plan: LoadPlan, catalog: Catalog, limits: JoinLimits, shared: SharedPlan | None) -> RankPlan:
+    nbytes, num_requests = predict_reads(plan, catalog, limits, shared)
     return RankPlan(
         rank=plan.world_rank,
         bytes_needed=plan.bytes_needed,

@@ -161,6 +161,12 @@ class ReadSpec(Spec):
         description="direct: each rank reads what it needs itself; cooperative: ranks of a node read for each other; "
         "auto: cooperative where ranks share a node and arenas are on the host",
     )
+    max_gap: ByteSize | None = Field(
+        None, description="bytes that may be read in vain to join two reads; default: by the kind of storage"
+    )
+    max_request: ByteSize | None = Field(
+        None, gt=0, description="bytes of joined reads; default: by the kind of storage"
+    )
     storage_bandwidth: ByteSize | None = Field(
         None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
     )
@@ -174,7 +180,9 @@ class ReadSpec(Spec):
 
     def options(self, timeout_s: float) -> ReadOptions:
         """The same in the core's terms: as many requests in flight as the budget holds."""
-        return ReadOptions(min(self.concurrency, self.memory_budget // MAX_REQUEST), timeout_s, self.strategy)
+        in_flight = max(MAX_REQUEST, self.max_request or 0)
+        concurrency = max(1, min(self.concurrency, self.memory_budget // in_flight))
+        return ReadOptions(concurrency, timeout_s, self.strategy, self.max_gap, self.max_request)
 
 
 class HandoffSpec(Spec):

@@ -99,12 +99,7 @@ class ItemReader:
 
     def layout(self, item: TensorItem) -> ItemLayout:
         """Where the elements of a ranged item are, from its start. Raises StorageError, DecodeError."""
-        if isinstance(item.format, RawItem):
-            layout = ItemLayout(0, item.dtype, item.shape, row_major_strides(item.shape), 0)
-        else:
-            layout = self._layout(item, lambda num_bytes: self._read(item, num_bytes), item.byte_length)
-        _check_layout(item, layout, item.byte_length)
-        return layout
+        return self._checked(item, lambda num_bytes: self._read(item, num_bytes), item.byte_length)
 
     def content(self, item: StoredItem) -> bytes:
         """The whole item as ``torch.save`` wrote it. Raises StorageError, DecodeError."""
@@ -116,10 +111,16 @@ class ItemReader:
         except DecodeError as error:
             raise DecodeError(f"{item.key}: item at byte {item.byte_offset} of {item.path}: {error}") from error
 
-    def layout_in(self, content: bytes, item: TensorItem) -> ItemLayout:
+    def layout_in(self, content: bytes | memoryview, item: TensorItem) -> ItemLayout:
         """Where the elements are in an item's content. Raises DecodeError."""
-        layout = self._layout(item, lambda num_bytes: content[:num_bytes], len(content))
-        _check_layout(item, layout, len(content))
+        return self._checked(item, lambda num_bytes: bytes(content[:num_bytes]), len(content))
+
+    def _checked(self, item: TensorItem, head_of: Callable[[int], bytes], num_bytes: int) -> ItemLayout:
+        if isinstance(item.format, RawItem):
+            layout = ItemLayout(0, item.dtype, item.shape, row_major_strides(item.shape), 0)
+        else:
+            layout = self._layout(item, head_of, num_bytes)
+        _check_layout(item, layout, num_bytes)
         return layout
 
     def value(self, item: StoredItem) -> Any:

@@ -9,7 +9,9 @@ import torch
 
 from shardferry.catalog import Catalog
 from shardferry.decode import HEAD_BYTES, ItemLayout
+from shardferry.extents import JoinLimits, join
 from shardferry.item_format import TransformedItem, ZipItem
+from shardferry.items import TensorItem, tensor_item
 from shardferry.plan import LoadPlan, ReadItem
 from shardferry.region import Region, row_major_strides
 from shardferry.requests import Request, requests_for
@@ -18,42 +20,62 @@ from shardferry.sharing import SharedPlan, SharedRead
 _USUAL_RAW_START = 704  # bytes; where torch.save puts a tensor's data. Only an item's own header says for sure.
 
 
-def predict_reads(plan: LoadPlan, catalog: Catalog, shared: SharedPlan | None = None) -> tuple[int, int]:
+def predict_reads(
+    plan: LoadPlan, catalog: Catalog, limits: JoinLimits, shared: SharedPlan | None = None
+) -> tuple[int, int]:
     """Bytes and requests of one rank's reads.
 
     Exact where saved chunks are row-major, on a local disk. Strides stand only in the data files, which aren't looked at.
 
     Args:
+        limits: of joined reads.
         shared: its part of its node's reads; None where it reads for itself.
     """
     by_chunk: dict[int, list[_Read]] = defaultdict(list)
     for item in plan.reads if shared is None else shared.own:
-        by_chunk[item.chunk].append(_Read(item.source, item.chunk_shape, item.strides, _dtype(plan, item)))
+        by_chunk[item.chunk].append(_read(plan, item, item.source, item.strides))
     for read in () if shared is None else shared.shared:
-        strides = row_major_strides(read.region.sizes)
-        by_chunk[read.chunk].append(_Read(read.region, read.chunk_shape, strides, _dtype(plan, read)))
-    num_requests = len(plan.objects)
-    nbytes = sum(planned.nbytes for planned in plan.objects)
-    for chunk, reads in by_chunk.items():
-        item_format, item_bytes = catalog.formats[catalog.chunk_format[chunk]], int(catalog.chunk_byte_length[chunk])
-        if isinstance(item_format, TransformedItem):  # whole
+        by_chunk[read.chunk].append(_read(plan, read, read.region, row_major_strides(read.region.sizes)))
+    chunks = [_Chunk(_item(catalog, chunk, reads[0]), tuple(reads)) for chunk, reads in by_chunk.items()]
+    chunks.sort(key=lambda chunk: (chunk.item.path, chunk.item.byte_offset))
+    extents, alone = join(chunks, limits)
+    num_requests = len(plan.objects) + len(extents)
+    nbytes = sum(planned.nbytes for planned in plan.objects) + sum(e.stop - e.start for e in extents)
+    for chunk in alone:
+        if isinstance(chunk.item.format, TransformedItem):  # whole
             num_requests += 1
-            nbytes += item_bytes
+            nbytes += chunk.item.byte_length
             continue
-        if isinstance(item_format, ZipItem):  # its head
+        if isinstance(chunk.item.format, ZipItem):  # its head
             num_requests += 1
-            nbytes += min(HEAD_BYTES, item_bytes)
-        for one in reads:
-            requests = one.requests()
-            num_requests += len(requests)
-            nbytes += sum(request.nbytes for request in requests)
+            nbytes += min(HEAD_BYTES, chunk.item.byte_length)
+        requests = [request for one in chunk.reads for request in one.requests()]
+        num_requests += len(requests)
+        nbytes += sum(request.nbytes for request in requests)
     return nbytes, num_requests
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A saved chunk, and what is read of it."""
+
+    item: TensorItem
+    reads: tuple[_Read, ...]
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(one.box.numel for one in self.reads) * self.item.dtype.itemsize
+
+
+def _item(catalog: Catalog, chunk: int, read: _Read) -> TensorItem:
+    return tensor_item(catalog, read.key, read.dtype, read.chunk_shape, chunk)
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
     """A box of a chunk on its way to memory."""
 
+    key: str
     box: Region  # in the chunk, elements
     chunk_shape: tuple[int, ...]
     strides: tuple[int, ...]  # elements, of the place
@@ -65,5 +87,6 @@ class _Read:
         return requests_for(layout, source_offsets=offsets, sizes=sizes, arena_offset=0, strides=self.strides)
 
 
-def _dtype(plan: LoadPlan, read: ReadItem | SharedRead) -> torch.dtype:
-    return plan.tensors[read.tensor].dtype
+def _read(plan: LoadPlan, read: ReadItem | SharedRead, box: Region, strides: tuple[int, ...]) -> _Read:
+    tensor = plan.tensors[read.tensor]
+    return _Read(tensor.key, box, read.chunk_shape, strides, tensor.dtype)

@@ -21,6 +21,7 @@ from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
 from shardferry.decode import ItemLayout
 from shardferry.errors import StorageError
+from shardferry.extents import Extent, JoinLimits, join
 from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
 from shardferry.peers import PeerArenas
 from shardferry.plan import LoadPlan, ReadItem
@@ -82,6 +83,8 @@ class ReadOptions:
     concurrency: int = 16  # requests in flight of this rank
     timeout_s: float | None = None  # for all reads of this rank
     strategy: Strategy = "auto"
+    max_gap_bytes: int | None = None  # that may be read in vain between two items; None: as the storage likes it
+    max_request_bytes: int | None = None  # of joined reads; None: as the storage likes it
     node: str | None = None  # ranks with the same name share memory; None: found out
 
 
@@ -108,6 +111,12 @@ class _Chunk:
         own = sum(piece.item.source.numel for piece in self.pieces)
         delivered = sum(d.source.numel for read in self.shared for d in read.deliveries)
         return (own + delivered) * self.item.dtype.itemsize
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of it that are read, without its head: a replica's are wanted twice and read once."""
+        own = sum(piece.item.source.numel for piece in self.pieces)
+        return (own + sum(read.region.numel for read in self.shared)) * self.item.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +149,20 @@ class _PlacedSlab:
         return sum(delivery.source.numel for delivery in self.read.deliveries) * self.item.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class _SmallChunks:
+    """Chunks whose items are read in one request."""
+
+    extent: Extent[_Chunk]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are wanted."""
+        return sum(chunk.nbytes for chunk in self.extent.members)
+
+
 # What one thread does in one go; a chunk where its item has to be read whole.
-_Work = _PlacedRequest | _PlacedSlab | _Chunk
+_Work = _PlacedRequest | _PlacedSlab | _Chunk | _SmallChunks
 
 
 @dataclass(frozen=True)
@@ -177,15 +198,21 @@ def read_plan(
     placer, sink = _Placer(ItemReader(source)), make_sink(arena)
     courier = None if sharing is None else _Courier(sharing.peers)
 
+    def carry_out_whole(chunk: _Chunk, content: bytes | memoryview) -> None:
+        layout, memory = placer.layout_in(content, chunk.item), MemorySource(content)
+        for request in placer.placed(chunk, layout, 0):
+            sink.carry_out(request, memory)
+        for slab in placer.slabs(chunk, layout):
+            assert courier is not None
+            courier.carry_out(slab, 0, memory)
+
     def carry_out(batch: Sequence[_Work]) -> None:
         for work in batch:
             if isinstance(work, _Chunk):
-                content, layout = placer.whole(work)
-                for request in placer.placed(work, layout, 0):
-                    sink.carry_out(request, content)
-                for slab in placer.slabs(work, layout):
-                    assert courier is not None
-                    courier.carry_out(slab, 0, content)
+                carry_out_whole(work, placer.content(work.item))
+            elif isinstance(work, _SmallChunks):
+                for chunk, content in read_extent(work.extent, source):
+                    carry_out_whole(chunk, content)
             elif isinstance(work, _PlacedSlab):
                 assert courier is not None
                 courier.carry_out(work, work.item.byte_offset, source)
@@ -197,7 +224,12 @@ def read_plan(
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
     with Crew(options.concurrency, timeout_s=options.timeout_s, alone=alone) as crew:
         with paused_gc():
-            works = [work for part in crew.run(placer.works, chunks, _groups) for work in part]
+            limits = JoinLimits.of(
+                storage.traits, max_gap_bytes=options.max_gap_bytes, max_request_bytes=options.max_request_bytes
+            )
+            extents, alone_chunks = join(chunks, limits)
+            works: list[_Work] = [_SmallChunks(extent) for extent in extents]
+            works += [work for part in crew.run(placer.works, alone_chunks, _groups) for work in part]
         crew.run(carry_out, works, _batches)
 
 
@@ -299,10 +331,13 @@ class _Placer:
                 works.append(chunk)
         return works
 
-    def whole(self, chunk: _Chunk) -> tuple[MemorySource, ItemLayout]:
-        """The content of a chunk's item, and how its elements lie in it."""
-        content = self._items.content(chunk.item)
-        return MemorySource(content), self._items.layout_in(content, chunk.item)
+    def content(self, item: TensorItem) -> bytes:
+        """The whole content of an item."""
+        return self._items.content(item)
+
+    def layout_in(self, content: bytes | memoryview, item: TensorItem) -> ItemLayout:
+        """How an item's elements lie in its content."""
+        return self._items.layout_in(content, item)
 
     def slabs(self, chunk: _Chunk, layout: ItemLayout) -> list[_PlacedSlab]:
         """What is read of a chunk for several ranks."""
@@ -329,6 +364,15 @@ class _Placer:
             )
             self._known_requests[alike] = requests
         return requests
+
+
+def read_extent(extent: Extent[_Chunk], source: ByteSource) -> Iterator[tuple[_Chunk, memoryview]]:
+    """Each chunk of an extent with its item's bytes, out of one request."""
+    data = memoryview(bytearray(extent.stop - extent.start))
+    source.read_into(extent.path, extent.start, data)
+    for chunk in extent.members:
+        start = chunk.item.byte_offset - extent.start
+        yield chunk, data[start : start + chunk.item.byte_length]
 
 
 def _groups(units: Sequence[T]) -> list[Sequence[T]]:

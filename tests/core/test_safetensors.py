@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import CatalogError, PlanError, StorageError
+from shardferry.extents import JoinLimits
 from shardferry.mesh import Mesh
 from shardferry.mesh import Shard as Cut
 from shardferry.optimizer_index import index_optimizer
@@ -35,6 +36,8 @@ from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor, random_bits
 from tests.support.ranks import RankPool
+
+APART = JoinLimits(max_gap_bytes=0, max_request_bytes=1, max_item_bytes=1)  # nothing is joined
 
 SHAPES = {"rows.weight": (10, 6), "columns.weight": (7, 9), "vector.bias": (5,)}
 CUTS = {"rows.weight": 0, "columns.weight": 1, "vector.bias": 0}
@@ -83,7 +86,7 @@ def test_an_optimizer_is_found_by_its_keys(ranks: RankPool, tmp_path: Path) -> N
     catalog = open_checkpoint(path)
     assert set(index_optimizer(catalog, "optim").state) == set(SHAPES)
     plan = plan_load(catalog, SpecLayout(Mesh((("dp", 2),)), default={"dp": Cut(0)}).rank(1), LoadRequest("optim"))
-    assert plan.bytes_needed == (5 * 6 + 3 * 9 + 2) * 4 == predict_reads(plan, catalog)[0]
+    assert plan.bytes_needed == (5 * 6 + 3 * 9 + 2) * 4 == predict_reads(plan, catalog, APART)[0]
 
 
 def test_consolidated_output_and_its_shards(ranks: RankPool, tmp_path: Path) -> None:

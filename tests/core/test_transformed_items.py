@@ -12,18 +12,22 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import DecodeError
+from shardferry.extents import JoinLimits
 from shardferry.item_format import TransformedItem
 from shardferry.layout import single_box
 from shardferry.plan import plan_tensors
 from shardferry.predict import predict_reads
 from shardferry.reader import Counters, read_object
 from shardferry.region import Region
+from shardferry.storage.traits import LOCAL_FILES
 from shardferry.transforms import ZSTANDARD
 from shardferry.verify import verified_bytes, verify_checkpoint
 from tests.support import damage
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor
+
+LIMITS = JoinLimits.of(LOCAL_FILES, max_gap_bytes=None, max_request_bytes=None)
 
 TENSORS = {
     "matrix": full_tensor("matrix", "exp_avg", (64, 48)),
@@ -79,7 +83,9 @@ def test_an_item_is_read_once_however_many_boxes_of_it_are_wanted(tmp_path: Path
         catalog, [(key, single_box(catalog.tensors[key].shape, r)) for key, r in boxes], world_rank=0, world_size=1
     )
     # Boxes of one tensor are tensors of their own here, and its chunk is still one.
-    assert (counters.bytes_requested, counters.num_requests) == (sum(lengths), 3) == predict_reads(plan, catalog)
+    assert (
+        (counters.bytes_requested, counters.num_requests) == (sum(lengths), 3) == predict_reads(plan, catalog, LIMITS)
+    )
 
 
 def test_verify(saved: Path) -> None:
@@ -96,6 +102,7 @@ def test_one_damaged_byte(tmp_path: Path) -> None:
     data = bytearray((path / "__0_0.distcp").read_bytes())
     data[start + 2] ^= 0xFF  # of the frame's magic number
     (path / "__0_0.distcp").write_bytes(data)
+    catalog = open_checkpoint(path)
     says = (
         rf"state\.matrix: item at byte {start} of __0_0\.distcp: its {length} compressed bytes .*; the file is damaged"
     )

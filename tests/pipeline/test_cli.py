@@ -118,7 +118,9 @@ def test_plan_of_the_needed_bytes_by_hand(spec: Path) -> None:
     needed = [rank["bytes_needed"] for rank in plan["ranks"]]
     assert needed[0] > needed[1] == needed[2] == needed[3]
     assert plan["unique_bytes_needed"] < plan["storage_bytes_planned"] <= 1.05 * plan["unique_bytes_needed"]
-    assert sum(rank["bytes_sent"] for rank in plan["ranks"]) == sum(rank["bytes_received"] for rank in plan["ranks"]) > 0
+    assert (
+        sum(rank["bytes_sent"] for rank in plan["ranks"]) == sum(rank["bytes_received"] for rank in plan["ranks"]) > 0
+    )
     spec.write_text(spec.read_text().replace("read: {", "read: {strategy: direct, "))
     direct = json_of("plan", spec, "--json")
     assert direct["unique_bytes_needed"] == plan["unique_bytes_needed"]
