@@ -9,7 +9,7 @@ from shardferry.layout import AxisCut, TensorLayout, sharded
 from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.spec_layout import Rule, SpecLayout
 
-AXIS = "dp"
+COPIES, AXIS = "copies", "dp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +20,18 @@ class Case:
     saved_by: int  # ranks
     ranks: int
     cut: Literal["rows", "columns"]
+    copies: int = 1  # HSDP: as many groups of ranks hold the same
 
     @property
     def title(self) -> str:
-        return (
-            f"{self.saved_by} → {self.ranks}"
-            if self.cut == "rows"
-            else f"{self.saved_by} → {self.ranks}, rows → columns"
-        )
+        change = "" if self.cut == "rows" else ", rows → columns"
+        target = f"{self.ranks}" if self.copies == 1 else f"{self.copies} × {self.ranks // self.copies}"
+        return f"{self.saved_by} → {target}{change}"
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """Copies, and the ranks that share one."""
+        return self.copies, self.ranks // self.copies
 
     def shard_dim(self, shape: tuple[int, ...]) -> int | None:
         """The dimension of a parameter that is cut; None: every rank holds all of it."""
@@ -37,13 +41,15 @@ class Case:
 
     def tensor_layout(self, shape: tuple[int, ...], world_rank: int) -> TensorLayout:
         """What one rank holds of one parameter."""
-        dim = self.shard_dim(shape)
+        dim, (copies, ranks) = self.shard_dim(shape), self.mesh_shape
         placement = Replicate() if dim is None else Shard(dim)
-        return sharded(shape, [AxisCut(self.ranks, world_rank, placement)])
+        copy, rank = divmod(world_rank, ranks)
+        return sharded(shape, [AxisCut(copies, copy, Replicate()), AxisCut(ranks, rank, placement)])
 
     def spec(self) -> SpecLayout:
         """The topology as a stage's spec would say it."""
-        mesh = Mesh(((AXIS, self.ranks),))
+        copies, ranks = self.mesh_shape
+        mesh = Mesh(((COPIES, copies), (AXIS, ranks)))
         if self.cut == "rows":
             return SpecLayout(mesh, (), {AXIS: Shard(0)})
         return SpecLayout(mesh, (Rule("*.bias", {}), Rule("*ln_?.weight", {})), {AXIS: Shard(1)})
@@ -53,7 +59,10 @@ CASES = (
     Case("4-4", 4, 4, "rows"),
     Case("4-2", 4, 2, "rows"),
     Case("4-3", 4, 3, "rows"),
-    Case("2-4", 2, 4, "rows"),
+    Case("4-8", 4, 8, "rows"),
+    Case("1-4", 1, 4, "rows"),
     Case("rows-columns-2", 4, 2, "columns"),
     Case("rows-columns-4", 4, 4, "columns"),
+    Case("rows-columns-8", 4, 8, "columns"),
+    Case("hsdp-2x2", 4, 4, "rows", copies=2),
 )

@@ -61,7 +61,7 @@ class Task:
         layouts = {fqn: case.tensor_layout(shape, rank) for fqn, shape in shapes.items()}
         boxes = {fqn: (shapes[fqn], layout.boxes[0].region) for fqn, layout in layouts.items()}
         needed = 4 * len(STATES) * sum(math.prod(shape) for shape in shapes.values())
-        return cls(case, path, shapes, needed, rank, init_device_mesh("cpu", (case.ranks,)), expected_state(boxes))
+        return cls(case, path, shapes, needed, rank, init_device_mesh("cpu", case.mesh_shape), expected_state(boxes))
 
     @property
     def shard_bytes(self) -> int:
@@ -205,7 +205,7 @@ class StockLoad:
         local = torch.empty_like(self._task.expected[fqn, name])
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            local, self._task.mesh, [placement], run_check=False, shape=torch.Size(shape), stride=strides
+            local, self._task.mesh, [Replicate(), placement], run_check=False, shape=torch.Size(shape), stride=strides
         )
 
     def check(self) -> None:
@@ -323,5 +323,5 @@ class Floor:
 
 def contenders_of(case: Case) -> list[type[Contender]]:
     """Those that can do a case."""
-    rows_only: list[type[Contender]] = [StockShardedLoad] if case.cut == "rows" else []
+    rows_only: list[type[Contender]] = [StockShardedLoad] if case.cut == "rows" and case.copies == 1 else []
     return [Floor, Shardferry, StockLoad, *rows_only]

@@ -86,7 +86,10 @@ def measure(options: Options, size: GptSize, directory: str) -> Results:
     """Write the checkpoints and run the cases. Raises RankFailed where a result is wrong."""
     shapes = size.shapes()
     results: dict[Case, Mapping[str, Figures]] = {}
-    with tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory) as folder, RankPool(4) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory) as folder,
+        RankPool(max(max(case.ranks, case.saved_by) for case in options.cases)) as pool,
+    ):
         paths = {ranks: str(Path(folder, f"saved-by-{ranks}")) for ranks in {case.saved_by for case in options.cases}}
         for ranks, path in paths.items():
             _say(f"{ranks} FSDP2 ranks save {size.state_bytes / 1e6:.0f} MB of AdamW state and the weights")
