@@ -30,7 +30,7 @@ from shardferry.checkpoint import METADATA_FILE, open_checkpoint
 from shardferry.load import LoadJob, PhaseClock, arena_for, catalog_of_all, load_rank
 from shardferry.param_groups import ParamGroup
 from shardferry.plan import LoadPlan, plan_load
-from shardferry.reader import Counters, ReadOptions
+from shardferry.reader import Counters, ReadOptions, Strategy
 from shardferry.request import LoadRequest
 
 _FLOOR_BYTES = 8 * 1024 * 1024  # that one call reads
@@ -114,6 +114,7 @@ class Shardferry:
     """What a job does: rank 0 opens the checkpoint, all get its catalog; each plans, then reads into its arena."""
 
     name = "Shardferry"
+    strategy: Strategy = "auto"
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -134,7 +135,7 @@ class Shardferry:
         self._counters, self._clock = Counters(), PhaseClock()
         with self._clock.phase("open"):
             catalog = catalog_of_all(self._task.path, agreement)
-        job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), ReadOptions())
+        job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), ReadOptions(strategy=self.strategy))
         loaded = load_rank(job, agreement, counters=self._counters, arena=self._arena)
         assert isinstance(loaded.arena, HostArena)
         self._plan, self._arena = loaded.plan, loaded.arena
@@ -166,6 +167,20 @@ class Shardferry:
 
     def phases(self) -> Mapping[str, float]:
         return self._clock.seconds
+
+
+class Direct(Shardferry):
+    """Every rank reads for itself."""
+
+    name = "Shardferry, direct"
+    strategy: Strategy = "direct"
+
+
+class Cooperative(Shardferry):
+    """The ranks of a node read for each other."""
+
+    name = "Shardferry, cooperative"
+    strategy: Strategy = "cooperative"
 
 
 class StockLoad:
@@ -324,4 +339,4 @@ class Floor:
 def contenders_of(case: Case) -> list[type[Contender]]:
     """Those that can do a case."""
     rows_only: list[type[Contender]] = [StockShardedLoad] if case.cut == "rows" and case.copies == 1 else []
-    return [Floor, Shardferry, StockLoad, *rows_only]
+    return [Floor, Shardferry, Direct, Cooperative, StockLoad, *rows_only]

@@ -17,6 +17,7 @@ from shardferry.neighbours import MAX_SLAB_BYTES
 from shardferry.optimizer_index import index_optimizer
 from shardferry.plan import LoadPlan, covering_chunks, plan_load, saved_weights
 from shardferry.predict import predict_reads
+from shardferry.probe import answers_from_memory
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
@@ -100,8 +101,18 @@ def _shared(
     """Each rank's part of the reads, were all ranks on one node: what a dry run can't know."""
     if config.read.strategy == "direct" or config.actors.device == "cuda" or len(plans) < 2:
         return [None] * len(plans)
+    if config.read.strategy == "auto" and _all_in_memory(catalog, plans):
+        return [None] * len(plans)
     wants = SpecWants(layout, range(len(plans)))
     return [share_reads(plan, catalog, wants, max_slab_bytes=MAX_SLAB_BYTES) for plan in plans]
+
+
+def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
+    storage = storage_of(catalog)
+    try:
+        return all(answers_from_memory(plan, catalog, storage) for plan in plans)
+    finally:
+        storage.close()
 
 
 def _limits(config: StageConfig, catalog: Catalog) -> JoinLimits:

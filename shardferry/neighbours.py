@@ -12,10 +12,12 @@ import torch
 from shardferry.agreement import Agreement
 from shardferry.arena import HostArena, check_host_room
 from shardferry.catalog import Catalog
+from shardferry.checkpoint import storage_of
 from shardferry.handoff import node_identity
 from shardferry.layout import RankLayout, TensorLayout
 from shardferry.peers import ArenaAddress
 from shardferry.plan import LoadPlan
+from shardferry.probe import answers_from_memory
 from shardferry.reader import ReadOptions
 from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
@@ -55,6 +57,7 @@ class _Word:
     host_bytes: int  # of its arena; 0 where that is on a GPU
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
+    in_memory: bool  # what it reads is in the page cache
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
 
 
@@ -75,6 +78,8 @@ class Neighbours:
         because = next((word.alone_because for word in self.words.values() if word.alone_because), "")
         if not because and len(self.words) < 2:
             because = "no other rank is on this node"
+        if not because and job.read.strategy == "auto" and all(word.in_memory for word in self.words.values()):
+            because = "the page cache has what is read: a copy for others would cost as much as a read by themselves"
         if because:
             return Strategy("direct", because)
         shared = share_reads(plan, job.catalog, self._wants(), max_slab_bytes=MAX_SLAB_BYTES)
@@ -97,17 +102,30 @@ def meet_neighbours(job: Job, plan: LoadPlan, arena: HostArena | None, agreement
     Args:
         arena: this rank's, reserved; None where it will be on a GPU.
     """
-    spec, because = job.layout.spec, _alone_because(job, agreement.size)
-    word = _Word(
-        job.read.node or node_identity(),
-        0 if arena is None else plan.arena_bytes,
-        None if arena is None else ArenaAddress.of(arena),
-        because,
-        told(plan) if not because and spec is None and agreement.size > 1 else None,
-    )
-    words = agreement.share("planning", lambda: word)
-    here = {rank: other for rank, other in enumerate(words) if other.node == word.node}
+    spec, node = job.layout.spec, job.read.node or node_identity()
+
+    def say() -> _Word:
+        because = _alone_because(job, agreement.size)
+        return _Word(
+            node,
+            0 if arena is None else plan.arena_bytes,
+            None if arena is None else ArenaAddress.of(arena),
+            because,
+            not because and job.read.strategy == "auto" and _is_in_memory(job, plan),
+            told(plan) if not because and spec is None and agreement.size > 1 else None,
+        )
+
+    words = agreement.share("planning", say)
+    here = {rank: other for rank, other in enumerate(words) if other.node == node}
     return Neighbours(here, spec)
+
+
+def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
+    storage = storage_of(job.catalog)
+    try:
+        return answers_from_memory(plan, job.catalog, storage)
+    finally:
+        storage.close()
 
 
 def _alone_because(job: Job, world_size: int) -> str:

@@ -41,7 +41,7 @@ class PeerArenas:
     """The arenas of a node's ranks, this one's among them; opened when they are first written to."""
 
     def __init__(self, world_rank: int, arena: HostArena, addresses: Mapping[int, ArenaAddress]) -> None:
-        self._own_rank = world_rank
+        self.world_rank = world_rank
         self._arena = arena
         self._addresses = addresses
         self._opened: dict[int, _Peer] = {}
@@ -56,6 +56,11 @@ class PeerArenas:
         for peer in self._opened.values():
             peer.close()
 
+    def memory_at(self, tensor: int, byte_offset: int, nbytes: int) -> memoryview:
+        """A part of this rank's own arena."""
+        start = int(self._arena.directory[tensor]) + byte_offset
+        return self._arena.memory[start : start + nbytes]
+
     def put(
         self, world_rank: int, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]
     ) -> None:
@@ -69,7 +74,7 @@ class PeerArenas:
         Raises:
             StorageError: the rank's arena is gone.
         """
-        if world_rank == self._own_rank:
+        if world_rank == self.world_rank:
             place = self._arena.directory[tensor] + byte_offset
             np.ndarray(block.shape, block.dtype, self._arena.memory, int(place), byte_strides)[...] = block
             return

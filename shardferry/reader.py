@@ -427,18 +427,30 @@ class _Courier:
     def carry_out(self, slab: _PlacedSlab, item_offset: int, source: ByteSource) -> None:
         region, itemsize = slab.read.region, slab.item.dtype.itemsize
         strides = row_major_strides(region.sizes)
-        buffer = self._buffer(region.numel * itemsize)
+        own = self._own_place(slab, strides)
+        buffer = self._buffer(region.numel * itemsize) if own is None else self._peers.memory_at(*own)
         sink = _HostSink(buffer)
         for request in requests_for(
             slab.layout, source_offsets=region.offsets, sizes=region.sizes, arena_offset=0, strides=strides
         ):
             sink.carry_out(_PlacedRequest(slab.item.path, item_offset, 0, request), source)
         for delivery in slab.read.deliveries:
+            if own is not None and delivery.world_rank == self._peers.world_rank:
+                continue
             inside = delivery.source.relative_to(region.offsets)
             start = sum(o * s for o, s in zip(inside.offsets, strides, strict=True)) * itemsize
             block = _strided(buffer, start, inside.sizes, strides, itemsize)
             byte_strides = tuple(stride * itemsize for stride in delivery.strides)
             self._peers.put(delivery.world_rank, slab.row, delivery.offset * itemsize, block, byte_strides)
+
+    def _own_place(self, slab: _PlacedSlab, strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+        """Where this rank wants the whole slab as it is: then it is read there. Row, byte offset, length."""
+        itemsize = slab.item.dtype.itemsize
+        for delivery in slab.read.deliveries:
+            as_it_is = delivery.source == slab.read.region and delivery.strides == strides
+            if delivery.world_rank == self._peers.world_rank and as_it_is:
+                return slab.row, delivery.offset * itemsize, slab.read.numel * itemsize
+        return None
 
     def _buffer(self, nbytes: int) -> memoryview:
         buffer: bytearray | None = getattr(self._buffers, "bytes", None)

@@ -67,6 +67,9 @@ class RangeReader(ByteSource, Protocol):
     def size(self, path: str) -> int:
         """Bytes of a file. Raises MissingFile, StorageError."""
 
+    def is_in_memory(self, path: str, byte_offset: int) -> bool:
+        """Whether a byte can be had without asking a disk or a network; never asks them itself. Raises StorageError."""
+
     def close(self) -> None:
         """Give back files and connections."""
 

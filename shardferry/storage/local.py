@@ -124,6 +124,15 @@ class LocalReader:
         # Only the pages that are looked at are read, once each.
         return Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
 
+    def is_in_memory(self, path: str, byte_offset: int) -> bool:
+        file = self._file(path)
+        if file.is_direct:
+            return False
+        try:
+            return os.preadv(file.descriptor, [bytearray(1)], byte_offset, os.RWF_NOWAIT) == 1
+        except OSError:  # not in the page cache, or a file system that can't tell
+            return False
+
     def close(self) -> None:
         with self._lock:
             for descriptor in [*self._retired, *(file.descriptor for file in self._files.values())]:

@@ -77,6 +77,9 @@ class NativeReader:
     def window(self, path: str, runs: Runs) -> Window:
         return fetch_window(self, path, runs)
 
+    def is_in_memory(self, path: str, byte_offset: int) -> bool:
+        return False
+
     def close(self) -> None:
         """Connections go with the store, when nobody holds it."""
 

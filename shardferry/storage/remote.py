@@ -98,6 +98,9 @@ class RemoteReader:
     def window(self, path: str, runs: Runs) -> Window:
         return fetch_window(self, path, runs)
 
+    def is_in_memory(self, path: str, byte_offset: int) -> bool:
+        return False
+
     def close(self) -> None:
         """The filesystem keeps its connections: it is not ours alone."""
 

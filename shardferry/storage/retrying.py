@@ -97,6 +97,9 @@ class RetryingReader:
             return self._try(self._storage.window, path, runs)
         return fetch_window(self, path, runs, run_all=self._requests().map)
 
+    def is_in_memory(self, path: str, byte_offset: int) -> bool:
+        return self._storage.is_in_memory(path, byte_offset)
+
     def close(self) -> None:
         with self._lock:
             pool, self._pool = self._pool, None

@@ -83,7 +83,7 @@ def total(results: list[dict[str, int]], name: str) -> int:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_node_reads_each_byte_once(ranks: RankPool, saved: str, topology: str, size: int) -> None:
-    results = ranks.run(size, load, saved, topology, "auto", [None])
+    results = ranks.run(size, load, saved, topology, "cooperative", [None])
     assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024, "headers of a few chunks, and nothing twice"
     assert total(results, "done") == total(results, "needed")
     assert total(results, "sent") == total(results, "received")
@@ -104,7 +104,7 @@ def test_direct_reads_are_no_ones_but_the_ranks_own(ranks: RankPool, saved: str,
 
 def test_two_nodes_read_once_each(ranks: RankPool, saved: str) -> None:
     """Ranks 0 and 2 share memory, and ranks 1 and 3; between nodes nothing is sent."""
-    results = ranks.run(4, load, saved, "whole", "auto", ["here", "there"])
+    results = ranks.run(4, load, saved, "whole", "cooperative", ["here", "there"])
     for node in (results[0::2], results[1::2]):
         assert total(node, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
         assert total(node, "sent") == total(node, "received")
@@ -112,13 +112,13 @@ def test_two_nodes_read_once_each(ranks: RankPool, saved: str) -> None:
 
 
 def test_a_rank_that_is_alone_on_its_node(ranks: RankPool, saved: str) -> None:
-    results = ranks.run(3, load, saved, "columns", "auto", ["here", "here", "there"])
+    results = ranks.run(3, load, saved, "columns", "cooperative", ["here", "here", "there"])
     assert [result["shared"] for result in results] == [1, 1, 0]
 
 
 def load_damaged(path: str) -> str:
     try:
-        load(path, "whole", "auto", [None])
+        load(path, "whole", "cooperative", [None])
     except ShardferryError as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"
@@ -146,7 +146,7 @@ def die_before_reading(path: str) -> str:
     if rank == 1:
         peers.ArenaAddress.of = staticmethod(elsewhere)  # type: ignore[method-assign, assignment]
     try:
-        load(path, "whole", "auto", [None])
+        load(path, "whole", "cooperative", [None])
     except (RankError, ShardferryError) as error:
         return str(error)
     finally:
@@ -157,3 +157,23 @@ def die_before_reading(path: str) -> str:
 def test_an_arena_that_is_gone_is_named(ranks: RankPool, saved: str) -> None:
     messages = ranks.run(3, die_before_reading, saved)
     assert all("the arena of rank 1 (process" in message for message in messages)
+
+
+def drop_from_page_cache(path: str) -> None:
+    for file in Path(path).glob("*.distcp"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def test_auto_shares_reads_unless_they_cost_nothing(ranks: RankPool, saved: str) -> None:
+    """What the page cache has, every rank copies itself; what a disk must give, one rank reads for all."""
+    for file in Path(saved).glob("*.distcp"):
+        file.read_bytes()
+    warm = ranks.run(2, load, saved, "whole", "auto", [None])
+    assert [result["shared"] for result in warm] == [0, 0]
+    drop_from_page_cache(saved)
+    cold = ranks.run(2, load, saved, "whole", "auto", [None])
+    assert [result["shared"] for result in cold] == [1, 1]
+    assert total(cold, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
