@@ -19,7 +19,7 @@ from shardferry.storage.runs import Runs
 from shardferry.storage.traits import OBJECT_STORE, WEB_SERVER, StorageTraits
 
 if TYPE_CHECKING:
-    from obstore import GetResult, ObjectMeta
+    from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
@@ -84,9 +84,10 @@ class NativeReader:
         import obstore
 
         stop = byte_offset + len(buffer)
-        result = obstore.get(
-            self._store, path, options={"range": (byte_offset, stop), "if_match": self._version_to_read(path)}
-        )
+        options: GetOptions = {"range": (byte_offset, stop)}
+        if (version := self._version_to_read(path)) is not None:
+            options["if_match"] = version
+        result = obstore.get(self._store, path, options=options)
         done = _copied(result, buffer)
         if done != len(buffer):
             raise StorageError(
