@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shardferry.errors import CheckpointNotFound, SpecError, StorageError
+from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, StorageError
 from shardferry.storage.base import Window, copy_bytes, fetch_window, missing_file, written_again
 from shardferry.storage.native_errors import storage_error
 from shardferry.storage.native_options import StoreOptions, StorePlace, place_of, split_options
@@ -43,7 +43,10 @@ class NativeReader:
 
         if not self.traits.has_listing:
             raise StorageError(f"{self.location}: a web server doesn't list its files")
-        found = self._call(lambda: obstore.list_with_delimiter(self._store)["objects"], "", "can't be listed")
+        try:
+            found = self._call(lambda: obstore.list_with_delimiter(self._store)["objects"], "", "can't be listed")
+        except MissingFile:
+            raise CheckpointNotFound(f"{self.location}: no such bucket, or it may not be seen") from None
         if not found:
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it")
         with self._lock:
