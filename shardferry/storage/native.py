@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shardferry.errors import CheckpointNotFound, SpecError, StorageError
+from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, StorageError
 from shardferry.storage.base import Window, copy_bytes, fetch_window, missing_file, written_again
 from shardferry.storage.native_errors import storage_error
 from shardferry.storage.native_options import StoreOptions, StorePlace, place_of, split_options
@@ -19,7 +19,7 @@ from shardferry.storage.runs import Runs
 from shardferry.storage.traits import OBJECT_STORE, WEB_SERVER, StorageTraits
 
 if TYPE_CHECKING:
-    from obstore import GetResult, ObjectMeta
+    from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
@@ -43,7 +43,10 @@ class NativeReader:
 
         if not self.traits.has_listing:
             raise StorageError(f"{self.location}: a web server doesn't list its files")
-        found = self._call(lambda: obstore.list_with_delimiter(self._store)["objects"], "", "can't be listed")
+        try:
+            found = self._call(lambda: obstore.list_with_delimiter(self._store)["objects"], "", "can't be listed")
+        except MissingFile:
+            raise CheckpointNotFound(f"{self.location}: no such bucket, or it may not be seen") from None
         if not found:
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it")
         with self._lock:
@@ -87,9 +90,10 @@ class NativeReader:
         import obstore
 
         stop = byte_offset + len(buffer)
-        result = obstore.get(
-            self._store, path, options={"range": (byte_offset, stop), "if_match": self._version_to_read(path)}
-        )
+        options: GetOptions = {"range": (byte_offset, stop)}
+        if (version := self._version_to_read(path)) is not None:
+            options["if_match"] = version
+        result = obstore.get(self._store, path, options=options)
         done = _copied(result, buffer)
         if done != len(buffer):
             raise StorageError(

@@ -19,8 +19,9 @@ from shardferry.storage.transient import TransientStorageError, is_transient
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-# What backends call what changes when a file is written again: s3fs, gcsfs, adlfs, the local one; in order of their worth.
-_VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
+# What backends call what changes when a file is written again: s3fs, adlfs, gcsfs, the local one. No other times: a listing
+# and the file's own information give these in different forms.
+_VERSIONS = ("ETag", "etag", "generation", "mtime")
 
 
 class RemoteReader:

@@ -1,65 +1,245 @@
-"""A web server on the loopback that lists a directory and serves ranges of its files, as object stores do."""
+"""A web server on the loopback that serves ranges of a directory's files as object stores do: as slow, and as unreliable.
+
+In a test::
+
+    with served(directory, faults=[Fault.BUSY]) as server:
+        open_storage(server.url).read_into(...)
+    assert server.ranges == [("__0_0.distcp", 0, 100)]
+
+In a process of its own, for a benchmark: ``python -m tests.support.range_server DIRECTORY --bandwidth 400e6 --latency
+0.02`` prints its URL and serves until its standard input is closed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
+import socket
+import struct
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+_SLICE_BYTES = 256 * 1024  # sent at once, before the bandwidth is asked for more
+
+
+class Fault(Enum):
+    """What goes wrong with one request."""
+
+    SERVER_ERROR = 500
+    BUSY = 503
+    TOO_MANY = 429
+    DENIED = 403
+    RESET = "reset"  # the connection is reset before an answer
+    CUT = "cut"  # the connection ends in the middle of the body
+    SHORT = "short"  # half of the range, which is said to be all there is
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle:
+    """How slow the server is."""
+
+    bytes_per_s: float = float("inf")  # of all connections together
+    latency_s: float = 0.0  # of each request, before its first byte
+
+
+class Asked(NamedTuple):
+    """One request for a file."""
+
+    method: str
+    name: str
+    start: int  # bytes
+    stop: int  # bytes, exclusive
+    fault: Fault | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class RangeServer:
+    """A server that runs, and what it was asked for.
+
+    ``faults`` are met by the next requests for files, one each, sizes (HEAD) included.
+    """
+
+    def __init__(self, directory: Path, *, serves_ranges: bool, throttle: Throttle, faults: Sequence[Fault]) -> None:
+        self.log: list[Asked] = []
+        self.faults = list(faults)
+        self.serves_ranges = serves_ranges
+        self.throttle = throttle
+        self._lock = threading.Lock()
+        self._free_at_s = 0.0  # when the line has sent all that it was given
+        handler = functools.partial(_Handler, self, directory=str(directory))
+        self._server = _Server(("127.0.0.1", 0), handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """File, start, stop of each range that was asked for."""
+        return [(asked.name, asked.start, asked.stop) for asked in self.log if asked.method == "GET"]
+
+    def serve(self) -> None:
+        self._server.serve_forever(poll_interval=0.05)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+
+    def close(self) -> None:
+        self._server.server_close()
+
+    def note(self, method: str, name: str, start: int, stop: int) -> Fault | None:
+        """Log a request. Returns what goes wrong with it."""
+        with self._lock:
+            fault = self.faults.pop(0) if self.faults else None
+            self.log.append(Asked(method, name, start, stop, fault))
+        return fault
+
+    def wait_for_line(self, nbytes: int) -> None:
+        """Until the bytes that were sent before, by anybody, and these have gone through the line."""
+        with self._lock:
+            start_s = max(time.monotonic(), self._free_at_s)
+            self._free_at_s = start_s + nbytes / self.throttle.bytes_per_s
+            wait_s = self._free_at_s - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
-    def __init__(self, directory: Path, *, serves_ranges: bool) -> None:
-        self.ranges: list[tuple[str, int, int]] = []  # file, start, stop of each range that was asked for
-        self.serves_ranges = serves_ranges
-        super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=str(directory)))
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is no news."""
 
 
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    disable_nagle_algorithm = True  # else a body waits for the acknowledgement of its headers: 40 ms
+
+    def __init__(self, served: RangeServer, *args: Any, **kwargs: Any) -> None:
+        self._served = served
+        super().__init__(*args, **kwargs)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
 
     def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        if asked is None or not self.server.serves_ranges:
-            super().do_GET()
-            return
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
         path = Path(self.translate_path(self.path))
+        if path.is_dir():
+            super().do_GET() if body else super().do_HEAD()
+            return
         if not path.is_file():
-            self.send_error(404)
+            self._refuse(404)
             return
-        start, last = map(int, asked.removeprefix("bytes=").split("-"))
-        self.server.ranges.append((path.name, start, last + 1))
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read(last + 1 - start)
-        if not data:
-            self.send_error(416)
-            return
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{path.stat().st_size}")
-        self.send_header("Content-Length", str(len(data)))
+        status = path.stat()
+        start, stop = self._range(status.st_size)
+        fault = self._served.note("GET" if body else "HEAD", path.name, start, stop)
+        time.sleep(self._served.throttle.latency_s)
+        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
+        if fault is not None and isinstance(fault.value, int):
+            self._refuse(fault.value)
+        elif fault is Fault.RESET:
+            self._reset()
+        elif self.headers.get("If-Match", etag) != etag:
+            self._refuse(412)
+        elif start >= status.st_size and self._asks_for_range():
+            self._refuse(416)
+        else:
+            self._send(path, start, min(stop, status.st_size), status.st_size, etag, fault, body=body)
+
+    def _asks_for_range(self) -> bool:
+        return self._served.serves_ranges and "Range" in self.headers
+
+    def _range(self, size: int) -> tuple[int, int]:
+        if not self._asks_for_range():
+            return 0, size
+        start, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        return int(start), int(last) + 1 if last else size
+
+    def _send(
+        self, path: Path, start: int, stop: int, size: int, etag: str, fault: Fault | None, *, body: bool
+    ) -> None:
+        middle = start + (stop - start) // 2
+        stop = middle if fault is Fault.SHORT else stop
+        self.send_response(206 if self._asks_for_range() else 200)
+        if self._asks_for_range():
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Accept-Ranges", "bytes" if self._served.serves_ranges else "none")
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("ETag", etag)
         self.end_headers()
-        self.wfile.write(data)
+        if body:
+            self._send_body(path, start, middle if fault is Fault.CUT else stop)
+        if fault is Fault.CUT:
+            self.close_connection = True
+
+    def _send_body(self, path: Path, start: int, stop: int) -> None:
+        with path.open("rb") as file:
+            for place in range(start, stop, _SLICE_BYTES):
+                count = min(_SLICE_BYTES, stop - place)
+                self._served.wait_for_line(count)
+                self.connection.sendfile(file, place, count)
+
+    def _refuse(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        # No time to linger: what closes the connection resets it.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: tests read what they want to know from `_Server.ranges`."""
+        """Nothing: tests read what they want to know from `RangeServer.log`."""
 
 
 @contextmanager
-def range_server(directory: Path, *, serves_ranges: bool = True) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
-    """The directory's URL, and the list of ranges that grows as they are asked for."""
-    server = _Server(directory, serves_ranges=serves_ranges)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+def served(
+    directory: Path,
+    *,
+    serves_ranges: bool = True,
+    throttle: Throttle = Throttle(),
+    faults: Sequence[Fault] = (),
+) -> Iterator[RangeServer]:
+    """A server of a directory, in threads of this process."""
+    server = RangeServer(directory, serves_ranges=serves_ranges, throttle=throttle, faults=faults)
+    thread = threading.Thread(target=server.serve)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", server.ranges
+        yield server
     finally:
-        server.shutdown()
+        server.stop()
         thread.join()
-        server.server_close()
+        server.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--bandwidth", type=float, default=float("inf"), help="bytes a second, of all together")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds a request")
+    asked = parser.parse_args()
+    with served(asked.directory, throttle=Throttle(asked.bandwidth, asked.latency)) as server:
+        print(server.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,18 +5,21 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.storage import RangeReader, RemoteReader, open_storage
+from shardferry.checkpoint import open_checkpoint
+from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
+from shardferry.storage import RangeReader, RemoteReader, RetryingReader, open_storage
 from shardferry.storage.runs import Runs
-from tests.support.range_server import range_server
+from tests.support.range_server import served
+from tests.support.s3_server import BUCKET, S3Server
 
 FILES = {
     ".metadata": b"m" * 100,
@@ -33,29 +36,62 @@ class Place:
 
     location: str | Path
     opened: Callable[[], RangeReader]
+    write: Callable[[str, bytes], object]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-@pytest.fixture(params=["path", "file://", "memory://", "http://", "fsspec's local filesystem"])
+KINDS = [
+    "path",
+    "direct I/O",
+    "file://",
+    "memory://",
+    "s3://",
+    "http://",
+    "http:// by fsspec",
+    "fsspec's local filesystem",
+]
+
+
+@pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "directory").mkdir()
+
+    def write(name: str, data: bytes) -> None:
+        (tmp_path / name).write_bytes(data)
+
+    def at(location: str | Path, write: Callable[[str, bytes], object] = write, **options: Any) -> Place:
+        return Place(location, lambda: open_storage(location, options), write, options)
+
     match request.param:
         case "path":
-            yield Place(tmp_path, lambda: open_storage(tmp_path))
+            yield at(tmp_path)
+        case "direct I/O":
+            yield at(tmp_path, direct_io=True, page_cache="drop")
         case "file://":
-            yield Place(tmp_path.as_uri(), lambda: open_storage(tmp_path.as_uri()))
+            yield at(tmp_path.as_uri(), page_cache="read_ahead")
         case "fsspec's local filesystem":
-            yield Place(tmp_path.as_uri(), lambda: RemoteReader(LocalFileSystem(), str(tmp_path)))
+            yield Place(
+                tmp_path.as_uri(), lambda: RetryingReader(RemoteReader(LocalFileSystem(), str(tmp_path))), write
+            )
         case "http://":
-            with range_server(tmp_path) as (url, _):
-                yield Place(url, lambda: open_storage(url))
+            with served(tmp_path) as server:
+                yield at(server.url)
+        case "http:// by fsspec":
+            with served(tmp_path) as server:
+                yield at(server.url, client="fsspec")
+        case "s3://":
+            s3: S3Server = request.getfixturevalue("s3")
+            prefix = f"{uuid.uuid4()}/step 1"  # a space, as anything may be in a key
+            s3.put(prefix, {**FILES, "directory/inside": b"x"})
+            yield at(f"s3://{BUCKET}/{prefix}", lambda name, data: s3.put(prefix, {name: data}), **s3.options)
         case _:
             memory, url = fsspec.filesystem("memory"), f"memory://{uuid.uuid4()}/ckpt"
             for name, data in FILES.items():
                 memory.pipe_file(f"{url}/{name}", data)
             memory.makedirs(f"{url}/directory")
-            yield Place(url, lambda: open_storage(url))
+            yield at(url, lambda name, data: memory.pipe_file(f"{url}/{name}", data))
             memory.rm(url.rpartition("/")[0], recursive=True)
 
 
@@ -73,6 +109,10 @@ def read(storage: RangeReader, path: str, start: int, stop: int) -> bytes:
 
 
 def test_the_listing_is_of_the_files_in_order(storage: RangeReader) -> None:
+    if not storage.traits.has_listing:
+        with pytest.raises(StorageError, match=r"http://.*: a web server doesn't list its files"):
+            storage.listing()
+        return
     listing = storage.listing()
     assert list(listing) == sorted(FILES)
     assert all(size in (None, len(FILES[name])) for name, size in listing.items())
@@ -80,8 +120,8 @@ def test_the_listing_is_of_the_files_in_order(storage: RangeReader) -> None:
 
 
 def test_the_location_opens_the_same_storage(place: Place, storage: RangeReader) -> None:
-    again = open_storage(storage.location)
-    assert again.listing() == storage.listing()
+    again = open_storage(storage.location, place.options)
+    assert again.location.removeprefix("file://") == storage.location.removeprefix("file://")
     assert again.size(BIG) == 300_000
     again.close()
 
@@ -126,7 +166,7 @@ def test_a_file_that_ends_too_soon(storage: RangeReader, start: int, stop: int) 
 
 def test_a_file_that_is_not_there(storage: RangeReader) -> None:
     says = r"__7_0\.distcp: the file is missing, but the metadata says that it holds saved data"
-    with pytest.raises(StorageError, match=says):
+    with pytest.raises(MissingFile, match=says):
         storage.size("__7_0.distcp")
     with pytest.raises(StorageError, match=says):
         read(storage, "__7_0.distcp", 0, 4)
@@ -135,8 +175,29 @@ def test_a_file_that_is_not_there(storage: RangeReader) -> None:
 
 
 def test_a_directory_that_is_not_there(place: Place) -> None:
-    with pytest.raises(CheckpointNotFound, match="no such directory"):
-        open_storage(f"{place.location}/nowhere").listing()
+    with pytest.raises(CheckpointNotFound, match=r"nowhere: no (such directory|\.metadata file, and no )"):
+        open_checkpoint(f"{place.location}/nowhere", storage_options=place.options)
+
+
+def test_a_file_that_is_written_again(place: Place) -> None:
+    """As long as before, so that only its version tells; a file without one, and a reader of now, see what there is."""
+    before, now = place.opened(), place.opened()
+    if before.traits.has_listing:
+        before.listing()
+    before.size(BIG)
+    versions = before.versions()
+    before.expect(versions)
+    changed = FILES[BIG][::-1]
+    place.write(BIG, changed)
+    assert read(now, BIG, 5, 10) == changed[5:10]
+    if BIG in versions:
+        for request in (lambda: read(before, BIG, 5, 10), lambda: before.window(BIG, Runs(0, 4, (2,), (9,)))):
+            with pytest.raises(StorageError, match=r"__0_0\.distcp: its version is .*it was written again since"):
+                request()
+    else:
+        assert before.location.startswith("memory://") or place.options == {"client": "fsspec"}
+    before.close()
+    now.close()
 
 
 def test_threads(storage: RangeReader) -> None:

@@ -26,7 +26,7 @@ from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor
-from tests.support.range_server import range_server
+from tests.support.range_server import served
 
 SHAPES = {"matrix": (96, 64), "vector": (1000,), "cube": (6, 8, 10), "scalar": ()}
 
@@ -66,32 +66,38 @@ def test_the_filesystem_that_torch_s_reader_was_given(memory_url: str) -> None:
     assert torch.equal(found[0], full_tensor("matrix", "exp_avg", SHAPES["matrix"])[3:43, 5:25])
 
 
-def test_a_web_server_is_asked_for_what_is_counted(directory: Path) -> None:
-    with range_server(directory) as (url, ranges):
-        catalog = open_checkpoint(url)
-        del ranges[:]
+BOTH_CLIENTS = pytest.mark.parametrize("client", ["obstore", "fsspec"])
+
+
+@BOTH_CLIENTS
+def test_a_web_server_is_asked_for_what_is_counted(directory: Path, client: str) -> None:
+    with served(directory) as server:
+        catalog = open_checkpoint(server.url, storage_options={"client": client})
+        server.log.clear()
         found, counters = load_boxes(catalog, [("optim.matrix", Region((48, 0), (24, 64)))])
     assert torch.equal(found[0], full_tensor("matrix", "exp_avg", SHAPES["matrix"])[48:72])
-    assert len(ranges) == counters.num_requests == 2
-    assert sum(stop - start for _, start, stop in ranges) == counters.bytes_requested == 24 * 64 * 4 + 1024
+    assert len(server.ranges) == counters.num_requests == 2
+    assert sum(stop - start for _, start, stop in server.ranges) == counters.bytes_requested == 24 * 64 * 4 + 1024
 
 
-def test_runs_far_apart_are_fetched_alone(tmp_path: Path) -> None:
+@BOTH_CLIENTS
+def test_runs_far_apart_are_fetched_alone(tmp_path: Path, client: str) -> None:
     """A column of a wide matrix: its window is 200 times as wide as what is wanted."""
     save_alone({"wide": full_tensor("wide", "exp_avg", (12, 40_000))}, tmp_path / "ckpt")
-    with range_server(tmp_path / "ckpt") as (url, ranges):
-        catalog = open_checkpoint(url)
-        del ranges[:]
+    with served(tmp_path / "ckpt") as server:
+        catalog = open_checkpoint(server.url, storage_options={"client": client})
+        server.log.clear()
         found, counters = load_boxes(catalog, [("wide", Region((0, 7), (12, 200)))])
     assert torch.equal(found[0], full_tensor("wide", "exp_avg", (12, 40_000))[:, 7:207])
-    assert counters.bytes_requested == sum(stop - start for _, start, stop in ranges) == 12 * 200 * 4 + 1024
-    assert counters.num_requests == len(ranges) == 12 + 1
+    assert counters.bytes_requested == sum(stop - start for _, start, stop in server.ranges) == 12 * 200 * 4 + 1024
+    assert counters.num_requests == len(server.ranges) == 12 + 1
 
 
-def test_a_server_without_ranges(directory: Path) -> None:
-    with range_server(directory, serves_ranges=False) as (url, _):
-        storage = open_storage(url)
-        with pytest.raises(StorageError, match=r"bytes 10 to 20 were asked for, \d+ bytes came.*doesn't serve ranges"):
+@BOTH_CLIENTS
+def test_a_server_without_ranges(directory: Path, client: str) -> None:
+    with served(directory, serves_ranges=False) as server:
+        storage = open_storage(server.url, {"client": client})
+        with pytest.raises(StorageError, match=r"bytes 10 to 20.*the storage doesn't serve ranges"):
             storage.read_into("__0_0.distcp", 10, memoryview(bytearray(10)))
 
 

@@ -1,0 +1,95 @@
+"""How local files are read when it is asked for: past the page cache, with advice on it, with options that don't exist."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shardferry.errors import SpecError, StorageError
+from shardferry.storage import LocalReader, open_storage
+from shardferry.storage.direct import ALIGNMENT, BOUNCE_BYTES, open_direct, pread_direct
+from shardferry.storage.local import LocalOptions, PageCache
+
+DATA = np.random.default_rng(1).bytes(BOUNCE_BYTES + 3 * ALIGNMENT + 17)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "data").write_bytes(DATA)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [
+        (0, len(DATA)),
+        (1, ALIGNMENT),
+        (ALIGNMENT, 2 * ALIGNMENT),
+        (ALIGNMENT - 1, ALIGNMENT + 1),
+        (BOUNCE_BYTES - 5, BOUNCE_BYTES + 5),
+        (7, BOUNCE_BYTES + 100),
+        (len(DATA) - 17, len(DATA)),
+        (len(DATA) - 1, len(DATA)),
+    ],
+)
+def test_direct_reads(file: Path, start: int, stop: int) -> None:
+    storage, buffer = LocalReader(file.parent, LocalOptions(direct_io=True)), bytearray(stop - start)
+    storage.read_into("data", start, memoryview(buffer))
+    storage.close()
+    assert buffer == DATA[start:stop]
+
+
+def test_nothing_is_left_after_the_end(file: Path) -> None:
+    descriptor = open_direct(file)
+    if descriptor is None:  # this file system refuses; the reads are aligned all the same
+        descriptor = os.open(file, os.O_RDONLY)
+    buffer = memoryview(bytearray(100))
+    assert pread_direct(descriptor, buffer, len(DATA) - 5) == 5
+    assert pread_direct(descriptor, buffer, len(DATA)) == 0
+    assert pread_direct(descriptor, buffer, len(DATA) + 10 * ALIGNMENT) == 0
+    os.close(descriptor)
+
+
+def test_a_file_system_that_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """/proc has no direct I/O: the file is read all the same, and the log says how."""
+    with caplog.at_level(logging.INFO, "shardferry.storage.direct"):
+        storage, buffer = open_storage("/proc/self", {"direct_io": True}), bytearray(7)
+        storage.read_into("status", 0, memoryview(buffer))
+        storage.close()
+    assert buffer == b"Name:\tp"
+    assert "/proc/self/status: no direct I/O on this file system" in caplog.text
+
+
+@pytest.mark.parametrize("advice", PageCache)
+def test_advice_changes_no_byte(file: Path, advice: PageCache) -> None:
+    storage, buffer = open_storage(file.parent, {"page_cache": advice.value}), bytearray(10_000)
+    storage.read_into("data", 5, memoryview(buffer))
+    storage.close()
+    assert buffer == DATA[5:10_005]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"region": "r"}, r"local files have no option 'region'; they have direct_io and page_cache"),
+        ({"direct_io": "yes"}, r"direct_io is 'yes'; it is true or false"),
+        ({"page_cache": "wish"}, r"page_cache is 'wish'; it is one of keep, read_ahead, drop"),
+    ],
+)
+def test_options_that_nobody_knows(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        open_storage(tmp_path, options)
+
+
+def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    storage = open_storage(tmp_path)
+    with pytest.raises(StorageError, match=rf"/data: reading at byte 0 failed: .*{errno.EISDIR}"):
+        storage.read_into("data", 0, memoryview(bytearray(4)))
+    storage.close()
