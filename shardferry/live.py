@@ -157,7 +157,7 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
     flattened: set[int] = set()
     for flat in fsdp1.flattened_parameters(root):
         flattened.add(id(flat.tensor))
-        parts = tuple(Part(_clean(p.fqn, prefixes), p.layout, p.position) for p in flat.parts)
+        parts = tuple(_part_of(flat_part, prefixes) for flat_part in flat.parts)
         state = flat_entries(states.get(id(flat.tensor), {}))
         yield LiveParameter(flat.tensor, parts, flattened=True, state=state)
     names: dict[int, dict[str, None]] = {}  # of each tensor, each once: two wrappers of one may show it twice
@@ -169,6 +169,11 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
     for key, (fqn, *aliases) in names.items():
         part = Part(fqn, layout_of_tensor(tensors[key], name=fqn), aliases=tuple(aliases))
         yield LiveParameter(tensors[key], (part,), state=flat_entries(states.get(key, {})))
+
+
+def _part_of(flat: fsdp1.FlatPart, ddp_prefixes: Sequence[str]) -> Part:
+    aliases = tuple(_clean(alias, ddp_prefixes) for alias in flat.aliases)
+    return Part(_clean(flat.fqn, ddp_prefixes), flat.layout, flat.position, aliases)
 
 
 def _buffers_of(root: Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,9 @@ from shardferry.errors import InstallError, LayoutError, PlanError, SpecError
 from shardferry.keys import KeyReport
 from shardferry.request import Renaming
 from tests.support.alone import save_alone
+from tests.support.models import fsdp1
 from tests.support.oracle import full_tensor
+from tests.support.ranks import RankPool
 
 NAMES = ("first", "second", "third")
 Stepped = tuple[nn.Module, torch.optim.Optimizer]
@@ -295,6 +297,28 @@ def test_tied_parameters(tmp_path: Path, source: str, target: str) -> None:
     assert torch.equal(optimizer.state[other.head.weight]["exp_avg"], expected)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert torch.equal(other.head.weight, model.head.weight)
+
+
+def load_tied_fsdp1(path: str, use_orig_params: bool) -> list[torch.Tensor]:
+    """This rank's slices of a moment and of the weight."""
+    model = fsdp1(tied("head"), use_orig_params=use_orig_params)
+    (parameter,) = model.parameters()
+    with torch.no_grad():
+        parameter.zero_()
+    optimizer = torch.optim.AdamW(model.parameters())
+    shardferry.load_optimizer_state(model, optimizer, path, model_key="model")
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    return [optimizer.state[parameter]["exp_avg"].clone(), parameter.detach().clone()]
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
+def test_tied_parameters_of_fsdp1(ranks: RankPool, tmp_path: Path, use_orig_params: bool) -> None:
+    model = tied("embedding")
+    path = save(tmp_path / "ckpt", *fill(model, torch.optim.AdamW(model.parameters(), lr=0.5)))
+    slices = ranks.run(2, load_tied_fsdp1, path, use_orig_params)
+    moment, weight = (torch.cat(parts).view(3, 4) for parts in zip(*slices, strict=True))
+    assert torch.equal(moment, full_tensor("embedding.weight", "exp_avg", (3, 4)))
+    assert torch.equal(weight, model.head.weight)
 
 
 # --- dtypes --------------------------------------------------------------------------------------------------------------

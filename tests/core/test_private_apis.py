@@ -14,6 +14,7 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry, ZStandard
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
@@ -54,6 +55,19 @@ def test_flat_parameters(ranks: RankPool) -> None:
     """shardferry/fsdp1.py: both ranks' slices make up each parameter."""
     one, other = ranks.run(2, flat_parameter_tells_where_parameters_are)
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
+
+
+def tied_flat_parameter() -> tuple[str, ...]:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    (found,) = flattened_parameters(FullyShardedDataParallel(model, device_id=torch.device("cpu")))
+    (part,) = found.parts
+    return (part.fqn, *part.aliases)
+
+
+def test_flat_parameters_tell_which_are_tied(ranks: RankPool) -> None:
+    """shardferry/fsdp1.py"""
+    assert ranks.run(2, tied_flat_parameter) == [("0.weight", "1.weight")] * 2
 
 
 def test_transformations_that_torch_brings() -> None:
