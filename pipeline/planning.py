@@ -50,8 +50,9 @@ def check_checkpoint(catalog: Catalog, request: LoadRequest) -> None:
 
 
 def _wanted_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
-    weights = [] if request.model_key is None else list(saved_weights(catalog, request).values())
-    return [*index_optimizer(catalog, request.optimizer_key).all_keys(), *weights]
+    index = index_optimizer(catalog, request.optimizer_key)
+    weights = [] if request.model_key is None else list(saved_weights(catalog, request, index).values())
+    return [*index.all_keys(), *weights]
 
 
 def check_topology(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,11 +23,14 @@ from pydantic import (
 from shardferry.errors import LayoutError, SpecError
 from shardferry.mesh import Mesh, Placement, parse_placement
 from shardferry.reader import ReadOptions
-from shardferry.request import DtypePolicy, KeyPolicy, LoadRequest, Selection
+from shardferry.request import DtypePolicy, KeyPolicy, LoadRequest, Selection, can_convert
 from shardferry.requests import MAX_REQUEST
 from shardferry.spec_layout import HeldBy, Rule, SpecLayout
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
+_MAX_RANKS = 1 << 20
+_FOUND = reprlib.Repr()  # a few lines of YAML can stand for gigabytes
+_FOUND.maxstring = _FOUND.maxother = 200
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -50,11 +55,16 @@ class CheckpointSpec(Spec):
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")
     include: tuple[str, ...] = Field((), description="globs over the FQNs here; none: all")
     exclude: tuple[str, ...] = Field((), description="globs over the FQNs here")
-    keys: KeyPolicyName | tuple[KeyPolicyName, ...] = Field(
-        "strict", description="what may not fit: allow_missing, ignore_unexpected, or both"
+    keys: tuple[KeyPolicyName, ...] = Field(
+        ("strict",), description="what may not fit: allow_missing, ignore_unexpected, or both"
     )
     dtype: DtypePolicy = Field(DtypePolicy.ERROR, description="where saved and wanted dtype differ: error or cast")
     wanted_dtypes: dict[str, str] = Field({}, description="glob over state names: dtype, such as float32")
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("wanted_dtypes")
     @classmethod
@@ -62,6 +72,8 @@ class CheckpointSpec(Spec):
         for name in value.values():
             if not isinstance(getattr(torch, name, None), torch.dtype):
                 raise ValueError(f"{name!r} is no torch dtype; write float32, bfloat16, ...")  # noqa: TRY004 - what pydantic takes
+            if not can_convert(torch.float32, getattr(torch, name)):
+                raise ValueError(f"state can't be converted to {name}; write float32, bfloat16, ...")
         return value
 
     @model_validator(mode="after")
@@ -110,6 +122,15 @@ class TopologySpec(Spec):
         (), description="who has which parameters; for each axis the first match, others are on all its ranks"
     )
 
+    @field_validator("mesh")
+    @classmethod
+    def _is_of_this_world(cls, value: dict[str, int]) -> dict[str, int]:
+        if "" in value:
+            raise ValueError("an axis has no name")
+        if (num_ranks := math.prod(value.values())) > _MAX_RANKS:
+            raise ValueError(f"makes {num_ranks} ranks; the most are {_MAX_RANKS}")
+        return value
+
     @model_validator(mode="after")
     def _placements_fit_the_mesh(self) -> Self:
         self.layout()
@@ -138,8 +159,10 @@ class ActorsSpec(Spec):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where arenas are; auto: the GPU where there is one"
     )
-    gpus_per_actor: float = Field(1, ge=0, description="GPUs of a bundle; 0 on clusters without any")
-    cpus_per_actor: float = Field(1, ge=0, description="CPUs of a bundle")
+    gpus_per_actor: float = Field(
+        1, ge=0, allow_inf_nan=False, description="GPUs of a bundle; 0 on clusters without any"
+    )
+    cpus_per_actor: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a bundle")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     autoscaling: bool = Field(False, description="wait up to timeouts.start_s for GPUs that the cluster hasn't yet")
 
@@ -227,9 +250,11 @@ class StageConfig(Spec):
             SpecError: the file can't be read, or a field is wrong; the message has the field's path.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"{path}: not readable as a spec: {error}") from error
+            raise SpecError(f"{path}: not readable as a spec: {' '.join(str(error).split())}") from error
+        except RecursionError:
+            raise SpecError(f"{path}: not readable as a spec: it is nested too deeply") from None
         if not isinstance(values, dict):
             raise SpecError(f"{path}: holds a {type(values).__name__}, not a spec with the fields {_fields()}")
         return cls.from_values(values, source=str(path))
@@ -243,6 +268,16 @@ class StageConfig(Spec):
             raise SpecError(f"{source}: " + "; ".join(_words(problem) for problem in error.errors())) from None
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's last of two equal keys would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        scalars = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := [key for place, key in enumerate(scalars) if key in scalars[:place]]:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _fields() -> str:
     return ", ".join(StageConfig.model_fields)
 
@@ -250,9 +285,9 @@ def _fields() -> str:
 def _words(problem: Any) -> str:
     path = ".".join(map(str, problem["loc"])) or "spec"
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown field (found {problem['input']!r}); known are {_siblings(problem['loc'])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+        return f"{path}: unknown field (found {_FOUND.repr(problem['input'])}); known are {_siblings(problem['loc'])}"
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    shown = "" if isinstance(problem["input"], dict) else f" (found {_FOUND.repr(problem['input'])})"
     return f"{path}: {message}{shown}"
 
 

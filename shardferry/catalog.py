@@ -149,6 +149,8 @@ class _CatalogBuilder:
                     f"{source}: the key {key!r} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
                     "(torch's default), which makes strings of all keys"
                 )
+            if not key.isprintable() and _is_no_text(key):
+                raise CatalogError(f"{source}: the key {key!r} is no text: it holds half of a character (a surrogate)")
             if isinstance(value, TensorStorageMetadata):
                 self._add_tensor(source, key, value, storage)
             elif isinstance(value, BytesStorageMetadata):
@@ -335,6 +337,14 @@ def _items(source: str, storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[st
         if item.offset < 0 or item.length < 0:
             raise CatalogError(f"{source}: {key[0]}: item at byte {item.offset} with {item.length} bytes")
         yield key, item
+
+
+def _is_no_text(key: str) -> bool:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _key_path(source: str, key: Any, path: Any) -> KeyPath:

@@ -7,7 +7,7 @@ changes them. Source: torch/distributed/fsdp/_flat_param.py, FlatParamHandle and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class FlatPart:
     fqn: str  # with the wrappers' prefixes
     layout: TensorLayout
     position: int  # elements, in the flat tensor
+    aliases: tuple[str, ...] = ()  # other names of the same (tied) parameter
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ def flattened_parameters(model: torch.nn.Module) -> Iterator[FlattenedParameter]
 
 def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
     flat = handle.flat_param
+    aliases = _aliases(flat)
     parts = [
-        _part(prefix + fqn, tuple(shape), info, extension)
+        replace(
+            _part(prefix + fqn, tuple(shape), info, extension),
+            aliases=tuple(prefix + alias for alias in aliases.get(fqn, ())),
+        )
         for fqn, shape, info, extension in zip(
             flat._fqns, flat._shapes, flat._shard_param_infos, flat._param_extensions, strict=True
         )
@@ -55,7 +60,20 @@ def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
         yield FlattenedParameter(flat, tuple(parts))
         return
     for parameter, part in zip(flat._params, parts, strict=True):
-        yield FlattenedParameter(parameter, (FlatPart(part.fqn, part.layout, 0),))
+        yield FlattenedParameter(parameter, (replace(part, position=0),))
+
+
+def _aliases(flat: Any) -> dict[str, list[str]]:
+    """The other names of tied parameters, by the name under which FSDP1 has flattened them."""
+    aliases: dict[str, list[str]] = {}
+    for shared in flat._shared_param_infos:
+        first = _joined(shared.prim_module_name, shared.prim_param_name)
+        aliases.setdefault(first, []).append(_joined(shared.module_name, shared.param_name))
+    return aliases
+
+
+def _joined(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
 
 
 def _part(fqn: str, shape: tuple[int, ...], info: Any, extension: Any) -> FlatPart:

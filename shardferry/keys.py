@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout import RankLayout
-from shardferry.request import LoadRequest
+from shardferry.request import LoadRequest, Selection
 from shardferry.saved_optimizer import SavedOptimizer
 
 _SHOWN = 5  # names in a message
@@ -58,6 +59,40 @@ class Claims:
                 f"unexpected: {shown(left)}); give the model that was saved, exclude them, or set keys: ignore_unexpected"
             )
         return left
+
+
+def check_globs(selection: Selection, saved: Collection[str]) -> None:
+    """Refuse a renaming or a selection that is about nothing that was saved: it is mistyped, or of another checkpoint.
+
+    ``exclude`` may be about what only the live model has.
+
+    Args:
+        saved: all names before renaming.
+
+    Raises:
+        PlanError: the message has the nearest names.
+    """
+    for renaming in selection.rename:
+        if not any(renaming.apply(name) is not None for name in saved):
+            raise _fits_nothing("rename", renaming.saved, saved)
+    if not (selection.include or selection.exclude):
+        return
+    here = {selection.wanted_name(name) for name in saved}
+    for glob in selection.include:
+        if not any(fnmatchcase(name, glob) for name in here):
+            raise _fits_nothing("include", glob, here)
+    if not any(map(selection.selects, here)):
+        raise PlanError(
+            f"include {list(selection.include)} and exclude {list(selection.exclude)} leave none of the {len(here)} saved "
+            "names; nothing would be loaded"
+        )
+
+
+def _fits_nothing(word: str, glob: str, names: Collection[str]) -> PlanError:
+    return PlanError(
+        f"{word}: {glob!r} fits none of the {len(names)} saved names; the nearest are {nearest(glob, names)}. "
+        "Correct it, or leave it out"
+    )
 
 
 def find_state(saved: SavedOptimizer, layout: RankLayout, request: LoadRequest) -> tuple[list[Found], tuple[str, ...]]:
@@ -128,8 +163,8 @@ def mismatch_error(mismatched: Sequence[Exception]) -> Exception:
     first = mismatched[0]
     if len(mismatched) == 1:
         return first
-    names = shown(list(dict.fromkeys(str(error).partition(":")[0] for error in mismatched)))
-    return LayoutError(f"{first} ({len(mismatched)} are mismatched: {names})")
+    names = list(dict.fromkeys(str(error).partition(":")[0] for error in mismatched))
+    return LayoutError(f"{first} ({len(mismatched)} entries of {len(names)} parameters are mismatched: {shown(names)})")
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -161,7 +161,7 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
     flattened: set[int] = set()
     for flat in fsdp1.flattened_parameters(root):
         flattened.add(id(flat.tensor))
-        parts = tuple(Part(_clean(p.fqn, prefixes), p.layout, p.position) for p in flat.parts)
+        parts = tuple(_part_of(flat_part, prefixes) for flat_part in flat.parts)
         state = flat_entries(states.get(id(flat.tensor), {}))
         yield LiveParameter(flat.tensor, parts, flattened=True, state=state)
     names: dict[int, dict[str, None]] = {}  # of each tensor, each once: two wrappers of one may show it twice
@@ -195,6 +195,11 @@ def _is_in_order(mesh: DeviceMesh) -> bool:
     coordinate = mesh.get_coordinate()
     groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
     return coordinate is None or [dist.get_rank(group) for group in groups] == list(coordinate)
+
+
+def _part_of(flat: fsdp1.FlatPart, ddp_prefixes: Sequence[str]) -> Part:
+    aliases = tuple(_clean(alias, ddp_prefixes) for alias in flat.aliases)
+    return Part(_clean(flat.fqn, ddp_prefixes), flat.layout, flat.position, aliases)
 
 
 def _buffers_of(root: Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,15 +15,15 @@ import torch
 from shardferry.catalog import NO_FILE, Catalog, KeyPath, SavedTensor
 from shardferry.collector import paused_gc
 from shardferry.errors import LayoutError, PlanError
-from shardferry.keys import Claims, Found, find_state, find_weights, mismatch_error
+from shardferry.keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
 from shardferry.layout import Box, RankLayout, TensorLayout
 from shardferry.live_layout import LiveLayout
 from shardferry.manifest import Section
 from shardferry.mesh import Mesh
-from shardferry.optimizer_index import SCALAR_STATE, index_optimizer, index_weights
+from shardferry.optimizer_index import SCALAR_STATE, OptimizerIndex, index_optimizer, index_weights, top_level_keys
 from shardferry.param_groups import ParamGroup
 from shardferry.region import Region, first_overlap, uncovered
-from shardferry.request import DtypePolicy, LoadRequest
+from shardferry.request import DtypePolicy, LoadRequest, can_convert
 from shardferry.saved_optimizer import SavedOptimizer
 from shardferry.state_shapes import StateShapes
 
@@ -121,13 +121,15 @@ def plan_load(
             (a hole) or in two (an overlap); the message names FQN and box.
         LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
-    saved = SavedOptimizer.of(index_optimizer(catalog, request.optimizer_key), values, request, layout.positions())
+    index = index_optimizer(catalog, request.optimizer_key)
+    saved = SavedOptimizer.of(index, values, request, layout.positions())
+    check_globs(request.selection, saved.names | _names_beside(catalog, index))
     planner = _Planner(catalog, layout, request)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found)
     weight_claims = Claims()
     if request.model_key is not None:
-        weights = saved_weights(catalog, request)
+        weights = saved_weights(catalog, request, index)
         found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
         planner.add_weights(weights, found_weights)
         missing += missing_weights
@@ -143,11 +145,17 @@ def plan_load(
     )
 
 
-def saved_weights(catalog: Catalog, request: LoadRequest) -> dict[str, str]:
+def _names_beside(catalog: Catalog, index: OptimizerIndex) -> set[str]:
+    """What all else is called below its top-level key: weights of parameters that never stepped, buffers."""
+    of_optimizer = set(index.all_keys())
+    paths = (catalog.path(key) for key in catalog.tensors if key not in of_optimizer)
+    return {".".join(map(str, path[1:] or path)) for path in paths}
+
+
+def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
     """The keys of the saved weights by the FQNs that are used here. Raises PlanError."""
-    assert request.model_key is not None
     named: dict[str, str] = {}
-    for saved, key in index_weights(catalog, request.model_key).items():
+    for saved, key in _weights(catalog, request, index).items():
         fqn = request.selection.wanted_name(saved)
         if fqn in named:
             raise PlanError(f"{fqn}: two saved weights get this name, {saved!r} is one; narrow the renaming")
@@ -156,10 +164,24 @@ def saved_weights(catalog: Catalog, request: LoadRequest) -> dict[str, str]:
     return named
 
 
+def _weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
+    """The keys of the saved weights by the FQNs that were saved; the optimizer may lie beside or among them."""
+    assert request.model_key is not None
+    of_optimizer = set(index.all_keys())
+    found = index_weights(catalog, request.model_key)
+    weights = {fqn: key for fqn, key in found.items() if key not in of_optimizer}
+    if not weights:
+        raise PlanError(
+            f"{catalog.location}: under model_key {request.model_key!r} lies nothing but the optimizer's own state; "
+            f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
+        )
+    return weights
+
+
 def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
     """Keys of what is read whole, once a job: every Python object of the request, and hyperparameters that are tensors."""
     index = index_optimizer(catalog, request.optimizer_key)
-    weights = [] if request.model_key is None else list(index_weights(catalog, request.model_key).values())
+    weights = [] if request.model_key is None else list(_weights(catalog, request, index).values())
     objects = [key for key in (*index.all_keys(), *weights) if key in catalog.objects]
     return objects + [key for key in index.param_groups.values() if key in catalog.tensors]
 
@@ -245,12 +267,12 @@ class _Planner:
         wanted = self._layout.dtype(fqn, name) or self._request.wanted_dtype(name)
         if wanted is None or wanted == saved.dtype or name in SCALAR_STATE:
             return None
-        if self._request.dtype is DtypePolicy.CAST:
+        convertible = can_convert(saved.dtype, wanted)
+        if convertible and self._request.dtype is DtypePolicy.CAST:
             return wanted
         what = f"{name!r}" if name else "the weight"
-        raise LayoutError(
-            f"{fqn}: {what} was saved as {saved.dtype} and is wanted as {wanted}; to convert it set dtype: cast"
-        )
+        way_out = "to convert it set dtype: cast" if convertible else "a cast between these would lose the numbers"
+        raise LayoutError(f"{fqn}: {what} was saved as {saved.dtype} and is wanted as {wanted}; {way_out}")
 
     def add_objects(self, keys: Sequence[str]) -> None:
         """What this rank reads whole, for all."""

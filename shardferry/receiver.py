@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from shardferry.errors import LayoutError
 from shardferry.handoff import ShardHandle, node_identity
@@ -38,11 +40,11 @@ class OptimizerReceiver:
     Where they have other names, override `shardferry_target`.
     """
 
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    model: Module
+    optimizer: Optimizer
 
-    def shardferry_target(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """The model (wrapped) and the optimizer whose state is wanted."""
+    def shardferry_target(self) -> tuple[Module | Sequence[Module], Optimizer | Sequence[Optimizer]]:
+        """The model (wrapped) and the optimizer whose state is wanted; several of each where a rank has several."""
         return self.model, self.optimizer
 
     def shardferry_layout(self, world_rank: int, world_size: int) -> Reception:

@@ -28,6 +28,15 @@ def dtype_policy(name: str) -> DtypePolicy:
         raise SpecError(f"dtype: {name!r} is no policy; there are {', '.join(DtypePolicy)}") from None
 
 
+def can_convert(saved: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether a cast keeps what numbers mean: between floating-point dtypes, or integer ones, or complex ones."""
+
+    def kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+        return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
+
+    return kind(saved) == kind(wanted)
+
+
 @dataclass(frozen=True, slots=True)
 class KeyPolicy:
     """What may not fit: by default nothing (strict)."""
@@ -60,6 +69,8 @@ class Renaming:
                 f"rename: {self.saved!r} has {self.saved.count('*')} stars, {self.wanted!r} has {self.wanted.count('*')}; "
                 "each star of the saved name must have its place in the wanted one"
             )
+        if not (self.saved and self.wanted):
+            raise SpecError(f"rename: {self.saved!r} to {self.wanted!r}: an empty name is the name of no parameter")
 
     def apply(self, fqn: str) -> str | None:
         """The wanted name; None where the saved one is another."""
@@ -84,6 +95,9 @@ class Selection:
         cls, rename: Mapping[str, str] | None, include: Sequence[str] | None, exclude: Sequence[str] | None
     ) -> Selection:
         """From what people write. Raises SpecError."""
+        for word, globs in (("include", include), ("exclude", exclude)):
+            if isinstance(globs, str):
+                raise SpecError(f"{word}: {globs!r} is one string; give a list of globs, [{globs!r}]")
         renamings = tuple(Renaming(saved, wanted) for saved, wanted in (rename or {}).items())
         return cls(renamings, tuple(include or ()), tuple(exclude or ()))
 

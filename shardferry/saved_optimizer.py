@@ -23,6 +23,7 @@ class SavedOptimizer:
     optimizer_key: str
     state: Mapping[str, Mapping[str, StateEntry]]  # FQN -> state name -> entry
     param_groups: tuple[ParamGroup, ...] | None  # "params" lists FQNs; None: they were not read
+    names: frozenset[str]  # of all its parameters, before renaming and selection
 
     @classmethod
     def of(
@@ -50,7 +51,7 @@ class SavedOptimizer:
             if request.selection.selects(fqn):
                 state[fqn] = entries
         named = None if groups is None else tuple(naming.group(group) for group in groups)
-        return cls(index.optimizer_key, state, named)
+        return cls(index.optimizer_key, state, named, naming.before(index, groups))
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """The param groups with these parameters alone; all groups stay, those of other ranks' parameters without any."""
@@ -72,8 +73,15 @@ class _Naming:
     request: LoadRequest
 
     def fqn(self, saved: str | int) -> str:
-        saved = str(saved)
-        return self.request.selection.wanted_name(self.positions.get(saved, saved))
+        return self.request.selection.wanted_name(self._saved_fqn(saved))
+
+    def before(self, index: OptimizerIndex, groups: Sequence[ParamGroup] | None) -> frozenset[str]:
+        """All saved FQNs before renaming."""
+        grouped = (saved for group in groups or () for saved in group.get("params", ()))
+        return frozenset(map(self._saved_fqn, (*index.state, *grouped)))
+
+    def _saved_fqn(self, saved: str | int) -> str:
+        return self.positions.get(str(saved), str(saved))
 
     def group(self, group: ParamGroup) -> ParamGroup:
         fqns = [self.fqn(saved) for saved in group.get("params", ())]

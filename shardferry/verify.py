@@ -65,7 +65,7 @@ def verify_checkpoint(
             _check(item, storage)
         except DecodeError as error:
             return str(error)
-        except (StorageError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        except StorageError as error:
             return f"{item.key}: item at byte {item.byte_offset} of {item.path}: {error}"
         finally:
             on_item(item.byte_length)
@@ -111,11 +111,16 @@ def _check(item: StoredItem, storage: RangeReader) -> None:
 
 def _check_sums(item: StoredItem, file: IO[bytes]) -> None:
     """Of all records of a zip. Where it was saved without (`torch.serialization.set_crc32_options`), it is only read."""
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if not any(record.CRC for record in records):
-            for record in records:
-                record.CRC = None  # type: ignore[assignment]  # what zipfile itself takes for "don't check"
-        damaged = archive.testzip()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            if not any(record.CRC for record in records):
+                for record in records:
+                    record.CRC = None  # type: ignore[assignment]  # what zipfile itself takes for "don't check"
+            damaged = archive.testzip()
+    except StorageError:
+        raise
+    except Exception as error:  # zipfile has many kinds for bytes that are no zip
+        raise item.damaged(f"it is no whole zip ({type(error).__name__}: {error})") from error
     if damaged is not None:
         raise item.damaged(f"the checksum of its record {damaged} is wrong")

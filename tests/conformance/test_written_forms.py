@@ -25,7 +25,17 @@ from shardferry.spec_layout import SpecLayout
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.matrix import load_and_compare, save_and_describe
-from tests.support.models import SHAPES, STATES, STEP, Model, adamw, check_groups, check_state, fill_state, fsdp2
+from tests.support.models import (
+    SHAPES,
+    STATES,
+    STEP,
+    Model,
+    adamw,
+    check_state,
+    fill_state,
+    fsdp2,
+    load_fsdp2,
+)
 from tests.support.networks import OTHERS, numbers_of, parameters
 from tests.support.ranks import RankPool
 from tests.support.topologies import TOPOLOGIES
@@ -42,14 +52,6 @@ def save(path: str, flattened: bool, writer: dict[str, Any]) -> None:
     dcp.save(state_dict, storage_writer=dcp.FileSystemWriter(path, **writer))
 
 
-def load(path: str) -> int:
-    model = fsdp2(Model())
-    optimizer = adamw(model, OTHERS)
-    shardferry.load_optimizer_state(model, optimizer, path)
-    check_groups(optimizer)
-    return check_state(model, optimizer)
-
-
 @pytest.mark.conformance(9)
 @pytest.mark.parametrize("with_paths", [True, False], ids=["planner_data", "no-planner_data"])
 @pytest.mark.parametrize("flattened", [False, True], ids=["nested", "flattened"])
@@ -58,7 +60,7 @@ def test_keys(ranks: RankPool, tmp_path: Path, flattened: bool, with_paths: bool
     ranks.run(3, save, str(path), flattened, {})
     if not with_paths:
         edit_metadata(path, lambda metadata: setattr(metadata, "planner_data", None))
-    assert sum(ranks.run(2, load, str(path))) == NUM_ELEMENTS
+    assert sum(ranks.run(2, load_fsdp2, str(path))) == NUM_ELEMENTS
 
 
 @pytest.mark.conformance(9)
@@ -77,7 +79,7 @@ def test_a_wrong_key_is_named_beside_those_that_are_there(saved_by: dict[int, Pa
 def test_files(ranks: RankPool, tmp_path: Path, writer: dict[str, Any]) -> None:
     path = tmp_path / "ckpt"
     ranks.run(3, save, str(path), False, writer)
-    assert sum(ranks.run(2, load, str(path))) == NUM_ELEMENTS
+    assert sum(ranks.run(2, load_fsdp2, str(path))) == NUM_ELEMENTS
 
 
 @pytest.mark.conformance(14)

@@ -153,6 +153,9 @@ def test_a_chunk_without_a_file_is_a_problem_of_the_catalog(saved: Path) -> None
         pytest.param(Metadata({}, None, {"a": 1}), "keyed by str, not MetadataIndex", id="other keys"),
         pytest.param(Metadata({"a": 1}, None, {}), "a: is a int, neither tensor nor bytes", id="an int"),
         pytest.param(Metadata({1: 1}, None, {}), "the key 1 is a int, not a string", id="a key that is no string"),
+        pytest.param(
+            Metadata({"\ud800": 1}, None, {}), "is no text: it holds half of a character", id="half a character"
+        ),
     ],
 )
 def test_metadata_of_something_else_names_the_file(tmp_path: Path, metadata: Metadata, says: str) -> None:

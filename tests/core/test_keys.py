@@ -16,7 +16,9 @@ from shardferry.errors import InstallError, LayoutError, PlanError, SpecError
 from shardferry.keys import KeyReport
 from shardferry.request import Renaming
 from tests.support.alone import save_alone
+from tests.support.models import fsdp1
 from tests.support.oracle import full_tensor
+from tests.support.ranks import RankPool
 
 NAMES = ("first", "second", "third")
 Stepped = tuple[nn.Module, torch.optim.Optimizer]
@@ -167,6 +169,42 @@ def test_renamings_that_mean_nothing(saved: str) -> None:
         shardferry.load_optimizer_state(model, adamw(model), saved, rename={"second.*": "first.*"})
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        pytest.param(
+            {"rename": {"frist.*": "f.*"}}, r"rename: 'frist\.\*' fits none of the 6 saved names", id="rename"
+        ),
+        pytest.param(
+            {"include": ["frist.*"]}, r"include: 'frist\.\*' fits none of .* nearest are first\.", id="include"
+        ),
+        pytest.param({"exclude": ["*"]}, r"exclude \['\*'\] leave none of the 6 saved names", id="exclude"),
+        pytest.param({"model_key": "optim"}, r"model_key 'optim' lies nothing but the optimizer's own", id="model_key"),
+    ],
+)
+def test_what_is_about_nothing_saved_is_refused(saved: str, asked: dict[str, Any], message: str) -> None:
+    model = Net()
+    with pytest.raises(PlanError, match=message):
+        shardferry.load_optimizer_state(model, adamw(model), saved, **asked)
+
+
+def test_one_glob_in_place_of_a_list(saved: str) -> None:
+    """As a sequence of globs its letters would be some, and its star all."""
+    model = Net()
+    with pytest.raises(SpecError, match=r"include: 'first\.\*' is one string; give a list"):
+        shardferry.load_optimizer_state(model, adamw(model), saved, include="first.*")
+
+
+def test_weights_on_the_top_level_beside_the_optimizer(tmp_path: Path) -> None:
+    """As torchtitan saves them."""
+    model = Net()
+    model, optimizer = fill(model, adamw(model))
+    save_alone({**get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}, tmp_path / "ckpt")
+    other = Net()
+    shardferry.load_optimizer_state(other, adamw(other), tmp_path / "ckpt", model_key="")
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+
+
 def test_include_and_exclude_leave_the_rest_alone(saved: str) -> None:
     model = Net()
     optimizer = adamw(model)
@@ -297,6 +335,28 @@ def test_tied_parameters(tmp_path: Path, source: str, target: str) -> None:
     assert torch.equal(other.head.weight, model.head.weight)
 
 
+def load_tied_fsdp1(path: str, use_orig_params: bool) -> list[torch.Tensor]:
+    """This rank's slices of a moment and of the weight."""
+    model = fsdp1(tied("head"), use_orig_params=use_orig_params)
+    (parameter,) = model.parameters()
+    with torch.no_grad():
+        parameter.zero_()
+    optimizer = torch.optim.AdamW(model.parameters())
+    shardferry.load_optimizer_state(model, optimizer, path, model_key="model")
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    return [optimizer.state[parameter]["exp_avg"].clone(), parameter.detach().clone()]
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
+def test_tied_parameters_of_fsdp1(ranks: RankPool, tmp_path: Path, use_orig_params: bool) -> None:
+    model = tied("embedding")
+    path = save(tmp_path / "ckpt", *fill(model, torch.optim.AdamW(model.parameters(), lr=0.5)))
+    slices = ranks.run(2, load_tied_fsdp1, path, use_orig_params)
+    moment, weight = (torch.cat(parts).view(3, 4) for parts in zip(*slices, strict=True))
+    assert torch.equal(moment, full_tensor("embedding.weight", "exp_avg", (3, 4)))
+    assert torch.equal(weight, model.head.weight)
+
+
 # --- dtypes --------------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +379,14 @@ def test_dtype_policy(saved: str) -> None:
     assert found.dtype is torch.bfloat16
     assert torch.equal(found, full_tensor("first.weight", "exp_avg", (3, 4)).to(torch.bfloat16))
     assert optimizer.state[model.first.weight]["step"].dtype is torch.float32
+
+
+def test_a_cast_that_would_lose_the_numbers(saved: str) -> None:
+    model = Net()
+    optimizer = adamw(model)
+    optimizer.state[model.first.weight] = {"exp_avg": torch.zeros(3, 4, dtype=torch.int8)}
+    with pytest.raises(LayoutError, match=r"wanted as torch\.int8; a cast between these would lose the numbers"):
+        shardferry.load_optimizer_state(model, optimizer, saved, dtype="cast")
 
 
 def test_weights_have_the_dtype_of_the_model(saved: str) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 import shardferry
 from tests.support.models import (
     HYPERPARAMETERS,
+    OTHER,
     SHAPES,
     Model,
     adamw,
@@ -21,24 +22,16 @@ from tests.support.models import (
     fill_state,
     fsdp1,
     fsdp2,
+    load_fsdp2,
     save,
 )
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
 
 SIZES = (1, 2, 3, 4, 5, 6, 8)
-OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
 MATRICES = [fqn for fqn, shape in SHAPES.items() if len(shape) >= 2]
 COLUMNS = {fqn: [Shard(1)] for fqn in MATRICES}
 ROWS = {fqn: [Shard(0)] for fqn in SHAPES}
-
-
-def load_fsdp2(path: str) -> int:
-    model = fsdp2(Model())
-    optimizer = adamw(model, OTHER)
-    shardferry.load_optimizer_state(model, optimizer, path)
-    check_groups(optimizer)
-    return check_state(model, optimizer)
 
 
 @pytest.mark.conformance(1)

@@ -60,6 +60,19 @@ def test_flat_parameters(ranks: RankPool) -> None:
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
 
 
+def tied_flat_parameter() -> tuple[str, ...]:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    (found,) = flattened_parameters(FullyShardedDataParallel(model, device_id=torch.device("cpu")))
+    (part,) = found.parts
+    return (part.fqn, *part.aliases)
+
+
+def test_flat_parameters_tell_which_are_tied(ranks: RankPool) -> None:
+    """shardferry/fsdp1.py"""
+    assert ranks.run(2, tied_flat_parameter) == [("0.weight", "1.weight")] * 2
+
+
 def test_transformations_that_torch_brings() -> None:
     """shardferry/transforms.py: one more is one more to undo."""
     assert set(ExtensionRegistry().extensions) == {ZSTANDARD}

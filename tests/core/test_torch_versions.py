@@ -10,7 +10,7 @@ import pytest
 
 import shardferry
 from pipeline.inspecting import inspect_report
-from tests.support.models import STATES, STEP, Model, adamw, check_groups, check_state, fsdp2
+from tests.support.models import OTHER, STATES, STEP, Model, adamw, check_groups, check_state, fsdp2
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.conformance(17)
@@ -18,7 +18,6 @@ pytestmark = pytest.mark.conformance(17)
 DATA = Path(__file__).resolve().parent.parent / "data"
 SHAPES = {"first.weight": (6, 4), "second.weight": (3, 6), "second.bias": (3,)}
 NUM_ELEMENTS = 2 * (6 * 4 + 3 * 6 + 3)
-OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
 
 # What stands in tests/data, by version: a checkpoint that is no longer found is a failure, not one test fewer.
 KINDS = {

@@ -66,3 +66,15 @@ def test_safetensors_files_are_read_to_their_end(tmp_path: Path) -> None:
     storage.close()
     assert problem.startswith("a: item at byte ")
     assert "the file has" in problem
+
+
+def test_each_spoilt_byte_of_a_zips_directory_is_told_or_harmless(tmp_path: Path) -> None:
+    """Python's zipfile has an exception of another class for nearly each field."""
+    save_alone({"a": full_tensor("a", "exp_avg", (5,))}, tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / "__0_0.distcp"
+    whole = file.read_bytes()
+    told = 0
+    for position in range(whole.index(b"PK\1\2"), len(whole)):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        told += any(problem.startswith("a: ") for problem in problems_of(tmp_path / "ckpt"))
+    assert told > 100

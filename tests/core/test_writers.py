@@ -21,11 +21,10 @@ import shardferry
 from shardferry.errors import CatalogError, PlanError, UnsafeMetadata
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
-from tests.support.models import SHAPES, Model, adamw, check_groups, check_state, fill_state, fsdp2
+from tests.support.models import OTHER, SHAPES, Model, adamw, check_groups, check_state, fill_state, fsdp2, load_fsdp2
 from tests.support.ranks import RankPool
 
 NUM_ELEMENTS = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
-OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
 
 
 def state_of_fsdp2() -> dict[str, Any]:
@@ -48,14 +47,6 @@ def save_async(path: str) -> None:
         for values in state["optim"]["state"].values():
             values["exp_avg"].zero_()
         saving.result()
-
-
-def load_fsdp2(path: str) -> int:
-    model = fsdp2(Model())
-    optimizer = adamw(model, OTHER)
-    shardferry.load_optimizer_state(model, optimizer, path)
-    check_groups(optimizer)
-    return check_state(model, optimizer)
 
 
 @pytest.mark.parametrize(

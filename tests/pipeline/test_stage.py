@@ -17,7 +17,7 @@ from schemas import StageConfig
 from shardferry import ShardHandle
 from shardferry.errors import HandoffError, InstallError, LayoutError, PlanError, RankError, SpecError
 from tests.support.leftovers import arena_holders
-from tests.support.models import SHAPES, STATES, STEP
+from tests.support.models import SHAPES, STATES, STEP, Model, adamw, check_state, fsdp2
 from tests.support.oracle import full_tensor
 from tests.support.trainers import Fsdp2Trainer, start_trainers
 
@@ -302,6 +302,42 @@ def test_trainer_of_another_model(four_saved: Path, trainers_of: Callable[..., l
     trainers = trainers_of(1, WrongTrainer)
     with pytest.raises(PlanError, match=r"weight: .* has no state for this parameter .* nearest saved names"):
         OptimizerLoadStage(StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}})).run(trainers)
+
+
+class TrainerOfParts(Fsdp2Trainer):
+    """One rank with two model parts, each with an optimizer of its own, and without one parameter."""
+
+    def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
+        super().__init__(world_rank, world_size, rendezvous)
+        kept = [fqn for fqn in SHAPES if fqn != "cube.weight"]
+        self.parts = [fsdp2(Model({fqn: SHAPES[fqn] for fqn in fqns})) for fqns in (kept[:3], kept[3:])]
+        self.optimizers = [adamw(part) for part in self.parts]
+
+    def shardferry_target(self) -> Any:
+        return self.parts, self.optimizers
+
+    def check(self) -> int:
+        return sum(check_state(part, optimizer) for part, optimizer in zip(self.parts, self.optimizers, strict=True))
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
+def test_trainers_of_several_parts(four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str) -> None:
+    trainers = trainers_of(2, TrainerOfParts)
+    spec = {"checkpoint": {"location": str(four_saved), "exclude": ["cube.*"]}, "handoff": {"transport": transport}}
+    OptimizerLoadStage(StageConfig.model_validate(spec)).run(trainers)
+    left_out = 2 * torch.Size(SHAPES["cube.weight"]).numel()
+    assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS - left_out
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
+def test_state_in_another_dtype_than_it_was_saved(four_saved: Path, transport: str) -> None:
+    checkpoint = {"location": str(four_saved), "wanted_dtypes": {"exp_avg": "bfloat16"}, "dtype": "cast"}
+    stage = OptimizerLoadStage(config(None, checkpoint=checkpoint, handoff={"transport": transport}))
+    with stage.run() as result:
+        shards = [handle.open().state_dict()["state"]["even.weight"] for handle in result.handles]
+    expected = full_tensor("even.weight", "exp_avg", SHAPES["even.weight"]).to(torch.bfloat16)
+    assert torch.equal(torch.cat([shard["exp_avg"] for shard in shards]), expected)
+    assert {shard["exp_avg_sq"].dtype for shard in shards} == {torch.float32}
 
 
 class BrokenTrainer(WrongTrainer):

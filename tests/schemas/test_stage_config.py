@@ -102,7 +102,20 @@ def test_who_holds_what() -> None:
             r"checkpoint: keys: strict goes with no other",
             id="keys",
         ),
+        pytest.param(
+            {"checkpoint": {"keys": "lenient"}},
+            r"checkpoint\.keys\.0: .*'ignore_unexpected' \(found 'lenient'\)",
+            id="policy",
+        ),
+        pytest.param(
+            {"checkpoint": {"include": "a.*"}}, r"checkpoint\.include: .* a list \(found 'a\.\*'\)", id="one-glob"
+        ),
+        pytest.param({"checkpoint": {"rename": {"a": ""}}}, r"rename: 'a' to '': an empty name", id="no-name"),
         pytest.param({"checkpoint": {"wanted_dtypes": {"*": "float31"}}}, r"'float31' is no torch dtype", id="dtype"),
+        pytest.param({"checkpoint": {"wanted_dtypes": {"*": "int8"}}}, r"state can't be converted to int8", id="lossy"),
+        pytest.param(
+            {"checkpoint": {"wanted_dtypes": {"*": "bits8"}}}, r"can't be converted to bits8", id="no-numbers"
+        ),
         pytest.param({"chekpoint": {}}, r"chekpoint: unknown field .* known are checkpoint, topology", id="section"),
         pytest.param(
             {"read": {"concurency": 3}}, r"read\.concurency: unknown field .*known are .*concurrency", id="field"
@@ -123,6 +136,13 @@ def test_who_holds_what() -> None:
             id="placement",
         ),
         pytest.param({"topology": {"mesh": {"dp": 0}}}, r"topology\.mesh\.dp: .*greater than 0 \(found 0\)", id="size"),
+        pytest.param(
+            {"topology": {"mesh": {"dp": 1 << 20, "tp": 2}}},
+            r"topology\.mesh: makes 2097152 ranks; the most are",
+            id="ranks",
+        ),
+        pytest.param({"topology": {"mesh": {"": 2}}}, r"topology\.mesh: an axis has no name", id="nameless-axis"),
+        pytest.param({"actors": {"gpus_per_actor": float("inf")}}, r"gpus_per_actor: .*finite", id="infinite-gpus"),
         pytest.param({"topology": {"mesh": {}}}, r"topology\.mesh: .*at least 1", id="no-axis"),
         pytest.param(
             {"actors": {"device": "tpu"}}, r"actors\.device: .*'auto', 'cpu' or 'cuda' \(found 'tpu'\)", id="device"
@@ -153,6 +173,7 @@ def test_wrong_specs_name_the_field(values: dict[str, Any], message: str) -> Non
         pytest.param("topology: {mesh: [", "not readable as a spec", id="not-yaml"),
         pytest.param("- a\n- b", "holds a list, not a spec with the fields checkpoint", id="a-list"),
         pytest.param("", "holds a NoneType", id="empty"),
+        pytest.param("read: {concurrency: 1}\nread: {}", "the key 'read' stands twice", id="key-twice"),
         pytest.param("\0\1", "not readable as a spec", id="binary"),
     ],
 )

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
+import shardferry
 from tests.support.oracle import full_tensor
 
 # Rows that divide evenly by up to 8, and 5, 7 and 30 rows that leave uneven and, at 6 and 8 ranks, empty shards.
@@ -30,6 +31,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 STATES = ("exp_avg", "exp_avg_sq")
 STEP = 7.0
 HYPERPARAMETERS = ({"lr": 0.125, "weight_decay": 0.5}, {"lr": 0.25, "weight_decay": 0.0})
+OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})  # of the optimizers that are loaded into
 
 
 class Model(nn.Module):
@@ -132,6 +134,15 @@ def check_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
             assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), f"{fqn}.{name} differs"
             compared += found.numel()
     return compared
+
+
+def load_fsdp2(path: str) -> int:
+    """On each rank: load into an FSDP2 model and compare; returns how many elements."""
+    model = fsdp2(Model())
+    optimizer = adamw(model, OTHER)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    check_groups(optimizer)
+    return check_state(model, optimizer)
 
 
 def check_groups(optimizer: torch.optim.Optimizer) -> None:

@@ -8,9 +8,7 @@ import ray
 import torch.distributed as dist
 
 import shardferry
-from tests.support.models import Model, adamw, check_groups, check_state, fsdp2
-
-OTHER = ({"lr": 9.0, "weight_decay": 9.0}, {"lr": 8.0, "weight_decay": 8.0})
+from tests.support.models import OTHER, Model, adamw, check_groups, check_state, fsdp2
 
 
 class Fsdp2Trainer(shardferry.OptimizerReceiver):
