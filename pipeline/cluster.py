@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ import torch
 
 from schemas.stage_config import StageConfig
 from shardferry.errors import SpecError
+
+_CONNECT_S = 10.0
 
 
 @contextmanager
@@ -29,6 +32,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         yield
         return
     if address:
+        _check_reachable(address, config.timeouts.start_s)
         ray.init(address=address, logging_level=logging.ERROR)
     else:
         _start_embedded(config, world_size, num_gpus)
@@ -36,6 +40,20 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str, timeout_s: float) -> None:
+    """Ray itself goes on trying without a word. Raises SpecError where nobody listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local": for Ray to understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=min(timeout_s, _CONNECT_S)).close()
+    except (OSError, OverflowError) as error:
+        raise SpecError(
+            f"address {address!r}: no Ray cluster answers there ({error}); give the head's host and port, or leave it out for a "
+            "Ray of this command's own"
+        ) from None
 
 
 def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) -> None:

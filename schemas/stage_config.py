@@ -48,9 +48,7 @@ class CheckpointSpec(Spec):
         "optim",
         description="the optimizer's key in the state dict that was saved; dots lead into nested ones, '' is all of it",
     )
-    storage_options: dict[str, Any] = Field(
-        {}, description="for stores that are not directories: credentials, an endpoint"
-    )
+    storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
     model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")
     include: tuple[str, ...] = Field((), description="globs over the FQNs here; none: all")
@@ -190,6 +188,7 @@ class ReadSpec(Spec):
     max_request: ByteSize | None = Field(
         None, gt=0, description="bytes of joined reads; default: by the kind of storage"
     )
+    max_attempts: int = Field(5, ge=1, le=100, description="of each request that fails in passing: a timeout, a 503")
     storage_bandwidth: ByteSize | None = Field(
         None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
     )
@@ -205,7 +204,7 @@ class ReadSpec(Spec):
         """The same in the core's terms: as many requests in flight as the budget holds."""
         in_flight = max(MAX_REQUEST, self.max_request or 0)
         concurrency = max(1, min(self.concurrency, self.memory_budget // in_flight))
-        return ReadOptions(concurrency, timeout_s, self.strategy, self.max_gap, self.max_request)
+        return ReadOptions(concurrency, timeout_s, self.strategy, self.max_gap, self.max_request, self.max_attempts)
 
 
 class HandoffSpec(Spec):

@@ -33,6 +33,7 @@ from shardferry.reader import Counters, ReadOptions, Sharing, read_objects, read
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
 from shardferry.sharing import SharedPlan
 from shardferry.storage.base import RangeReader
+from shardferry.storage.retrying import RetryPolicy
 
 
 class PhaseClock:
@@ -159,7 +160,7 @@ def read_values(
     """Everything that is no sharded tensor, by key: read by one rank for all. Raises StorageError, DecodeError."""
     options, counters = options or ReadOptions(), counters or Counters()
     keys = value_keys(catalog, request)
-    storage = storage_of(catalog)
+    storage = storage_of(catalog, retry=RetryPolicy(max_attempts=options.max_attempts))
     try:
         objects = [key for key in keys if key in catalog.objects]
         tensors = [key for key in keys if key in catalog.tensors]
@@ -223,7 +224,7 @@ def _read(
     sharing: SharedPlan | None,
     addresses: Mapping[int, ArenaAddress],
 ) -> None:
-    storage = storage_of(job.catalog)
+    storage = storage_of(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
     try:
         if sharing is None:
             read_plan(plan, job.catalog, storage, arena, job.read, counters)

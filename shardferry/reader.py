@@ -85,6 +85,7 @@ class ReadOptions:
     strategy: Strategy = "auto"
     max_gap_bytes: int | None = None  # that may be read in vain between two items; None: as the storage likes it
     max_request_bytes: int | None = None  # of joined reads; None: as the storage likes it
+    max_attempts: int = 5  # of a request that fails in passing
     node: str | None = None  # ranks with the same name share memory; None: found out
 
 

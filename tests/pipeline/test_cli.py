@@ -149,6 +149,13 @@ def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
     assert re.search(r"item at byte \d+ of __2_0.distcp: .*checksum", done.stdout)
 
 
+def test_an_address_where_nobody_is(spec: Path) -> None:
+    done = shardferry("run", spec, "--address", "127.0.0.1:9")
+    assert done.status == 2
+    assert done.stderr.startswith("error: address '127.0.0.1:9': no Ray cluster answers there")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", ["inspect", "plan", "run", "verify", "demo"])
 def test_help_has_an_example(command: str) -> None:
     done = shardferry(command, "--help")
