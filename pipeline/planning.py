@@ -13,7 +13,7 @@ from shardferry.checkpoint import storage_of
 from shardferry.errors import SpecError
 from shardferry.extents import JoinLimits
 from shardferry.layout import RankLayout
-from shardferry.neighbours import MAX_SLAB_BYTES
+from shardferry.neighbours import slab_bytes
 from shardferry.optimizer_index import index_optimizer
 from shardferry.plan import LoadPlan, covering_chunks, plan_load, saved_weights
 from shardferry.predict import predict_reads
@@ -105,7 +105,7 @@ def _shared(
     if config.read.strategy == "auto" and _all_in_memory(catalog, plans):
         return [None] * len(plans)
     wants = SpecWants(layout, range(len(plans)))
-    return [share_reads(plan, catalog, wants, max_slab_bytes=MAX_SLAB_BYTES) for plan in plans]
+    return [share_reads(plan, catalog, wants, max_slab_bytes=slab_bytes(catalog)) for plan in plans]
 
 
 def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:

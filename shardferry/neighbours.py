@@ -23,7 +23,7 @@ from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 
-MAX_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache
+_LOCAL_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache
 MAX_TOLD_RANKS = 256  # with live layouts each rank hears of every other's
 
 
@@ -82,7 +82,7 @@ class Neighbours:
             because = "the page cache has what is read: a copy for others would cost as much as a read by themselves"
         if because:
             return Strategy("direct", because)
-        shared = share_reads(plan, job.catalog, self._wants(), max_slab_bytes=MAX_SLAB_BYTES)
+        shared = share_reads(plan, job.catalog, self._wants(), max_slab_bytes=slab_bytes(job.catalog))
         return Strategy("cooperative", f"{len(self.words)} ranks on this node share memory", shared)
 
     def _wants(self) -> Wants:
@@ -94,6 +94,15 @@ class Neighbours:
         """Raises ArenaError where the host has no room for all of its ranks' arenas."""
         sizes = [word.host_bytes for word in self.words.values()]
         check_host_room(arenas_bytes=sum(sizes), num_arenas=len(sizes), host=socket.gethostname())
+
+
+def slab_bytes(catalog: Catalog) -> int:
+    """How much one rank reads for others in one go: more where a request takes long."""
+    storage = storage_of(catalog)
+    try:
+        return _LOCAL_SLAB_BYTES if storage.traits.is_local else storage.traits.max_request_bytes
+    finally:
+        storage.close()
 
 
 def meet_neighbours(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement) -> Neighbours:
