@@ -20,6 +20,7 @@ from shardferry.spec_layout import SpecLayout
 from tests.support.damage import short_file
 from tests.support.models import STATES, STEP, save_fsdp2
 from tests.support.oracle import full_tensor
+from tests.support.range_server import Fault, served
 from tests.support.ranks import RankPool
 
 SHAPES = {"wide.weight": (640, 768), "tall.weight": (1536, 320), "odd.weight": (509, 701), "small.weight": (7, 3)}
@@ -177,3 +178,15 @@ def test_auto_shares_reads_unless_they_cost_nothing(ranks: RankPool, saved: str)
     cold = ranks.run(2, load, saved, "whole", "auto", [None])
     assert [result["shared"] for result in cold] == [1, 1]
     assert total(cold, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+
+
+@pytest.mark.parametrize("topology", ["columns", "replicas"])
+def test_a_web_server_gives_each_byte_once(ranks: RankPool, saved: str, topology: str) -> None:
+    """The server's own log is the judge, of bytes and of requests; one request is refused, and made again."""
+    with served(Path(saved), faults=[Fault.BUSY]) as server:
+        results = ranks.run(4, load, server.url, topology, "auto", [None])
+        data = [one for one in server.ranges if one[0].endswith(".distcp")]
+    assert all(result["shared"] for result in results)
+    num_bytes = sum(stop - start for _, start, stop in data)
+    assert num_bytes <= 1.02 * UNIQUE_BYTES + 64 * 1024
+    assert len(data) <= 64, "4 files of 8 large and 8 small items each: no request for each small item"
