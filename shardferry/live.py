@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn import Module
@@ -192,9 +191,8 @@ def _refuse_meshes_out_of_order(root: Module) -> None:
 
 
 def _is_in_order(mesh: DeviceMesh) -> bool:
-    coordinate = mesh.get_coordinate()
-    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
-    return coordinate is None or [dist.get_rank(group) for group in groups] == list(coordinate)
+    """Whether ranks ascend along every axis: process groups sort theirs."""
+    return all(bool((mesh.mesh.diff(dim=axis) > 0).all()) for axis in range(mesh.ndim))
 
 
 def _part_of(flat: fsdp1.FlatPart, ddp_prefixes: Sequence[str]) -> Part:

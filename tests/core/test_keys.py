@@ -83,6 +83,7 @@ def save_plain(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     return str(path)
 
 
+@pytest.mark.defect("B7")
 @pytest.mark.conformance(9)
 def test_saved_by_position(tmp_path: Path) -> None:
     model = Net()
@@ -360,6 +361,7 @@ def test_tied_parameters_of_fsdp1(ranks: RankPool, tmp_path: Path, use_orig_para
 # --- dtypes --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.defect("B8")
 @pytest.mark.conformance(11)
 def test_dtype_policy(saved: str) -> None:
     model = Net().to(torch.bfloat16)

@@ -27,6 +27,8 @@ from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor
 
+pytestmark = pytest.mark.conformance(15)
+
 LIMITS = JoinLimits.of(LOCAL_FILES, max_gap_bytes=None, max_request_bytes=None)
 
 TENSORS = {
