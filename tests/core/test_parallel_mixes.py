@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -20,19 +21,28 @@ from tests.support.ranks import RankPool
 EVEN, UNEVEN = (16, 8), (14, 6)  # hidden, in and out: rows that do and don't divide by 4
 
 
+_MESHES = itertools.count()  # of this process
+
+
+def named_mesh(shape: tuple[int, int], *names: str) -> DeviceMesh:
+    """Under names of its own: torch keeps what it knows of a mesh, and an equal one of an earlier process group is gone."""
+    number = next(_MESHES)
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple(f"{name}_{number}" for name in names))
+
+
 def perceptron(hidden: int, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.LayerNorm(width))
 
 
 def tp_and_fsdp2(sizes: tuple[int, int], dp: int, tp: int) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-    model = parallelize_module(perceptron(*sizes), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    return fully_shard(model, mesh=mesh["dp"])
+    mesh = named_mesh((dp, tp), "dp", "tp")
+    dp_name, tp_name = mesh.mesh_dim_names or ()
+    model = parallelize_module(perceptron(*sizes), mesh[tp_name], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return fully_shard(model, mesh=mesh[dp_name])
 
 
 def hsdp(sizes: tuple[int, int], replicas: int, shards: int) -> nn.Module:
-    mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return fully_shard(perceptron(*sizes), mesh=mesh)
+    return fully_shard(perceptron(*sizes), mesh=named_mesh((replicas, shards), "dp_replicate", "dp_shard"))
 
 
 WRAPPED = {"tp-fsdp2": tp_and_fsdp2, "hsdp": hsdp}
