@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 DEADLINE_S = 120.0
+_TIRED_THREADS = 120  # torch keeps some process groups for ever, whose threads spin once their peers are gone
 
 
 class RankPool:
@@ -54,15 +55,21 @@ class RankPool:
                 self.close()
                 pytest.fail(f"rank {rank} of {world_size} died or hung in {work.__name__}", pytrace=False)
             results.append(pipe.recv())
+        if any(_num_threads(process) > _TIRED_THREADS for process, _ in members):
+            self._retire()
         return results
 
     def close(self) -> None:
+        self._retire()
+        self._directory.cleanup()
+
+    def _retire(self) -> None:
+        """End the processes; the next run starts new ones."""
         for process, pipe in self._ranks:
             pipe.close()
             process.terminate()
             process.join(10)
         self._ranks.clear()
-        self._directory.cleanup()
 
     def _start(self, world_size: int) -> None:
         assert world_size <= self._size, f"the pool has {self._size} ranks"
@@ -72,6 +79,10 @@ class RankPool:
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+
+
+def _num_threads(process: BaseProcess) -> int:
+    return len(list(Path(f"/proc/{process.pid}/task").iterdir()))
 
 
 def _serve(pipe: Connection) -> None:
