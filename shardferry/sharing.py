@@ -133,10 +133,9 @@ class _Sharer:
         slabs = self._known.get(alike)
         if slabs is None:
             deliveries = [d for want in wants for d in _deliveries(want, region)]
-            if ranged:
-                slabs = list(_cut(deliveries, chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes, turn))
-            else:  # decoded by one rank for all
-                slabs = [Slab(Region.whole(chunk_shape), _turn(deliveries, turn), tuple(deliveries))]
+            cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes, turn)
+            # What can't be read in ranges is decoded by one rank for all.
+            slabs = list(cutter.slabs(deliveries)) if ranged else [cutter.whole(deliveries)]
             self._known[alike] = slabs
         return slabs
 
@@ -160,74 +159,84 @@ def _deliveries(want: Want, chunk: Region) -> Iterator[Delivery]:
             yield Delivery(world_rank, common.relative_to(chunk.offsets), offset, strides)
 
 
-def _cut(
-    deliveries: Sequence[Delivery], chunk_shape: tuple[int, ...], itemsize: int, max_slab_bytes: int, turn: int
-) -> Iterator[Slab]:
-    """Slabs of a chunk, each with its reader, in the order of the chunk's rows."""
-    dim = next((d for d, size in enumerate(chunk_shape) if size > 1), 0)
-    if not chunk_shape:
-        yield Slab(Region((), ()), _turn(deliveries, turn), tuple(deliveries))
-        return
-    bounds = sorted({bound for d in deliveries for bound in (d.source.offsets[dim], d.source.ends[dim])})
-    row_bytes = math.prod(chunk_shape[dim + 1 :]) * itemsize
-    for start, stop in pairwise(bounds):
-        inside = [part for d in deliveries if (part := d.within(dim, start, stop)) is not None]
-        if inside:
-            yield from _read_by(inside, chunk_shape, dim, (start, stop), row_bytes, itemsize, max_slab_bytes, turn)
+@dataclass(frozen=True, slots=True)
+class _Cutter:
+    """Cuts one chunk into slabs and names their readers."""
+
+    chunk_shape: tuple[int, ...]
+    itemsize: int  # bytes
+    max_slab_bytes: int
+    turn: int  # which of the ranks begins: another one for each chunk, so that all read alike much
+
+    @property
+    def dim(self) -> int:
+        """The outermost dimension along which a row-major chunk can be cut."""
+        return next((dim for dim, size in enumerate(self.chunk_shape) if size > 1), 0)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.chunk_shape[self.dim + 1 :]) * self.itemsize
+
+    def whole(self, deliveries: Sequence[Delivery]) -> Slab:
+        """The chunk as one slab."""
+        return Slab(Region.whole(self.chunk_shape), self._reader(deliveries), tuple(deliveries))
+
+    def slabs(self, deliveries: Sequence[Delivery]) -> Iterator[Slab]:
+        """In the order of the chunk's rows."""
+        if not self.chunk_shape:
+            yield self.whole(deliveries)
+            return
+        dim = self.dim
+        bounds = sorted({bound for d in deliveries for bound in (d.source.offsets[dim], d.source.ends[dim])})
+        for start, stop in pairwise(bounds):
+            inside = self._within(deliveries, start, stop)
+            if inside:
+                yield from self._divided(inside, start, stop)
+
+    def _divided(self, deliveries: Sequence[Delivery], start: int, stop: int) -> Iterator[Slab]:
+        """The rows of a slab, divided among the ranks that want something of them."""
+        ranks = _ranks_of(deliveries)
+        if len(ranks) == 1 or self._better_alone(deliveries):
+            for rank in ranks:
+                yield Slab(self._rows(start, stop), rank, tuple(d for d in deliveries if d.world_rank == rank))
+            return
+        num_rows = stop - start
+        parts = min(len(ranks), max(1, num_rows * self.row_bytes // _LEAST_PART), num_rows)
+        step = max(1, self.max_slab_bytes // max(self.row_bytes, 1))
+        for part in range(parts):
+            reader = ranks[(part + self.turn) % len(ranks)]
+            begin, end = start + num_rows * part // parts, start + num_rows * (part + 1) // parts
+            for first in range(begin, end, step):
+                last = min(first + step, end)
+                yield Slab(self._rows(first, last), reader, tuple(self._within(deliveries, first, last)))
+
+    def _within(self, deliveries: Sequence[Delivery], start: int, stop: int) -> list[Delivery]:
+        return [part for d in deliveries if (part := d.within(self.dim, start, stop)) is not None]
+
+    def _reader(self, deliveries: Sequence[Delivery]) -> int:
+        ranks = _ranks_of(deliveries)
+        return ranks[self.turn % len(ranks)]
+
+    def _rows(self, start: int, stop: int) -> Region:
+        offsets = tuple(start if dim == self.dim else 0 for dim in range(len(self.chunk_shape)))
+        sizes = tuple(stop - start if dim == self.dim else size for dim, size in enumerate(self.chunk_shape))
+        return Region(offsets, sizes)
+
+    def _better_alone(self, deliveries: Sequence[Delivery]) -> bool:
+        """Whether no element is wanted twice and every run is long: then nothing is gained by reading for others."""
+        if any(self._run_bytes(d.source) < _LONG_RUN for d in deliveries):
+            return False
+        return all(a.source.intersect(b.source) is None for i, a in enumerate(deliveries) for b in deliveries[i + 1 :])
+
+    def _run_bytes(self, box: Region) -> int:
+        """Bytes of the box that lie together in a row-major chunk."""
+        run = self.itemsize
+        for size, whole in zip(reversed(box.sizes), reversed(self.chunk_shape), strict=True):
+            run *= size
+            if size < whole:
+                break
+        return run
 
 
-def _read_by(
-    deliveries: Sequence[Delivery],
-    chunk_shape: tuple[int, ...],
-    dim: int,
-    rows: tuple[int, int],
-    row_bytes: int,
-    itemsize: int,
-    max_slab_bytes: int,
-    turn: int,
-) -> Iterator[Slab]:
-    """Divide a slab among the ranks that want something of it."""
-    ranks = sorted({d.world_rank for d in deliveries})
-    if len(ranks) == 1 or _better_alone(deliveries, chunk_shape, itemsize):
-        for rank in ranks:
-            mine = tuple(d for d in deliveries if d.world_rank == rank)
-            yield Slab(_slab(chunk_shape, dim, *rows), rank, mine)
-        return
-    start, stop = rows
-    parts = min(len(ranks), max(1, (stop - start) * row_bytes // _LEAST_PART), stop - start)
-    for part in range(parts):
-        reader = ranks[(part + turn) % len(ranks)]
-        begin, end = start + (stop - start) * part // parts, start + (stop - start) * (part + 1) // parts
-        step = max(1, max_slab_bytes // max(row_bytes, 1))
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            inside = tuple(d for x in deliveries if (d := x.within(dim, first, last)) is not None)
-            yield Slab(_slab(chunk_shape, dim, first, last), reader, inside)
-
-
-def _turn(deliveries: Sequence[Delivery], turn: int) -> int:
-    ranks = sorted({d.world_rank for d in deliveries})
-    return ranks[turn % len(ranks)]
-
-
-def _slab(chunk_shape: tuple[int, ...], dim: int, start: int, stop: int) -> Region:
-    offsets = tuple(start if d == dim else 0 for d in range(len(chunk_shape)))
-    sizes = tuple(stop - start if d == dim else size for d, size in enumerate(chunk_shape))
-    return Region(offsets, sizes)
-
-
-def _better_alone(deliveries: Sequence[Delivery], chunk_shape: tuple[int, ...], itemsize: int) -> bool:
-    """Whether no element is wanted twice and every run is long: then nothing is gained by reading for others."""
-    if any(_run_bytes(d.source, chunk_shape, itemsize) < _LONG_RUN for d in deliveries):
-        return False
-    return all(a.source.intersect(b.source) is None for i, a in enumerate(deliveries) for b in deliveries[i + 1 :])
-
-
-def _run_bytes(box: Region, chunk_shape: tuple[int, ...], itemsize: int) -> int:
-    """Bytes of the box that lie together in a row-major chunk."""
-    run = itemsize
-    for size, whole in zip(reversed(box.sizes), reversed(chunk_shape), strict=True):
-        run *= size
-        if size < whole:
-            break
-    return run
+def _ranks_of(deliveries: Sequence[Delivery]) -> list[int]:
+    return sorted({delivery.world_rank for delivery in deliveries})
