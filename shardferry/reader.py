@@ -10,12 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
-
-from shardferry.arena import Arena, DeviceArena, HostArena
+from shardferry.arena import Arena, HostArena
 from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
@@ -25,9 +22,9 @@ from shardferry.extents import Extent, JoinLimits, join
 from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
 from shardferry.peers import PeerArenas
 from shardferry.plan import LoadPlan, ReadItem
-from shardferry.region import row_major_strides
-from shardferry.requests import Gather, InPlaceRead, Request, requests_for
+from shardferry.requests import Request, requests_for
 from shardferry.sharing import SharedPlan, SharedRead
+from shardferry.sinks import Courier, PlacedRequest, PlacedSlab, make_sink
 from shardferry.storage.base import ByteSource, RangeReader, Window
 from shardferry.storage.memory import MemorySource
 from shardferry.storage.runs import Runs
@@ -121,36 +118,6 @@ class _Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _PlacedRequest:
-    """A request, which looks the same for all alike pieces, with its file and its places."""
-
-    path: str
-    item_offset: int  # bytes, of the item in its file
-    arena_offset: int  # bytes, from where the request's own is counted
-    request: Request
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted."""
-        return self.request.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _PlacedSlab:
-    """A slab that is read for several ranks."""
-
-    item: TensorItem
-    row: int  # of the catalog's tensors
-    layout: ItemLayout
-    read: SharedRead
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted, by all ranks together."""
-        return sum(delivery.source.numel for delivery in self.read.deliveries) * self.item.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
 class _SmallChunks:
     """Chunks whose items are read in one request."""
 
@@ -163,7 +130,7 @@ class _SmallChunks:
 
 
 # What one thread does in one go; a chunk where its item has to be read whole.
-_Work = _PlacedRequest | _PlacedSlab | _Chunk | _SmallChunks
+_Work = PlacedRequest | PlacedSlab | _Chunk | _SmallChunks
 
 
 @dataclass(frozen=True)
@@ -197,7 +164,7 @@ def read_plan(
     _check_ends((chunk.item for chunk in chunks), catalog, storage)
     source = CountedSource(storage, counters)
     placer, sink = _Placer(ItemReader(source)), make_sink(arena)
-    courier = None if sharing is None else _Courier(sharing.peers)
+    courier = None if sharing is None else Courier(sharing.peers)
 
     def carry_out_whole(chunk: _Chunk, content: bytes | memoryview) -> None:
         layout, memory = placer.layout_in(content, chunk.item), MemorySource(content)
@@ -214,7 +181,7 @@ def read_plan(
             elif isinstance(work, _SmallChunks):
                 for chunk, content in read_extent(work.extent, source):
                     carry_out_whole(chunk, content)
-            elif isinstance(work, _PlacedSlab):
+            elif isinstance(work, PlacedSlab):
                 assert courier is not None
                 courier.carry_out(work, work.item.byte_offset, source)
             else:
@@ -340,13 +307,13 @@ class _Placer:
         """How an item's elements lie in its content."""
         return self._items.layout_in(content, item)
 
-    def slabs(self, chunk: _Chunk, layout: ItemLayout) -> list[_PlacedSlab]:
+    def slabs(self, chunk: _Chunk, layout: ItemLayout) -> list[PlacedSlab]:
         """What is read of a chunk for several ranks."""
-        return [_PlacedSlab(chunk.item, chunk.row, layout, read) for read in chunk.shared]
+        return [PlacedSlab(chunk.item, chunk.row, layout, read) for read in chunk.shared]
 
-    def placed(self, chunk: _Chunk, layout: ItemLayout, item_offset: int) -> list[_PlacedRequest]:
+    def placed(self, chunk: _Chunk, layout: ItemLayout, item_offset: int) -> list[PlacedRequest]:
         return [
-            _PlacedRequest(chunk.item.path, item_offset, piece.arena_offset, request)
+            PlacedRequest(chunk.item.path, item_offset, piece.arena_offset, request)
             for piece in chunk.pieces
             for request in self._requests_of(piece.item, layout)
         ]
@@ -391,104 +358,3 @@ def _batches(works: Sequence[_Work]) -> Iterator[list[_Work]]:
             batch, nbytes = [], 0
     if batch:
         yield batch
-
-
-class Sink(Protocol):
-    """Carries out one request so that its bytes end up in the arena."""
-
-    def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None: ...
-
-
-def make_sink(arena: Arena) -> Sink:
-    return _HostSink(arena.memory) if isinstance(arena, HostArena) else _DeviceSink(arena)
-
-
-class _HostSink:
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
-
-    def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None:
-        request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
-        if isinstance(request, InPlaceRead):
-            place = self._memory[arena_offset : arena_offset + request.nbytes]
-            source.read_into(placed.path, placed.item_offset + request.byte_offset, place)
-            return
-        window = source.window(placed.path, request.runs(placed.item_offset))
-        target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
-        target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
-
-
-class _Courier:
-    """Reads slabs into a buffer of each thread, and brings their boxes to the ranks that want them."""
-
-    def __init__(self, peers: PeerArenas) -> None:
-        self._peers = peers
-        self._buffers = threading.local()
-
-    def carry_out(self, slab: _PlacedSlab, item_offset: int, source: ByteSource) -> None:
-        region, itemsize = slab.read.region, slab.item.dtype.itemsize
-        strides = row_major_strides(region.sizes)
-        own = self._own_place(slab, strides)
-        buffer = self._buffer(region.numel * itemsize) if own is None else self._peers.memory_at(*own)
-        sink = _HostSink(buffer)
-        for request in requests_for(
-            slab.layout, source_offsets=region.offsets, sizes=region.sizes, arena_offset=0, strides=strides
-        ):
-            sink.carry_out(_PlacedRequest(slab.item.path, item_offset, 0, request), source)
-        for delivery in slab.read.deliveries:
-            if own is not None and delivery.world_rank == self._peers.world_rank:
-                continue
-            inside = delivery.source.relative_to(region.offsets)
-            start = sum(o * s for o, s in zip(inside.offsets, strides, strict=True)) * itemsize
-            block = _strided(buffer, start, inside.sizes, strides, itemsize)
-            byte_strides = tuple(stride * itemsize for stride in delivery.strides)
-            self._peers.put(delivery.world_rank, slab.row, delivery.offset * itemsize, block, byte_strides)
-
-    def _own_place(self, slab: _PlacedSlab, strides: tuple[int, ...]) -> tuple[int, int, int] | None:
-        """Where this rank wants the whole slab as it is: then it is read there. Row, byte offset, length."""
-        itemsize = slab.item.dtype.itemsize
-        for delivery in slab.read.deliveries:
-            as_it_is = delivery.source == slab.read.region and delivery.strides == strides
-            if delivery.world_rank == self._peers.world_rank and as_it_is:
-                return slab.row, delivery.offset * itemsize, slab.read.numel * itemsize
-        return None
-
-    def _buffer(self, nbytes: int) -> memoryview:
-        buffer: bytearray | None = getattr(self._buffers, "bytes", None)
-        if buffer is None or len(buffer) < nbytes:
-            buffer = self._buffers.bytes = bytearray(nbytes)
-        return memoryview(buffer)
-
-
-class _DeviceSink:
-    def __init__(self, arena: DeviceArena) -> None:
-        self._arena = arena
-
-    def carry_out(self, placed: _PlacedRequest, source: ByteSource) -> None:
-        request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
-        with self._arena.staging(request.nbytes) as staging:
-            if isinstance(request, InPlaceRead):
-                source.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
-                self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
-                return
-            packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-            window = source.window(placed.path, request.runs(placed.item_offset))
-            packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
-            self._scatter(request, arena_offset, staging)
-
-    def _scatter(self, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
-        dtype = _TORCH_ELEMENT[request.itemsize]
-        arena = self._arena.tensor(0, (self._arena.nbytes // request.itemsize,), dtype)
-        target = torch.as_strided(arena, request.sizes, request.strides, arena_offset // request.itemsize)
-        target.copy_(staging.view(dtype).view(request.sizes), non_blocking=True)
-
-
-_ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
-_TORCH_ELEMENT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-
-
-def _strided(
-    memory: memoryview, byte_offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int
-) -> np.ndarray:
-    byte_strides = tuple(stride * itemsize for stride in strides)
-    return np.ndarray(sizes, dtype=_ELEMENT[itemsize], buffer=memory, offset=byte_offset, strides=byte_strides)
