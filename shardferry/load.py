@@ -29,7 +29,7 @@ from shardferry.manifest import Manifest, StateTensor, StateValue
 from shardferry.neighbours import Neighbours, Strategy, meet_neighbours
 from shardferry.peers import ArenaAddress, PeerArenas
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
-from shardferry.reader import Counters, ReadOptions, Sharing, read_objects, read_plan
+from shardferry.reader import Counters, ReadOptions, Sharing, read_objects, read_plan, read_strategy
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
 from shardferry.sharing import SharedPlan
 from shardferry.storage.base import RangeReader
@@ -267,6 +267,7 @@ def load_optimizer_state(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: str = "error",
+    strategy: str = "auto",
     concurrency: int = 16,
 ) -> KeyReport:
     """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
@@ -287,6 +288,8 @@ def load_optimizer_state(
         rename: glob over saved FQNs to what they are called here, ``{"_orig_mod.*": "*"}``; the first that fits.
         include, exclude: globs over the FQNs here; what is not meant stays as it is.
         dtype: ``error`` or ``cast``, where live state (or with ``model_key`` a weight) has another dtype than was saved.
+        strategy: ``cooperative`` lets the ranks of a node read for each other, with ``direct`` each reads for itself; ``auto``
+            shares where arenas are on the host and the page cache has not the files.
         concurrency: reads in flight of this rank.
 
     Returns:
@@ -300,16 +303,16 @@ def load_optimizer_state(
     agreement = Agreement(process_group)
     live = LiveModel.of(model, optimizer)
 
-    def prepare() -> tuple[LoadRequest, RankLayout, torch.device]:
+    def prepare() -> tuple[LoadRequest, RankLayout, torch.device, ReadOptions]:
         request = LoadRequest(
             optimizer_key, model_key, Selection.of(rename, include, exclude), KeyPolicy.of(keys), dtype_policy(dtype)
         )
         layout = live_layout(live, world_rank=agreement.rank, world_size=agreement.size)
-        return request, layout, live.device
+        return request, layout, live.device, ReadOptions(concurrency, strategy=read_strategy(strategy))
 
-    request, layout, device = agreement.attempt("reading the model's layout", prepare)
+    request, layout, device, options = agreement.attempt("reading the model's layout", prepare)
     catalog = catalog_of_all(location, agreement, storage_options)
-    loaded = load_rank(LoadJob(catalog, layout, request, device, ReadOptions(concurrency)), agreement)
+    loaded = load_rank(LoadJob(catalog, layout, request, device, options), agreement)
     shard = loaded.handle("in_process", exclusive=True).open()
     install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
     agreement.attempt("installing the state", install)

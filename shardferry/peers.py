@@ -93,7 +93,10 @@ class _Peer:
 
     @classmethod
     def open(cls, world_rank: int, address: ArenaAddress) -> _Peer:
-        gone = f"the arena of rank {world_rank} (process {address.pid}) is gone: the rank has ended"
+        gone = (
+            f"the arena of rank {world_rank} (process {address.pid}) can't be opened: the rank has ended, or its memory is closed to "
+            "this process; then set read.strategy: direct"
+        )
         try:
             descriptor = os.open(f"/proc/{address.pid}/fd/{address.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:

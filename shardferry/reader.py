@@ -17,7 +17,7 @@ from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
 from shardferry.decode import ItemLayout
-from shardferry.errors import StorageError
+from shardferry.errors import SpecError, StorageError
 from shardferry.extents import Extent, JoinLimits, join
 from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
 from shardferry.peers import PeerArenas
@@ -33,6 +33,14 @@ T = TypeVar("T")
 Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
+
+
+def read_strategy(name: str) -> Strategy:
+    """From its name. Raises SpecError."""
+    known: dict[str, Strategy] = {"auto": "auto", "cooperative": "cooperative", "direct": "direct"}
+    if name not in known:
+        raise SpecError(f"strategy: {name!r} is none; there are {', '.join(known)}")
+    return known[name]
 
 
 class Counters:
