@@ -6,6 +6,7 @@ gone when the last of them is. On a GPU it is one tensor of bytes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import mmap
@@ -182,6 +183,19 @@ Arena = HostArena | DeviceArena
 def allocate_arena(nbytes: int, device: torch.device) -> Arena:
     """One arena on the host or on a GPU. Raises ArenaError where there is no room."""
     return HostArena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)
+
+
+def open_memory_file(pid: int, descriptor: int, inode: int) -> int:
+    """A descriptor of a memory file that another process of this node has open.
+
+    Raises:
+        OSError: the process has ended, its memory is closed to this one, or the number stands for another file by now.
+    """
+    found = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    if os.fstat(found).st_ino != inode:
+        os.close(found)
+        raise FileNotFoundError(errno.ENOENT, "another file has its number now", f"/proc/{pid}/fd/{descriptor}")
+    return found
 
 
 def view_bytes(memory: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from shardferry import install
-from shardferry.arena import Arena, HostArena, view_bytes
+from shardferry.arena import Arena, HostArena, open_memory_file, view_bytes
 from shardferry.errors import HandoffError
 from shardferry.live import LiveModel
 from shardferry.manifest import Entry, Manifest, StateTensor
@@ -83,13 +83,9 @@ class SharedMemory:
             "keep the stage's result until all trainers have opened their handles"
         )
         try:
-            descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+            return open_memory_file(self.pid, self.descriptor, self.inode)
         except OSError as error:
             raise HandoffError(f"{gone} ({error})") from error
-        if os.fstat(descriptor).st_ino != self.inode:
-            os.close(descriptor)
-            raise HandoffError(gone)
-        return descriptor
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Self
 
 import numpy as np
 
-from shardferry.arena import HostArena
+from shardferry.arena import HostArena, open_memory_file
 from shardferry.errors import StorageError
 
 _SHORT_RUN = 4096  # bytes; shorter runs of a strided place are written through a mapping
@@ -98,14 +98,11 @@ class _Peer:
             "this process; then set read.strategy: direct"
         )
         try:
-            descriptor = os.open(f"/proc/{address.pid}/fd/{address.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+            descriptor = open_memory_file(address.pid, address.descriptor, address.inode)
         except OSError as error:
             raise StorageError(f"{gone} ({error})") from error
-        status = os.fstat(descriptor)
-        if status.st_ino != address.inode:
-            os.close(descriptor)
-            raise StorageError(gone)
-        table = os.pread(descriptor, status.st_size - address.directory_offset, address.directory_offset)
+        num_bytes = os.fstat(descriptor).st_size - address.directory_offset
+        table = os.pread(descriptor, num_bytes, address.directory_offset)
         return cls(descriptor, np.frombuffer(table, dtype=np.int64))
 
     def put(self, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]) -> None:
