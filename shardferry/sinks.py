@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
-from shardferry.decode import ItemLayout
+from shardferry.budget import Budget
 from shardferry.items import TensorItem
 from shardferry.peers import PeerArenas
 from shardferry.region import row_major_strides
-from shardferry.requests import Gather, InPlaceRead, Request, requests_for
+from shardferry.requests import Gather, InPlaceRead, Request
 from shardferry.sharing import SharedRead
 from shardferry.storage.base import ByteSource
 
@@ -40,8 +40,8 @@ class PlacedSlab:
 
     item: TensorItem
     row: int  # of the catalog's tensors
-    layout: ItemLayout
     read: SharedRead
+    requests: Sequence[Request]  # that fill the slab, row-major
 
     @property
     def nbytes(self) -> int:
@@ -69,30 +69,36 @@ class HostSink:
             place = self._memory[arena_offset : arena_offset + request.nbytes]
             source.read_into(placed.path, placed.item_offset + request.byte_offset, place)
             return
-        window = source.window(placed.path, request.runs(placed.item_offset))
         target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
-        target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+        with source.window(placed.path, request.runs(placed.item_offset)) as view:
+            target[...] = _strided(view, 0, request.sizes, request.source_strides, request.itemsize)
 
 
 class Courier:
-    """Reads slabs into a buffer of each thread, and brings their boxes to the ranks that want them."""
+    """Reads slabs into buffers, and brings their boxes to the ranks that want them."""
 
-    def __init__(self, peers: PeerArenas) -> None:
+    def __init__(self, peers: PeerArenas, budget: Budget) -> None:
         self._peers = peers
-        self._buffers = threading.local()
+        self._budget = budget
 
     def carry_out(self, slab: PlacedSlab, item_offset: int, source: ByteSource) -> None:
+        own = self._own_place(slab, row_major_strides(slab.read.region.sizes))
+        if own is not None:
+            self._deliver(slab, item_offset, source, self._peers.memory_at(*own), is_own=True)
+            return
+        with self._budget.lease(slab.read.numel * slab.item.dtype.itemsize) as buffer:
+            self._deliver(slab, item_offset, source, buffer, is_own=False)
+
+    def _deliver(
+        self, slab: PlacedSlab, item_offset: int, source: ByteSource, buffer: memoryview, *, is_own: bool
+    ) -> None:
         region, itemsize = slab.read.region, slab.item.dtype.itemsize
         strides = row_major_strides(region.sizes)
-        own = self._own_place(slab, strides)
-        buffer = self._buffer(region.numel * itemsize) if own is None else self._peers.memory_at(*own)
         sink = HostSink(buffer)
-        for request in requests_for(
-            slab.layout, source_offsets=region.offsets, sizes=region.sizes, arena_offset=0, strides=strides
-        ):
+        for request in slab.requests:
             sink.carry_out(PlacedRequest(slab.item.path, item_offset, 0, request), source)
         for delivery in slab.read.deliveries:
-            if own is not None and delivery.world_rank == self._peers.world_rank:
+            if is_own and delivery.world_rank == self._peers.world_rank:
                 continue
             inside = delivery.source.relative_to(region.offsets)
             start = sum(o * s for o, s in zip(inside.offsets, strides, strict=True)) * itemsize
@@ -109,12 +115,6 @@ class Courier:
                 return slab.row, delivery.offset * itemsize, slab.read.numel * itemsize
         return None
 
-    def _buffer(self, nbytes: int) -> memoryview:
-        buffer: bytearray | None = getattr(self._buffers, "bytes", None)
-        if buffer is None or len(buffer) < nbytes:
-            buffer = self._buffers.bytes = bytearray(nbytes)
-        return memoryview(buffer)
-
 
 class DeviceSink:
     def __init__(self, arena: DeviceArena) -> None:
@@ -128,8 +128,8 @@ class DeviceSink:
                 self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
                 return
             packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-            window = source.window(placed.path, request.runs(placed.item_offset))
-            packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+            with source.window(placed.path, request.runs(placed.item_offset)) as view:
+                packed[...] = _strided(view, 0, request.sizes, request.source_strides, request.itemsize)
             self._scatter(request, arena_offset, staging)
 
     def _scatter(self, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
