@@ -75,26 +75,30 @@ class Budget:
     def lease(self, nbytes: int) -> Iterator[memoryview]:
         """A buffer, with whatever its last user left in it. Raises StorageError: there was no room in time."""
         size, own = buffer_bytes(nbytes), self._own
-        beyond = 0  # the claim
-        if not own.claimed:
-            beyond = size
-            self._take(size)
-        elif own.leased + size > own.claimed:  # a wait could be for ever; the high-water mark tells
-            beyond = own.leased + size - max(own.claimed, own.leased)
-            self._overdraw(beyond)
+        # Beyond the claim nothing is waited for, as that could be for ever; the high-water mark tells.
+        beyond = size if not own.claimed else max(0, own.leased + size - max(own.claimed, own.leased))
+        buffer = self._take(beyond, buffer_size=size, waits=not own.claimed)
         own.leased += size
-        buffer = self._buffer(size)
         try:
             yield buffer[:nbytes]
         finally:
             own.leased -= size
             self._give_back(beyond, buffer)
 
-    def _take(self, nbytes: int) -> None:
+    def _take(self, nbytes: int, *, buffer_size: int = 0, waits: bool = True) -> memoryview:
+        """Room for so many bytes, and a buffer."""
         with self._changed:
-            if self._queue or not self._fits(nbytes):
+            if waits and (self._queue or not self._fits(nbytes)):
                 self._wait_for(nbytes)
-            self._hold(nbytes)
+            idle = self._buffers.get(buffer_size)
+            buffer = idle.pop() if idle else None
+            if buffer is not None:
+                self._idle -= buffer_size
+            self._held += nbytes
+            while self._idle and self._held + self._idle > self.nbytes:
+                self._drop_one()
+            self.most_held_bytes = max(self.most_held_bytes, self._held + self._idle)
+        return np.empty(buffer_size, dtype=np.uint8).data if buffer is None else buffer
 
     def _wait_for(self, nbytes: int) -> None:
         turn = object()
@@ -112,27 +116,10 @@ class Budget:
     def _fits(self, nbytes: int) -> bool:
         return not self._held or self._held + nbytes <= self.nbytes
 
-    def _overdraw(self, nbytes: int) -> None:
-        with self._changed:
-            self._hold(nbytes)
-
-    def _hold(self, nbytes: int) -> None:
-        self._held += nbytes
-        while self._idle and self._held + self._idle > self.nbytes:
-            self._drop_one()
-        self.most_held_bytes = max(self.most_held_bytes, self._held + self._idle)
-
     def _drop_one(self) -> None:
         size = next(size for size, buffers in self._buffers.items() if buffers)
         self._buffers[size].pop(0)
         self._idle -= size
-
-    def _buffer(self, size: int) -> memoryview:
-        with self._changed:
-            if waiting := self._buffers.get(size):
-                self._idle -= size
-                return waiting.pop()
-        return np.empty(size, dtype=np.uint8).data
 
     def _give_back(self, nbytes: int, buffer: memoryview | None = None) -> None:
         with self._changed:
