@@ -21,7 +21,6 @@ from shardferry.probe import answers_from_memory
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
-from shardferry.requests import MAX_REQUEST
 from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
 from shardferry.wants import SpecWants
@@ -78,7 +77,7 @@ def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
     ranks = [_rank_plan(plan, catalog, limits, part) for plan, part in zip(plans, shared, strict=True)]
     unique = unique_bytes_needed(plans)
     planned = sum(rank.bytes_read for rank in ranks)
-    in_flight = config.read.options(config.timeouts.load_s).concurrency * MAX_REQUEST
+    in_flight = min(config.read.memory_budget, config.read.concurrency * limits.max_request_bytes)
     bandwidth = config.read.storage_bandwidth
     return PlanReport(
         location=catalog.location,
@@ -120,7 +119,10 @@ def _limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
     options, storage = config.read.options(config.timeouts.load_s), storage_of(catalog)
     try:
         return JoinLimits.of(
-            storage.traits, max_gap_bytes=options.max_gap_bytes, max_request_bytes=options.max_request_bytes
+            storage.traits,
+            max_gap_bytes=options.max_gap_bytes,
+            max_over_read=options.max_over_read,
+            max_request_bytes=options.max_request_bytes,
         )
     finally:
         storage.close()

@@ -12,7 +12,7 @@ from shardferry.peers import ArenaAddress, PeerArenas, Places
 from shardferry.plan import LoadPlan
 from shardferry.reader import Sharing
 from shardferry.sharing import Relayed, SharedPlan
-from shardferry.sinks import Block, Courier, DevicePlace, deliver
+from shardferry.sinks import Block, DevicePlace, Ways, deliver
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Together:
 
         Args:
             rows: of the catalog's tensors, by key.
-            memory_budget_bytes: of which a part goes to messages.
+            memory_budget_bytes: of which up to a half goes to messages.
 
         Raises:
             StorageError: another rank's arena is gone, or a message didn't come through in time.
@@ -43,11 +43,12 @@ class Together:
                 row = rows[plan.tensors[relayed.tensor].key]
                 deliver(Block(memory, relayed.box, relayed.itemsize), relayed.deliveries, row, places)
 
-            outbox = None
-            if self.channel is not None and (self.shared.relays or self.shared.relayed):
-                exchange = Exchange(self.channel, self.shared, take, memory_budget_bytes=memory_budget_bytes)
-                outbox = stack.enter_context(exchange).outbox
-            yield Sharing(self.shared, Courier(places, outbox), rows)
+            if self.channel is None or not (self.shared.relays or self.shared.relayed):
+                yield Sharing(self.shared, rows, Ways(places, None), reserved_bytes=0)
+                return
+            exchange = Exchange(self.channel, self.shared, take, memory_budget_bytes=memory_budget_bytes // 2)
+            outbox = stack.enter_context(exchange).outbox
+            yield Sharing(self.shared, rows, Ways(places, outbox), exchange.buffer_bytes)
 
     def _places(self, plan: LoadPlan, arena: Arena, rows: Mapping[str, int], stack: ExitStack) -> Places:
         if isinstance(arena, HostArena):
