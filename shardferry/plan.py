@@ -123,10 +123,11 @@ def plan_load(
     """
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.of(index, values, request, layout.positions())
-    check_globs(request.selection, saved.names | _names_beside(catalog, index))
+    if not request.selection.is_everything:
+        check_globs(request.selection, saved.names | _names_beside(catalog, index))
     planner = _Planner(catalog, layout, request)
     found, missing = find_state(saved, layout, request)
-    planner.add_state(saved, found)
+    planner.add_state(saved, found, index)
     weight_claims = Claims()
     if request.model_key is not None:
         weights = saved_weights(catalog, request, index)
@@ -211,6 +212,21 @@ class _Cut:
     strides: tuple[int, ...]
 
 
+class _Interned:
+    """Keeps one of equal layouts: they are compared and sent to other ranks more often than they are made."""
+
+    def __init__(self) -> None:
+        self._by_value: dict[TensorLayout, TensorLayout] = {}
+        self._by_id: dict[int, tuple[TensorLayout, TensorLayout]] = {}  # the first one keeps the id from being reused
+
+    def one_of(self, layout: TensorLayout) -> TensorLayout:
+        """The layout that stands for all that are equal to this one."""
+        known = self._by_id.get(id(layout))
+        if known is None:
+            known = self._by_id[id(layout)] = (layout, self._by_value.setdefault(layout, layout))
+        return known[1]
+
+
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
@@ -218,6 +234,8 @@ class _Planner:
         self._catalog = catalog
         self._layout = layout
         self._request = request
+        self._all_stored = not (catalog.chunk_file == NO_FILE).any()
+        self._layouts = _Interned()
         self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}  # most tensors of a model look like some other
         self._tensors: list[PlannedTensor] = []
         self._reads: list[ReadItem] = []
@@ -226,9 +244,9 @@ class _Planner:
         self._mismatched: list[LayoutError] = []
         self._end = 0
 
-    def add_state(self, saved: SavedOptimizer, found: Sequence[Found]) -> None:
+    def add_state(self, saved: SavedOptimizer, found: Sequence[Found], index: OptimizerIndex) -> None:
         """The state of the wanted parameters that are saved."""
-        shapes = StateShapes(self._catalog, saved, found, self._layout, self._request)
+        shapes = StateShapes(self._catalog, saved, found, self._layout, self._request, index)
         for parameter in found:
             for name, entry in saved.state.get(parameter.saved, {}).items():
                 tensor = self._catalog.tensors.get(entry.key)
@@ -236,12 +254,11 @@ class _Planner:
                     self._values.append(PlannedValue(parameter.fqn, entry.path, entry.key))
                     continue
                 try:
-                    layout = shapes.layout(parameter.fqn, name, tensor)
+                    layout, follows = shapes.lies(parameter.fqn, name, tensor)
                     cast = self._cast(parameter.fqn, name, tensor)
                 except LayoutError as error:
                     self._mismatched.append(error)
                 else:
-                    follows = shapes.follows(parameter.fqn, name, tensor)
                     self.add_tensor(
                         parameter.fqn, name, tensor, layout, path=entry.path, cast=cast, as_parameter=follows
                     )
@@ -293,7 +310,7 @@ class _Planner:
         cast: torch.dtype | None = None,
         as_parameter: bool = True,
     ) -> None:
-        row = len(self._tensors)
+        row, layout = len(self._tensors), self._layouts.one_of(layout)
         tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, section, path, cast, as_parameter)
         self._tensors.append(tensor)
         self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
@@ -302,13 +319,18 @@ class _Planner:
             self._reads.append(ReadItem(row, chunk, cut.source, cut.chunk_shape, cut.offset, cut.strides))
 
     def _cuts(self, saved: SavedTensor, layout: TensorLayout) -> list[_Cut]:
-        stored = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
-        alike = (layout, *(column.tobytes() for column in (*self._catalog.boxes(saved), stored)))
+        alike = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
         cuts = self._known_cuts.get(alike)
         if cuts is None:
             cuts = [cut for box in layout.boxes for cut in self._cuts_of(saved, layout, box)]
             self._known_cuts[alike] = cuts
         return cuts
+
+    def _stored(self, saved: SavedTensor) -> bytes:
+        """Which of a tensor's chunks are in a file; empty where every chunk of the checkpoint is."""
+        if self._all_stored:
+            return b""
+        return (self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE).tobytes()
 
     def _cuts_of(self, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[_Cut]:
         offset, strides = layout.destination(box)

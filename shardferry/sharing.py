@@ -100,44 +100,60 @@ class _Sharer:
         self._catalog = catalog
         self._wants = wants
         self._max_slab_bytes = max_slab_bytes
-        self._known: dict[tuple[object, ...], list[Slab]] = {}  # most chunks look like some other
+        self._known: dict[tuple[object, ...], list[_Part]] = {}  # most chunks look like some other
 
     def result(self) -> SharedPlan:
         own: list[ReadItem] = []
         shared: list[SharedRead] = []
         sent = received = 0
         for (row, chunk), items in _by_chunk(self._plan.reads).items():
-            tensor = self._plan.tensors[row]
-            slabs = self._slabs(tensor, chunk, items[0].chunk_shape)
-            if not any(len(slab.deliveries) > 1 for slab in slabs):
+            tensor, chunk_shape = self._plan.tensors[row], items[0].chunk_shape
+            parts = self._parts(tensor, chunk, chunk_shape)
+            if not parts:
                 own += items
-                continue
-            for slab in slabs:
-                mine = [d for d in slab.deliveries if d.world_rank == self._plan.world_rank]
-                others = sum(d.source.numel for d in slab.deliveries) - sum(d.source.numel for d in mine)
-                if slab.reader != self._plan.world_rank:
-                    received += sum(d.source.numel for d in mine) * tensor.dtype.itemsize
-                elif not others:
-                    own += [ReadItem(row, chunk, d.source, items[0].chunk_shape, d.offset, d.strides) for d in mine]
+            for part in parts:
+                if part.slab.reader != self._plan.world_rank:
+                    received += part.num_mine * tensor.dtype.itemsize
+                elif not part.num_others:
+                    own += [ReadItem(row, chunk, d.source, chunk_shape, d.offset, d.strides) for d in part.mine]
                 else:
-                    sent += others * tensor.dtype.itemsize
-                    shared.append(SharedRead(row, chunk, items[0].chunk_shape, slab.region, slab.deliveries))
+                    sent += part.num_others * tensor.dtype.itemsize
+                    shared.append(SharedRead(row, chunk, chunk_shape, part.slab.region, part.slab.deliveries))
         return SharedPlan(tuple(own), tuple(shared), sent, received)
 
-    def _slabs(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> list[Slab]:
+    def _parts(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> list[_Part]:
+        """The slabs of a chunk; none where each rank reads for itself."""
         wants = self._wants.of(tensor)
         region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
         ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
         turn = chunk % max(len(wants), 1)
-        alike = (wants, region, tensor.dtype.itemsize, turn, ranged)
-        slabs = self._known.get(alike)
-        if slabs is None:
+        alike = (id(wants), region, tensor.dtype.itemsize, turn, ranged)  # whoever gives the wants keeps them
+        parts = self._known.get(alike)
+        if parts is None:
             deliveries = [d for want in wants for d in _deliveries(want, region)]
             cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes, turn)
             # What can't be read in ranges is decoded by one rank for all.
             slabs = list(cutter.slabs(deliveries)) if ranged else [cutter.whole(deliveries)]
-            self._known[alike] = slabs
-        return slabs
+            together = any(len(slab.deliveries) > 1 for slab in slabs)
+            parts = [_Part.of(slab, self._plan.world_rank) for slab in slabs] if together else []
+            self._known[alike] = parts
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A slab as one rank sees it."""
+
+    slab: Slab
+    mine: tuple[Delivery, ...]
+    num_mine: int  # elements that go to this rank
+    num_others: int  # elements that go to others
+
+    @classmethod
+    def of(cls, slab: Slab, world_rank: int) -> _Part:
+        mine = tuple(d for d in slab.deliveries if d.world_rank == world_rank)
+        num_mine = sum(d.source.numel for d in mine)
+        return cls(slab, mine, num_mine, sum(d.source.numel for d in slab.deliveries) - num_mine)
 
 
 def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shardferry.layout import RankLayout, TensorLayout, replicated
@@ -17,7 +17,7 @@ class Wants(Protocol):
     """What the ranks of a node want."""
 
     def of(self, tensor: PlannedTensor) -> tuple[Want, ...]:
-        """The ranks that want something of a tensor, ascending, each with its layout. Equal tensors give the same object."""
+        """The ranks that want something of a tensor, ascending, each with its layout. Tensors that are cut alike give the same object."""
 
 
 class SpecWants:
@@ -25,12 +25,13 @@ class SpecWants:
 
     def __init__(self, spec: SpecLayout, world_ranks: Sequence[int]) -> None:
         self._spec = spec
+        self._world_ranks = tuple(world_ranks)
         self._ranks = [spec.rank(rank) for rank in world_ranks]
         self._known: dict[tuple[object, ...], tuple[Want, ...]] = {}
 
     def of(self, tensor: PlannedTensor) -> tuple[Want, ...]:
         shape = tensor.layout.global_shape
-        holders = tuple(rank.world_rank for rank in self._ranks if rank.holds(tensor.fqn))
+        holders = self._holders(tensor.fqn)
         own = None if tensor.section == "model" else self._spec.placements(tensor.fqn, tensor.name)
         alike = (shape, tensor.as_parameter, tensor.section, own, self._spec.placements(tensor.fqn), holders)
         wants = self._known.get(alike)
@@ -40,6 +41,11 @@ class SpecWants:
             ]
             wants = self._known[alike] = tuple(layouts)
         return wants
+
+    def _holders(self, fqn: str) -> tuple[int, ...]:
+        if not self._spec.held_by:
+            return self._world_ranks
+        return tuple(rank.world_rank for rank in self._ranks if rank.holds(fqn))
 
     @staticmethod
     def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:
@@ -57,13 +63,14 @@ class ToldWants:
     """Live layouts are known to their own rank alone: ranks tell each other, by the checkpoint's key."""
 
     by_rank: Mapping[int, Mapping[str, TensorLayout]]
+    _known: dict[tuple[tuple[int, int], ...], tuple[Want, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, tensor: PlannedTensor) -> tuple[Want, ...]:
-        return tuple(
-            (rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts
-        )
+        ranks = sorted(self.by_rank)
+        wants = [(rank, layout) for rank in ranks if (layout := self.by_rank[rank].get(tensor.key)) is not None]
+        return self._known.setdefault(tuple((rank, id(layout)) for rank, layout in wants), tuple(wants))
 
 
 def told(plan: LoadPlan) -> dict[str, TensorLayout]:
-    """What one rank tells the others."""
+    """What one rank tells the others. Equal layouts are one object, and so travel once."""
     return {tensor.key: tensor.layout for tensor in plan.tensors}
