@@ -204,7 +204,15 @@ class ReadSpec(Spec):
         """The same in the core's terms: as many requests in flight as the budget holds."""
         in_flight = max(MAX_REQUEST, self.max_request or 0)
         concurrency = max(1, min(self.concurrency, self.memory_budget // in_flight))
-        return ReadOptions(concurrency, timeout_s, self.strategy, self.max_gap, self.max_request, self.max_attempts)
+        return ReadOptions(
+            concurrency,
+            timeout_s,
+            self.strategy,
+            self.max_gap,
+            self.max_request,
+            self.memory_budget,
+            self.max_attempts,
+        )
 
 
 class HandoffSpec(Spec):

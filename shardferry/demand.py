@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from shardferry.catalog import NO_FILE, Catalog, SavedTensor
-from shardferry.mesh import Mesh, Placement, Replicate, Shard
+from shardferry.mesh import Mesh, Placement, Replicate
+from shardferry.mesh_boxes import MeshBoxes, ranks_within
 from shardferry.plan import ALIGNMENT, PlannedTensor, wanted_tensors
 from shardferry.request import LoadRequest
-from shardferry.spec_layout import Held, SpecLayout
+from shardferry.spec_layout import SpecLayout
 
 _PAIRS = 1 << 21  # of boxes, compared at a time
 
@@ -39,8 +40,7 @@ def demand_of(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> Dem
     of_files = np.zeros(len(catalog.files), dtype=np.float64)
     unique, num_tensors, marks = 0, 0, []
     for alike in _classes(catalog, layout, request):
-        boxes = boxes_of_ranks(layout.mesh, alike.shape or (1,), alike.placements)  # a scalar is one element
-        boxes[~_holders(layout.mesh, alike.held)] = 0
+        boxes = _boxes_of_ranks(layout.mesh, alike)
         numel = np.prod(boxes[:, 1], axis=1, dtype=np.int64)
         boxes[numel == 0] = 0
         distinct, mark = np.unique(boxes.reshape(world_size, -1), axis=0, return_inverse=True)
@@ -56,28 +56,13 @@ def demand_of(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> Dem
     return Demand(needed, arena, unique, of_files.astype(np.int64), _twins(marks, world_size), num_tensors)
 
 
-def boxes_of_ranks(mesh: Mesh, shape: Sequence[int], placements: Sequence[Placement]) -> np.ndarray:
-    """The box of each rank, as `shardferry.layout.sharded` gives it for one: ``int64[world_size, 2, ndim]``, offsets and sizes."""
-    coordinates = np.unravel_index(np.arange(mesh.size), [size for _, size in mesh.axes])
-    boxes = np.zeros((mesh.size, 2, len(shape)), dtype=np.int64)
-    boxes[:, 1] = shape
-    for (_, num_ranks), index, placement in reversed(list(zip(mesh.axes, coordinates, placements, strict=True))):
-        if isinstance(placement, Shard):
-            offsets, sizes = boxes[:, 0, placement.dim], boxes[:, 1, placement.dim]
-            full = -(-sizes // num_ranks)
-            start = np.minimum(index * full, sizes)
-            offsets += start
-            sizes[:] = np.minimum(full, sizes - start)
-    return boxes
-
-
 @dataclass(frozen=True, slots=True)
 class _Alike:
     """Tensors of one shape that are saved in the same boxes and wanted in the same boxes."""
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
-    held: Held
+    kept_to: tuple[tuple[int, ...] | None, ...]
     itemsize: int
     tensors: list[SavedTensor] = field(default_factory=list)
 
@@ -87,12 +72,12 @@ def _classes(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> Iter
     for tensor in _tensors(catalog, layout, request):
         saved = catalog.tensors[tensor.key]
         placements = tensor.layout.placements or (Replicate(),) * len(layout.mesh.axes)
-        held = layout.held(tensor.fqn)
+        kept_to = layout.kept_to(tensor.fqn)
         boxes = (column.tobytes() for column in catalog.boxes(saved))
-        alike = (saved.shape, placements, held, saved.dtype, *boxes)
+        alike = (saved.shape, placements, kept_to, saved.dtype, *boxes)
         known = classes.get(alike)
         if known is None:
-            known = classes[alike] = _Alike(saved.shape, placements, held, saved.dtype.itemsize)
+            known = classes[alike] = _Alike(saved.shape, placements, kept_to, saved.dtype.itemsize)
         known.tensors.append(saved)
     yield from classes.values()
 
@@ -102,15 +87,13 @@ def _tensors(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> tupl
     return wanted_tensors(catalog, replace(layout, held_by=()).rank(0), request)
 
 
-def _holders(mesh: Mesh, held: Held) -> np.ndarray:
-    """Which ranks stand where a parameter is held: ``bool[world_size]``."""
-    holders = np.ones([size for _, size in mesh.axes], dtype=bool)
-    for axis, ranks in enumerate(held):
-        if ranks is not None:
-            absent = np.ones(holders.shape[axis], dtype=bool)
-            absent[list(ranks)] = False
-            np.moveaxis(holders, axis, 0)[absent] = False
-    return holders.reshape(-1)
+def _boxes_of_ranks(mesh: Mesh, alike: _Alike) -> np.ndarray:
+    """The box of each rank: ``int64[world_size, 2, ndim]``, offsets and sizes. A scalar is one element of one dimension."""
+    ranks = ranks_within(mesh, np.arange(mesh.size), alike.kept_to)
+    found = MeshBoxes(alike.shape or (1,), mesh, alike.placements, ranks)
+    boxes = np.zeros((mesh.size, 2, len(alike.shape or (1,))), dtype=np.int64)
+    boxes[ranks, 0], boxes[ranks, 1] = found.offsets, found.sizes
+    return boxes
 
 
 def _bytes_of_files(catalog: Catalog, alike: _Alike, wanted: np.ndarray) -> np.ndarray:

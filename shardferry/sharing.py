@@ -1,4 +1,4 @@
-"""Decide who reads what for whom: parts of saved chunks that several ranks of a node want are read once, by one of them.
+"""Decide who reads what for whom: parts of saved chunks that several ranks want are read once, by one of them.
 
 A chunk is cut along its outermost dimension wherever the set of ranks that want something changes. Such a slab is contiguous
 in its file. One rank alone: it reads for itself. Several: one of them reads the slab and gives each its boxes::
@@ -9,15 +9,21 @@ in its file. One rank alone: it reads for itself. Several: one of them reads the
     row 2  |A A B B|
     row 3  |A C B C|      slab [3:4, 0:4] for A, B and C
 
-Everything here is a pure function of catalog and layouts, so that all ranks decide alike without a word.
+Ranks that can write into each other's arenas are an island (the ranks of a node; a rank whose arena is on a GPU is one by
+itself). To another island a slab goes once, as the smallest box that holds what is wanted there, to one of its ranks,
+the relay, which gives the others theirs.
+
+Everything here is a pure function of catalog, layouts and islands, so that all ranks decide alike without a word.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 
 from shardferry.catalog import Catalog
 from shardferry.item_format import TransformedItem
@@ -51,12 +57,12 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
-class Slab:
-    """A contiguous part of a chunk, the rank that reads it, and where its boxes go."""
+class Forward:
+    """A box of a slab on its way to another island."""
 
-    region: Region  # in the chunk, elements
-    reader: int  # world rank
-    deliveries: tuple[Delivery, ...]
+    relay: int  # world rank that gets it
+    box: Region  # in the chunk, elements; it travels packed, row-major
+    index: int  # its place among all that goes from this reader to this relay
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,9 @@ class SharedRead:
     chunk: int  # row of the catalog
     chunk_shape: tuple[int, ...]
     region: Region  # in the chunk, elements
-    deliveries: tuple[Delivery, ...]
+    deliveries: tuple[Delivery, ...]  # to ranks of its island
+    forwards: tuple[Forward, ...]
+    numel_wanted: int  # elements, by all ranks together
 
     @property
     def numel(self) -> int:
@@ -75,85 +83,220 @@ class SharedRead:
 
 
 @dataclass(frozen=True, slots=True)
+class Relayed:
+    """A box of a slab that comes from another island's reader, for ranks of this one."""
+
+    tensor: int  # row of LoadPlan.tensors
+    box: Region  # in the chunk, elements
+    itemsize: int  # bytes
+    deliveries: tuple[Delivery, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class SharedPlan:
-    """One rank's part of the reads of its node."""
+    """One rank's part of the reads of all ranks that read for each other."""
 
     own: tuple[ReadItem, ...]  # that it reads for itself
     shared: tuple[SharedRead, ...]  # that it reads for others, or for others and itself
-    bytes_sent: int  # into other ranks' arenas
-    bytes_received: int  # from other ranks
+    bytes_sent: int  # that it reads, wanted by other ranks
+    bytes_received: int  # that it wants, read by other ranks
+    bytes_forwarded: int = 0  # through the process group, to other islands
+    relayed: Mapping[int, tuple[Relayed, ...]] = field(default_factory=dict)  # by the reader's world rank, in order
+
+    @property
+    def relays(self) -> frozenset[int]:
+        """World ranks of other islands that this rank sends to."""
+        return frozenset(forward.relay for read in self.shared for forward in read.forwards)
 
 
-def share_reads(plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int) -> SharedPlan:
-    """Divide the reads of a node's ranks among them; gives the part of the plan's own rank.
+Islands = Mapping[int, str]  # by world rank: a name, the same for ranks that write into each other's arenas
+
+
+def share_reads(
+    plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int, islands: Islands | None = None
+) -> SharedPlan:
+    """Divide the reads of some ranks among them; gives the part of the plan's own rank.
 
     Args:
-        wants: of the ranks that can write into each other's arenas.
+        wants: of the ranks that read for each other.
         max_slab_bytes: that one rank reads in one go for others; a single row may be longer.
+        islands: None where all of them are on one.
     """
-    return _Sharer(plan, catalog, wants, max_slab_bytes).result()
+    return _Sharer(plan, catalog, wants, max_slab_bytes, islands).result()
 
 
 class _Sharer:
-    def __init__(self, plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int) -> None:
+    def __init__(
+        self, plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int, islands: Islands | None
+    ) -> None:
         self._plan = plan
         self._catalog = catalog
         self._wants = wants
         self._max_slab_bytes = max_slab_bytes
-        self._known: dict[tuple[object, ...], list[_Part]] = {}  # most chunks look like some other
+        self._islands = islands
+        self._known: dict[tuple[object, ...], list[_Slab]] = {}  # most chunks look like some other
+        self._own: list[ReadItem] = []
+        self._shared: list[SharedRead] = []
+        self._num_forwarded: dict[int, int] = defaultdict(int)  # by relay
+        self._relayed: dict[int, list[Relayed]] = defaultdict(list)  # by reader
+        self._sent = self._received = self._forwarded = 0  # bytes
 
     def result(self) -> SharedPlan:
-        own: list[ReadItem] = []
-        shared: list[SharedRead] = []
-        sent = received = 0
-        for (row, chunk), items in _by_chunk(self._plan.reads).items():
-            tensor, chunk_shape = self._plan.tensors[row], items[0].chunk_shape
-            parts = self._parts(tensor, chunk, chunk_shape)
-            if not parts:
-                own += items
-            for part in parts:
-                if part.slab.reader != self._plan.world_rank:
-                    received += part.num_mine * tensor.dtype.itemsize
-                elif not part.num_others:
-                    own += [ReadItem(row, chunk, d.source, chunk_shape, d.offset, d.strides) for d in part.mine]
-                else:
-                    sent += part.num_others * tensor.dtype.itemsize
-                    shared.append(SharedRead(row, chunk, chunk_shape, part.slab.region, part.slab.deliveries))
-        return SharedPlan(tuple(own), tuple(shared), sent, received)
+        # By chunk: a reader and its relay count alike only where they go through their common chunks in the same order.
+        for (row, chunk), items in sorted(_by_chunk(self._plan.reads).items(), key=lambda entry: entry[0][1]):
+            wants, slabs = self._slabs(self._plan.tensors[row], chunk, items[0].chunk_shape)
+            if not slabs:
+                self._own += items
+            for slab in slabs:
+                turn = chunk % max(len(wants), 1)
+                self._add(_Place(row, chunk, items[0].chunk_shape, chunk + slab.index), slab, slab.reader(turn))
+        return SharedPlan(
+            tuple(self._own),
+            tuple(self._shared),
+            self._sent,
+            self._received,
+            self._forwarded,
+            {reader: tuple(boxes) for reader, boxes in self._relayed.items()},
+        )
 
-    def _parts(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> list[_Part]:
-        """The slabs of a chunk; none where each rank reads for itself."""
-        wants = self._wants.of(tensor)
+    def _add(self, place: _Place, slab: _Slab, reader: int) -> None:
+        me, itemsize = self._plan.world_rank, self._plan.tensors[place.tensor].dtype.itemsize
+        if reader != me:
+            self._received += itemsize * slab.num_mine
+            self._relay(place, slab, reader, itemsize)
+            return
+        if len(slab.mine) == slab.num_deliveries:
+            self._own += [
+                ReadItem(place.tensor, place.chunk, d.source, place.chunk_shape, d.offset, d.strides) for d in slab.mine
+            ]
+            return
+        self._sent += itemsize * (slab.num_wanted - slab.num_mine)
+        here = slab.groups[self._island(me)].deliveries
+        others = [group for island, group in slab.groups.items() if island != self._island(me)]
+        forwards = tuple(self._forward(place, group, itemsize) for group in others)
+        self._shared.append(
+            SharedRead(place.tensor, place.chunk, place.chunk_shape, slab.region, here, forwards, slab.num_wanted)
+        )
+
+    def _island(self, world_rank: int) -> str:
+        return "" if self._islands is None else self._islands[world_rank]
+
+    def _forward(self, place: _Place, group: _Group, itemsize: int) -> Forward:
+        relay = place.relay(group)
+        index = self._num_forwarded[relay]
+        self._num_forwarded[relay] += 1
+        self._forwarded += group.box.numel * itemsize
+        return Forward(relay, group.box, index)
+
+    def _relay(self, place: _Place, slab: _Slab, reader: int, itemsize: int) -> None:
+        """What another island's reader sends to this rank."""
+        me = self._plan.world_rank
+        here = slab.groups[self._island(me)]
+        if self._island(reader) != self._island(me) and place.relay(here) == me:
+            self._relayed[reader].append(Relayed(place.tensor, here.box, itemsize, here.deliveries))
+
+    def _slabs(
+        self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]
+    ) -> tuple[tuple[Want, ...], list[_Slab]]:
+        """Who wants something of a chunk, and its slabs that concern this rank; none where each rank reads for itself."""
         region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
+        wants = self._wants.of(tensor, region)
         ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
-        turn = chunk % max(len(wants), 1)
-        alike = (id(wants), region, tensor.dtype.itemsize, turn, ranged)  # whoever gives the wants keeps them
-        parts = self._known.get(alike)
-        if parts is None:
+        alike = (id(wants), region, tensor.dtype.itemsize, ranged)  # whoever gives the wants keeps them
+        slabs = self._known.get(alike)
+        if slabs is None:
             deliveries = [d for want in wants for d in _deliveries(want, region)]
-            cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes, turn)
+            cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes)
             # What can't be read in ranges is decoded by one rank for all.
-            slabs = list(cutter.slabs(deliveries)) if ranged else [cutter.whole(deliveries)]
-            together = any(len(slab.deliveries) > 1 for slab in slabs)
-            parts = [_Part.of(slab, self._plan.world_rank) for slab in slabs] if together else []
-            self._known[alike] = parts
-        return parts
+            cuts = list(cutter.cuts(deliveries)) if ranged else [cutter.whole(deliveries)]
+            slabs = self._known[alike] = self._of_this_rank(cuts)
+        return wants, slabs
+
+    def _of_this_rank(self, cuts: Sequence[_Cut]) -> list[_Slab]:
+        if all(len(cut.deliveries) == 1 for cut in cuts):
+            return []
+        me = self._plan.world_rank
+        mine = [(index, cut) for index, cut in enumerate(cuts) if any(d.world_rank == me for d in cut.deliveries)]
+        return [_Slab.of(cut, index, me, self._island) for index, cut in mine]
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A slab as one rank sees it."""
+class _Group:
+    """What an island wants of a slab."""
 
-    slab: Slab
-    mine: tuple[Delivery, ...]
-    num_mine: int  # elements that go to this rank
-    num_others: int  # elements that go to others
+    ranks: list[int]  # ascending
+    deliveries: tuple[Delivery, ...]
+    box: Region  # the smallest with everything of it; in the chunk
 
     @classmethod
-    def of(cls, slab: Slab, world_rank: int) -> _Part:
-        mine = tuple(d for d in slab.deliveries if d.world_rank == world_rank)
-        num_mine = sum(d.source.numel for d in mine)
-        return cls(slab, mine, num_mine, sum(d.source.numel for d in slab.deliveries) - num_mine)
+    def of(cls, deliveries: Sequence[Delivery]) -> _Group:
+        return cls(_ranks_of(deliveries), tuple(deliveries), _around(deliveries))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """A slab as one of its ranks sees it: the same for all chunks that are saved and wanted alike."""
+
+    index: int  # in its chunk
+    region: Region  # in the chunk, elements
+    part: int
+    ranks: list[int]  # that want something of it
+    mine: tuple[Delivery, ...]
+    num_mine: int  # elements
+    num_wanted: int  # elements, by all ranks together
+    num_deliveries: int
+    groups: dict[str, _Group]  # by island
+
+    @classmethod
+    def of(cls, cut: _Cut, index: int, world_rank: int, island: Callable[[int], str]) -> _Slab:
+        groups: dict[str, list[Delivery]] = defaultdict(list)
+        for delivery in cut.deliveries:
+            groups[island(delivery.world_rank)].append(delivery)
+        mine = tuple(d for d in cut.deliveries if d.world_rank == world_rank)
+        return cls(
+            index,
+            cut.region,
+            cut.part,
+            _ranks_of(cut.deliveries),
+            mine,
+            sum(d.source.numel for d in mine),
+            sum(d.source.numel for d in cut.deliveries),
+            len(cut.deliveries),
+            {name: _Group.of(deliveries) for name, deliveries in groups.items()},
+        )
+
+    def reader(self, turn: int) -> int:
+        """The world rank that reads it.
+
+        Args:
+            turn: which of the ranks begins: another one for each chunk, so that all read alike much.
+        """
+        return self.ranks[(self.part + turn) % len(self.ranks)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Which slab of which chunk."""
+
+    tensor: int  # row of LoadPlan.tensors
+    chunk: int  # row of the catalog
+    chunk_shape: tuple[int, ...]
+    turn: int
+
+    def relay(self, group: _Group) -> int:
+        """Which of an island's ranks takes what comes for it: another one for each slab, so that all take alike much."""
+        return group.ranks[self.turn % len(group.ranks)]
+
+
+def _around(deliveries: Sequence[Delivery]) -> Region:
+    """The smallest box with everything of some deliveries."""
+    offsets = tuple(map(min, zip(*(d.source.offsets for d in deliveries), strict=True)))
+    ends = tuple(map(max, zip(*(d.source.ends for d in deliveries), strict=True)))
+    return Region(offsets, tuple(end - offset for end, offset in zip(ends, offsets, strict=True)))
 
 
 def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]]:
@@ -176,13 +319,21 @@ def _deliveries(want: Want, chunk: Region) -> Iterator[Delivery]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Cut:
+    """A contiguous part of a chunk that one rank is to read, and where its boxes go."""
+
+    region: Region  # in the chunk, elements
+    deliveries: tuple[Delivery, ...]
+    part: int = 0  # of the rows that are divided among the same ranks
+
+
+@dataclass(frozen=True, slots=True)
 class _Cutter:
-    """Cuts one chunk into slabs and names their readers."""
+    """Cuts one chunk into slabs."""
 
     chunk_shape: tuple[int, ...]
     itemsize: int  # bytes
     max_slab_bytes: int
-    turn: int  # which of the ranks begins: another one for each chunk, so that all read alike much
 
     @property
     def dim(self) -> int:
@@ -193,45 +344,44 @@ class _Cutter:
     def row_bytes(self) -> int:
         return math.prod(self.chunk_shape[self.dim + 1 :]) * self.itemsize
 
-    def whole(self, deliveries: Sequence[Delivery]) -> Slab:
+    def whole(self, deliveries: Sequence[Delivery]) -> _Cut:
         """The chunk as one slab."""
-        return Slab(Region.whole(self.chunk_shape), self._reader(deliveries), tuple(deliveries))
+        return _Cut(Region.whole(self.chunk_shape), tuple(deliveries))
 
-    def slabs(self, deliveries: Sequence[Delivery]) -> Iterator[Slab]:
+    def cuts(self, deliveries: Sequence[Delivery]) -> Iterator[_Cut]:
         """In the order of the chunk's rows."""
         if not self.chunk_shape:
             yield self.whole(deliveries)
             return
         dim = self.dim
         bounds = sorted({bound for d in deliveries for bound in (d.source.offsets[dim], d.source.ends[dim])})
+        waiting = sorted(enumerate(deliveries), key=lambda entry: entry[1].source.offsets[dim], reverse=True)
+        here: list[tuple[int, Delivery]] = []
         for start, stop in pairwise(bounds):
-            inside = self._within(deliveries, start, stop)
-            if inside:
-                yield from self._divided(inside, start, stop)
+            while waiting and waiting[-1][1].source.offsets[dim] <= start:
+                here.append(waiting.pop())
+            here = sorted((entry for entry in here if entry[1].source.ends[dim] > start), key=itemgetter(0))
+            if here:
+                yield from self._divided(self._within([delivery for _, delivery in here], start, stop), start, stop)
 
-    def _divided(self, deliveries: Sequence[Delivery], start: int, stop: int) -> Iterator[Slab]:
+    def _divided(self, deliveries: Sequence[Delivery], start: int, stop: int) -> Iterator[_Cut]:
         """The rows of a slab, divided among the ranks that want something of them."""
         ranks = _ranks_of(deliveries)
         if len(ranks) == 1 or self._better_alone(deliveries):
             for rank in ranks:
-                yield Slab(self._rows(start, stop), rank, tuple(d for d in deliveries if d.world_rank == rank))
+                yield _Cut(self._rows(start, stop), tuple(d for d in deliveries if d.world_rank == rank))
             return
         num_rows = stop - start
         parts = min(len(ranks), max(1, num_rows * self.row_bytes // _LEAST_PART), num_rows)
         step = max(1, self.max_slab_bytes // max(self.row_bytes, 1))
         for part in range(parts):
-            reader = ranks[(part + self.turn) % len(ranks)]
             begin, end = start + num_rows * part // parts, start + num_rows * (part + 1) // parts
             for first in range(begin, end, step):
                 last = min(first + step, end)
-                yield Slab(self._rows(first, last), reader, tuple(self._within(deliveries, first, last)))
+                yield _Cut(self._rows(first, last), tuple(self._within(deliveries, first, last)), part)
 
     def _within(self, deliveries: Sequence[Delivery], start: int, stop: int) -> list[Delivery]:
         return [part for d in deliveries if (part := d.within(self.dim, start, stop)) is not None]
-
-    def _reader(self, deliveries: Sequence[Delivery]) -> int:
-        ranks = _ranks_of(deliveries)
-        return ranks[self.turn % len(ranks)]
 
     def _rows(self, start: int, stop: int) -> Region:
         offsets = tuple(start if dim == self.dim else 0 for dim in range(len(self.chunk_shape)))

@@ -32,9 +32,6 @@ class HeldBy:
     ranks: Mapping[str, tuple[int, ...]]  # axis: its coordinates
 
 
-Held = tuple[tuple[int, ...] | None, ...]  # by mesh axis: the coordinates that have a parameter; None: all of them
-
-
 @dataclass(frozen=True)
 class SpecLayout:
     """A target topology as people write it: a mesh, rules of which the first match wins, and a default."""
@@ -99,15 +96,16 @@ class SpecLayout:
     def _by_axis(self, placements: Mapping[str, Placement]) -> tuple[Placement, ...]:
         return tuple(placements.get(axis, Replicate()) for axis in self.mesh.names)
 
+    def kept_to(self, fqn: str) -> tuple[tuple[int, ...] | None, ...]:
+        """By mesh axis, the coordinates that have anything of a parameter; None: all. The first match decides."""
+        return tuple(
+            next((h.ranks[axis] for h in self.held_by if axis in h.ranks and fnmatchcase(fqn, h.match)), None)
+            for axis in self.mesh.names
+        )
+
     def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
         """Whether the rank at a coordinate has anything of a parameter."""
-        held = self.held(fqn)
-        return all(ranks is None or index in ranks for ranks, index in zip(held, coordinate, strict=True))
-
-    def held(self, fqn: str) -> Held:
-        """Which coordinates have a parameter. For each axis the first match decides."""
-        matching = [held.ranks for held in self.held_by if fnmatchcase(fqn, held.match)]
-        return tuple(next((ranks[axis] for ranks in matching if axis in ranks), None) for axis in self.mesh.names)
+        return all(kept is None or index in kept for kept, index in zip(self.kept_to(fqn), coordinate, strict=True))
 
 
 @dataclass(frozen=True)
