@@ -84,24 +84,17 @@ def plan(
     storage_bandwidth: Annotated[
         str | None, typer.Option(help="Bytes a second that the storage gives to the whole job: 100GB.")
     ] = None,
-    node_bandwidth: Annotated[
-        str | None, typer.Option(help="Bytes a second that one node takes from the storage: 10GB.")
-    ] = None,
     request_latency: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for its first byte.")] = 0,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of a node, which read for each other.  [default: 8]")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Dry run from the checkpoint's metadata alone: what each rank would read. Starts no Ray and reads no data."""
-    from pipeline.overrides import bytes_a_second, override
-    from pipeline.planning import Given, plan_report
+    from pipeline.overrides import override
+    from pipeline.planning import plan_report
 
     config = override(
         StageConfig.from_file(spec), mesh=mesh, world_size=world_size, storage_bandwidth=storage_bandwidth
     )
-    given = Given(ranks_per_node, bytes_a_second("--node-bandwidth", node_bandwidth), request_latency)
-    report = plan_report(config, _catalog_of(config, location), given)
+    report = plan_report(config, _catalog_of(config, location), request_latency_s=request_latency)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

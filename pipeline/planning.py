@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from pipeline.forecast import Forecast, forecast
+from pipeline.forecast import forecast
 from schemas.plan_report import Balance, PlanReport
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
@@ -64,27 +63,22 @@ def check_topology(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -
     plan_load(catalog, layout.rank(0), request)
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What people know of their storage and their nodes, for a prediction."""
+def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: float = 0.0) -> PlanReport:
+    """Foretell a load from the metadata alone. Raises PlanError, LayoutError, SpecError.
 
-    ranks_per_node: int | None = None
-    node_bandwidth: int | None = None  # bytes a second that one node takes from storage
-    request_latency_s: float = 0.0
-
-
-def plan_report(config: StageConfig, catalog: Catalog, given: Given | None = None) -> PlanReport:
-    """Foretell a load from the metadata alone. Raises PlanError, LayoutError, SpecError."""
-    given = given or Given()
+    Args:
+        request_latency_s: how long a request waits for its first byte.
+    """
     layout = target_layout(config)
     request = config.checkpoint.request()
     demand = demand_of(catalog, layout, request)
-    found = forecast(config, catalog, layout, demand, ranks_per_node=given.ranks_per_node)
+    found = forecast(config, catalog, layout, demand)
     if found.estimated:  # a plan proves what its own rank wants, and what wants the same boxes
         check_topology(catalog, layout, request)
     unique = demand.unique + object_bytes(catalog, request)
     planned = sum(rank.bytes_read for rank in found.ranks)
     options = config.read.options(config.timeouts.load_s)
+    waits = -(-max(rank.num_requests for rank in found.ranks) // options.concurrency)
     bandwidth = config.read.storage_bandwidth
     return PlanReport(
         location=catalog.location,
@@ -97,7 +91,7 @@ def plan_report(config: StageConfig, catalog: Catalog, given: Given | None = Non
         read_amplification=amplification(planned, unique),
         num_requests=sum(rank.num_requests for rank in found.ranks),
         peak_memory_bytes=max(rank.arena_bytes for rank in found.ranks) + options.concurrency * MAX_REQUEST,
-        ranks_per_node=found.ranks_per_node,
+        strategy="cooperative" if found.is_cooperative else "direct",
         ranks_planned=found.ranks_planned,
         estimated=found.estimated,
         balance=Balance(
@@ -106,20 +100,9 @@ def plan_report(config: StageConfig, catalog: Catalog, given: Given | None = Non
             files=_imbalance(demand.of_files[demand.of_files > 0].tolist()),
         ),
         lower_bound_s=unique / bandwidth if bandwidth else None,
-        predicted_s=_predicted_s(found, planned, bandwidth, options.concurrency, given) if bandwidth else None,
+        predicted_s=planned / bandwidth + waits * request_latency_s if bandwidth else None,
         ranks=found.ranks,
     )
-
-
-def _predicted_s(found: Forecast, planned: int, bandwidth: int, concurrency: int, given: Given) -> float:
-    """As long as the storage takes for all, or a node for its ranks, and as long as the busiest rank's requests wait."""
-    of_nodes = [
-        sum(rank.bytes_read for rank in found.ranks[first : first + found.ranks_per_node])
-        for first in range(0, len(found.ranks), found.ranks_per_node)
-    ]
-    transfer_s = max(planned / bandwidth, max(of_nodes) / given.node_bandwidth if given.node_bandwidth else 0.0)
-    waits = -(-max(rank.num_requests for rank in found.ranks) // concurrency)
-    return transfer_s + waits * given.request_latency_s
 
 
 def _imbalance(counts: Sequence[int]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -44,10 +46,12 @@ class PlanReport(BaseModel):
     read_amplification: float  # storage_bytes_planned / unique_bytes_needed
     num_requests: int
     peak_memory_bytes: int  # of the busiest rank: its arena and its reads in flight
-    ranks_per_node: int  # taken to read for each other, unless read.strategy is direct
+    strategy: Literal[
+        "direct", "cooperative"
+    ]  # where the spec says auto: direct if this machine has the files in memory
     ranks_planned: int  # the others read as one of these does
-    estimated: bool  # some ranks' reads are taken from the plans of ranks that want other boxes
+    estimated: bool  # some ranks' reads are taken, in proportion, from the plans of ranks that read otherwise
     balance: Balance
     lower_bound_s: float | None  # the needed bytes at the storage's bandwidth; None where that isn't given
-    predicted_s: float | None  # the planned bytes at the bandwidths given, and the waits of the busiest rank's requests
+    predicted_s: float | None  # the planned bytes at the same bandwidth, and the waits of the busiest rank's requests
     ranks: list[RankPlan]

@@ -287,8 +287,8 @@ def load_optimizer_state(
         rename: glob over saved FQNs to what they are called here, ``{"_orig_mod.*": "*"}``; the first that fits.
         include, exclude: globs over the FQNs here; what is not meant stays as it is.
         dtype: ``error`` or ``cast``, where live state (or with ``model_key`` a weight) has another dtype than was saved.
-        strategy: ``cooperative`` lets the ranks of a node read for each other, with ``direct`` each reads for itself; ``auto``
-            shares where arenas are on the host and the page cache has not the files.
+        strategy: ``cooperative`` lets ranks read for each other, so that each byte leaves storage once; with ``direct`` each
+            reads for itself; ``auto`` does what takes less time, by a short probe of the storage.
         concurrency: reads in flight of this rank.
 
     Returns:

@@ -20,7 +20,9 @@ _ENOUGH = 0.9  # of the samples
 _SMALL_BYTES = 4096
 _LARGE_BYTES, _NUM_LARGE = 1 << 20, 4
 _WORTH_ASKING = 128  # times the bytes of a probe: at most a hundredth is read twice
-_USUAL_LOCAL = StorageRates(latency_s=1e-4, bytes_per_s=3e8, has_page_cache=True)  # a disk, or a file system on a network
+_USUAL_LOCAL = StorageRates(
+    latency_s=1e-4, bytes_per_s=3e8, has_page_cache=True
+)  # a disk, or a file system on a network
 _USUAL_REMOTE = StorageRates(latency_s=0.02, bytes_per_s=1e8, has_page_cache=False)  # an object store, much used
 
 

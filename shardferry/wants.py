@@ -101,9 +101,7 @@ class ToldWants:
     _known: dict[tuple[object, ...], tuple[Want, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
-        told = [
-            (rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts
-        ]
+        told = [(rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts]
         alike = (region, *((rank, id(layout)) for rank, layout in told))
         wants = self._known.get(alike)
         if wants is None:
