@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pipeline.planning import amplification, plan_all, unique_bytes_needed
+from pipeline.planning import amplification, unique_bytes
 from schemas.stage_config import StageConfig
 from schemas.stage_report import RankReport, StageReport
 from shardferry.catalog import Catalog
@@ -24,7 +24,7 @@ def build_report(
     request = config.checkpoint.request()
     # Only with its param groups is a live optimizer's plan the one that its loader made.
     values = None if config.topology is not None else read_values(catalog, request)
-    unique = unique_bytes_needed(plan_all(catalog, layouts, request, values))
+    unique = unique_bytes(catalog, layouts, request, values)
     read = sum(rank.bytes_read for rank in ranks)
     phases = driver_phases | _slowest(ranks)
     planning = phases.get("catalog", 0.0) + phases.get("plan", 0.0)
