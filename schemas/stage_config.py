@@ -202,6 +202,10 @@ class ReadSpec(Spec):
     storage_bandwidth: ByteSize | None = Field(
         None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
     )
+    node_bandwidth: ByteSize | None = Field(None, gt=0, description="the same to one node")
+    exchange_bandwidth: ByteSize | None = Field(
+        None, gt=0, description="bytes a second that a rank can send to other nodes, for the lower bound in reports"
+    )
 
     @field_validator("memory_budget")
     @classmethod

@@ -36,7 +36,7 @@ class Carrier:
         self._source = StorageSource(storage, counters, budget)
         self._items = ItemReader(self._source)
         self._placer = Placer(self._items, limits)
-        self._sink = make_sink(arena)
+        self._sink = make_sink(arena, counters.busy)
         self._courier = None if ways is None else Courier(ways, budget)
         self._budget = budget
         self._counters = counters

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shardferry.busy import BusyTimes
 from shardferry.errors import StorageError
 from shardferry.sharing import Relayed, SharedPlan
 
@@ -72,6 +73,7 @@ class Channel:
 
     process_group: dist.ProcessGroup
     deadline: Deadline
+    busy: BusyTimes = field(default_factory=BusyTimes)
 
     def send(self, world_rank: int, header: torch.Tensor, data: torch.Tensor | None) -> list[dist.Work]:
         """Post a message; it is sent when the works are done."""
@@ -157,8 +159,9 @@ class Outbox:
 
     def _wait(self, relay: int, works: Sequence[dist.Work], message: _Message) -> None:
         try:
-            for work in works:
-                self._channel.deadline.wait(work, relay)
+            with self._channel.busy.at("exchange"):
+                for work in works:
+                    self._channel.deadline.wait(work, relay)
         except StorageError as error:
             self._failure = error
         finally:
@@ -250,7 +253,8 @@ class Inbox:
                 return
             num_left -= num_boxes
             with self._buffers.lent(nbytes) as buffer:
-                self._channel.receive(reader, buffer[:nbytes], _BYTES_TAG)
+                with self._channel.busy.at("exchange"):
+                    self._channel.receive(reader, buffer[:nbytes], _BYTES_TAG)
                 try:
                     if failure is None:
                         self._deliver_all([boxes[index] for index in indices[:num_boxes]], buffer.numpy().data)

@@ -11,6 +11,7 @@ import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
 from shardferry.budget import Budget
+from shardferry.busy import BusyTimes
 from shardferry.exchange import Outbox
 from shardferry.items import TensorItem
 from shardferry.peers import Places
@@ -56,8 +57,8 @@ class Sink(Protocol):
     def carry_out(self, placed: PlacedRequest, source: ByteSource) -> None: ...
 
 
-def make_sink(arena: Arena) -> Sink:
-    return HostSink(arena.memory) if isinstance(arena, HostArena) else DeviceSink(arena)
+def make_sink(arena: Arena, busy: BusyTimes) -> Sink:
+    return HostSink(arena.memory) if isinstance(arena, HostArena) else DeviceSink(arena, busy)
 
 
 class HostSink:
@@ -81,6 +82,7 @@ class Ways:
 
     places: Places  # on this island
     outbox: Outbox | None  # to other islands; None where there are none
+    busy: BusyTimes
 
 
 class Courier:
@@ -89,6 +91,7 @@ class Courier:
     def __init__(self, ways: Ways, budget: Budget) -> None:
         self._places = ways.places
         self._outbox = ways.outbox
+        self._busy = ways.busy
         self._budget = budget
 
     def carry_out(self, slab: PlacedSlab, item_offset: int, source: ByteSource) -> None:
@@ -110,7 +113,8 @@ class Courier:
             assert self._outbox is not None
             self._outbox.put(forward.relay, forward.index, block.part(forward.box))
         others = [d for d in slab.read.deliveries if not is_own or d.world_rank != self._places.world_rank]
-        deliver(block, others, slab.row, self._places)
+        with self._busy.at("deliver"):
+            deliver(block, others, slab.row, self._places)
 
     def _own_place(self, slab: PlacedSlab, strides: tuple[int, ...]) -> memoryview | None:
         """Where this rank wants the whole slab as it is: then it is read there."""
@@ -198,20 +202,33 @@ def _scatter(arena: DeviceArena, where: _Scatter, staging: torch.Tensor) -> None
 
 
 class DeviceSink:
-    def __init__(self, arena: DeviceArena) -> None:
+    def __init__(self, arena: DeviceArena, busy: BusyTimes) -> None:
         self._arena = arena
+        self._busy = busy
 
     def carry_out(self, placed: PlacedRequest, source: ByteSource) -> None:
+        with self._arena.staging(placed.nbytes) as staging:
+            self._fill(staging, placed, source)
+            with self._busy.at("device copy"):
+                self._copy(staging, placed)
+                self._arena.wait_for_copies()
+
+    @staticmethod
+    def _fill(staging: torch.Tensor, placed: PlacedRequest, source: ByteSource) -> None:
+        request = placed.request
+        if isinstance(request, InPlaceRead):
+            source.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
+            return
+        packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
+        with source.window(placed.path, request.runs(placed.item_offset)) as view:
+            packed[...] = _strided(view, 0, request.sizes, request.source_strides, request.itemsize)
+
+    def _copy(self, staging: torch.Tensor, placed: PlacedRequest) -> None:
         request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
-        with self._arena.staging(request.nbytes) as staging:
-            if isinstance(request, InPlaceRead):
-                source.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
-                self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
-                return
-            packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-            with source.window(placed.path, request.runs(placed.item_offset)) as view:
-                packed[...] = _strided(view, 0, request.sizes, request.source_strides, request.itemsize)
-            _scatter(self._arena, _Scatter(arena_offset, request.sizes, request.strides, request.itemsize), staging)
+        if isinstance(request, InPlaceRead):
+            self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
+            return
+        _scatter(self._arena, _Scatter(arena_offset, request.sizes, request.strides, request.itemsize), staging)
 
 
 _ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shardferry.budget import Budget
+from shardferry.busy import BusyTimes
 from shardferry.storage.base import RangeReader
 from shardferry.storage.runs import Runs
 
@@ -24,6 +25,7 @@ class Counters:
         self.bytes_requested = 0
         self.bytes_done = 0  # of the needed ones
         self.most_buffer_bytes = 0  # held at any time, beside the arena
+        self.busy = BusyTimes()  # storage, deliver, exchange, device copy
 
     def asked(self, *, num_requests: int, nbytes: int) -> None:
         """Storage was asked."""
@@ -54,7 +56,8 @@ class StorageSource:
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         nbytes = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         self._counters.asked(num_requests=1, nbytes=nbytes)
-        self._storage.read_into(path, byte_offset, *buffers)
+        with self._counters.busy.at("storage"):
+            self._storage.read_into(path, byte_offset, *buffers)
 
     @contextmanager
     def window(self, path: str, runs: Runs) -> Iterator[memoryview]:
@@ -66,7 +69,8 @@ class StorageSource:
         """A window that begins before its runs, of which the first ``num_before`` bytes are looked at too."""
         if self.maps_files:
             self._counters.asked(num_requests=1, nbytes=num_before + runs.nbytes)
-            yield self._storage.mapped(path, start, runs.stop)
+            with self._counters.busy.at("storage"):  # pages are read where they are looked at
+                yield self._storage.mapped(path, start, runs.stop)
             return
         with self.budget.lease(runs.stop - start) as buffer:
             self.read_into(path, start, buffer)
