@@ -9,9 +9,8 @@ from shardferry.budget import Budget, buffer_bytes
 from shardferry.decode import HEAD_BYTES
 from shardferry.extents import Extent, JoinLimits
 from shardferry.items import ItemReader
-from shardferry.peers import PeerArenas
 from shardferry.requests import InPlaceRead, Request
-from shardferry.sinks import Courier, PlacedRequest, PlacedSlab, make_sink
+from shardferry.sinks import Courier, PlacedRequest, PlacedSlab, Ways, make_sink
 from shardferry.source import Counters, HeadedSource, StorageSource, WrongGuess
 from shardferry.storage.base import ByteSource, RangeReader
 from shardferry.storage.memory import MemorySource
@@ -22,7 +21,7 @@ class Carrier:
     """Carries out the works of one rank; safe to use from several threads.
 
     Args:
-        peers: the arenas of the ranks for which slabs are read.
+        ways: to the ranks for which slabs are read.
     """
 
     def __init__(
@@ -32,13 +31,13 @@ class Carrier:
         limits: JoinLimits,
         budget: Budget,
         counters: Counters,
-        peers: PeerArenas | None,
+        ways: Ways | None,
     ) -> None:
         self._source = StorageSource(storage, counters, budget)
         self._items = ItemReader(self._source)
         self._placer = Placer(self._items, limits)
         self._sink = make_sink(arena)
-        self._courier = None if peers is None else Courier(peers, budget)
+        self._courier = None if ways is None else Courier(ways, budget)
         self._budget = budget
         self._counters = counters
         self._stages = not isinstance(arena, HostArena)

@@ -20,9 +20,9 @@ from shardferry.crew import Crew, cores
 from shardferry.errors import SpecError, StorageError
 from shardferry.extents import JoinLimits, join
 from shardferry.items import ItemReader, StoredItem, items_of, object_item
-from shardferry.peers import PeerArenas
 from shardferry.plan import LoadPlan
 from shardferry.sharing import SharedPlan
+from shardferry.sinks import Ways
 from shardferry.source import Counters as Counters
 from shardferry.source import StorageSource
 from shardferry.storage.base import RangeReader
@@ -60,11 +60,12 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a rank reads for the other ranks of its node, and their arenas."""
+    """What a rank reads for other ranks, and how that reaches them."""
 
     plan: SharedPlan
-    peers: PeerArenas
     rows: Mapping[str, int]  # of the catalog's tensors, by key
+    ways: Ways
+    reserved_bytes: int  # of the memory budget, for messages
 
 
 def read_plan(
@@ -79,7 +80,7 @@ def read_plan(
     """Fill the arena as planned.
 
     Args:
-        sharing: the node's ranks read for each other; the arena is filled when all of them are done. Default: alone.
+        sharing: ranks read for each other; the arena is filled when all of them are done. Default: alone.
 
     Raises:
         StorageError: a file is missing, short, or not the one that the catalog was made of.
@@ -95,8 +96,10 @@ def read_plan(
         max_over_read=options.max_over_read,
         max_request_bytes=options.max_request_bytes,
     )
-    budget = Budget(options.memory_budget_bytes, timeout_s=options.timeout_s)
-    carrier = Carrier(storage, arena, limits, budget, counters, None if sharing is None else sharing.peers)
+    reserved_bytes = 0 if sharing is None else sharing.reserved_bytes
+    budget = Budget(options.memory_budget_bytes - reserved_bytes, timeout_s=options.timeout_s)
+    ways = None if sharing is None else sharing.ways
+    carrier = Carrier(storage, arena, limits, budget, counters, ways)
     batches = _batches if storage.traits.is_local else _one_by_one
     # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size

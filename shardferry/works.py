@@ -60,7 +60,7 @@ class Chunk:
         """Something that it reads for several ranks: a replica's bytes are wanted twice and read once."""
         itemsize = self.item.dtype.itemsize
         self.shared.append(read)
-        self.nbytes += sum(delivery.source.numel for delivery in read.deliveries) * itemsize
+        self.nbytes += read.numel_wanted * itemsize
         self.bytes_to_read += read.numel * itemsize
 
 
