@@ -150,8 +150,7 @@ class Carrier:
         with self._budget.lease(extent.stop - extent.start) as data:
             self._source.read_into(extent.path, extent.start, data)
             for chunk in extent.members:
-                start = chunk.item.byte_offset - extent.start
-                self._whole(chunk, data[start : start + chunk.item.byte_length])
+                self._whole(chunk, data[extent.place_of(chunk)])
 
     def _whole(self, chunk: Chunk, content: bytes | memoryview) -> None:
         """What is wanted of an item whose bytes are in memory."""

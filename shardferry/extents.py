@@ -12,12 +12,13 @@ request costs more than its bytes, and all that is read in vain is a bounded par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from shardferry.catalog import Catalog
 from shardferry.decode import HEAD_BYTES
-from shardferry.items import StoredItem
+from shardferry.items import StoredItem, object_item
 from shardferry.storage.runs import in_vain
 from shardferry.storage.traits import StorageTraits
 
@@ -45,6 +46,28 @@ class Extent(Generic[W]):
     start: int  # bytes
     stop: int  # bytes, exclusive
     members: tuple[W, ...]
+
+    def place_of(self, member: W) -> slice:
+        """Where a member's item is in the extent's bytes."""
+        start = member.item.byte_offset - self.start
+        return slice(start, start + member.item.byte_length)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeItem:
+    """An item of which everything is wanted: a saved Python object."""
+
+    item: StoredItem
+
+    @property
+    def bytes_to_read(self) -> int:
+        return self.item.byte_length
+
+
+def whole_items(catalog: Catalog, keys: Iterable[str]) -> list[WholeItem]:
+    """The items of some saved objects, in the order in which they are to be read."""
+    items = [object_item(catalog, key) for key in keys]
+    return [WholeItem(item) for item in sorted(items, key=lambda item: (item.path, item.byte_offset))]
 
 
 @dataclass(frozen=True, slots=True)

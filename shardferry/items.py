@@ -38,7 +38,7 @@ class StoredItem:
     @property
     def is_ranged(self) -> bool:
         """Whether parts of it can be read without the rest."""
-        return not isinstance(self.format, TransformedItem)
+        return not isinstance(self.format, TransformedItem | KnownValue)
 
     @property
     def byte_stop(self) -> int:
@@ -152,9 +152,12 @@ class ItemReader:
         """A saved Python object. Raises StorageError, DecodeError."""
         if isinstance(item.format, KnownValue):
             return copy.deepcopy(item.format.value)  # an optimizer counts its steps in place
-        content = self.content(item)
+        return self.value_in(self.content(item), item)
+
+    def value_in(self, content: bytes | memoryview, item: StoredItem) -> Any:
+        """A saved Python object, out of its item's content. Raises DecodeError."""
         try:
-            return decode_object(content)
+            return decode_object(bytes(content))
         except DecodeError as error:
             raise DecodeError(f"{item.key}: {item.path} at byte {item.byte_offset}: {error}") from error
 

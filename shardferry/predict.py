@@ -9,8 +9,8 @@ import torch
 
 from shardferry.catalog import Catalog
 from shardferry.decode import HEAD_BYTES, ItemLayout
-from shardferry.extents import JoinLimits, join
-from shardferry.item_format import RawItem, TransformedItem
+from shardferry.extents import JoinLimits, join, whole_items
+from shardferry.item_format import KnownValue, RawItem, TransformedItem
 from shardferry.items import USUAL_RAW_START, TensorItem, tensor_item, usual_layout
 from shardferry.plan import LoadPlan, ReadItem
 from shardferry.region import Region, row_major_strides
@@ -37,8 +37,9 @@ def predict_reads(
     chunks = [_Chunk(_item(catalog, chunk, reads[0]), tuple(reads)) for chunk, reads in by_chunk.items()]
     chunks.sort(key=lambda chunk: (chunk.item.path, chunk.item.byte_offset))
     extents, alone = join(chunks, limits)
-    num_requests = len(plan.objects) + len(extents)
-    nbytes = sum(planned.nbytes for planned in plan.objects) + sum(e.stop - e.start for e in extents)
+    num_requests, nbytes = _objects(plan, catalog, limits)
+    num_requests += len(extents)
+    nbytes += sum(extent.stop - extent.start for extent in extents)
     for chunk in alone:
         if isinstance(chunk.item.format, TransformedItem):  # whole
             num_requests += 1
@@ -48,6 +49,15 @@ def predict_reads(
             num_requests += asked
             nbytes += length
     return nbytes, num_requests
+
+
+def _objects(plan: LoadPlan, catalog: Catalog, limits: JoinLimits) -> tuple[int, int]:
+    """Requests and bytes of what this rank reads whole."""
+    tensors = [planned.nbytes for planned in plan.objects if planned.key not in catalog.objects]
+    items = whole_items(catalog, [planned.key for planned in plan.objects if planned.key in catalog.objects])
+    extents, alone = join([one for one in items if not isinstance(one.item.format, KnownValue)], limits)
+    lengths = [extent.stop - extent.start for extent in extents] + [one.item.byte_length for one in alone] + tensors
+    return len(lengths), sum(lengths)
 
 
 def _ranged(chunk: _Chunk, limits: JoinLimits) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 from shardferry.arena import Arena, HostArena
@@ -18,7 +19,7 @@ from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
 from shardferry.errors import SpecError, StorageError
-from shardferry.extents import JoinLimits, join
+from shardferry.extents import Extent, JoinLimits, WholeItem, join, whole_items
 from shardferry.items import ItemReader, StoredItem, items_of, object_item
 from shardferry.plan import LoadPlan
 from shardferry.sharing import SharedPlan
@@ -32,7 +33,7 @@ T = TypeVar("T")
 Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
-_FIRST_REMOTE = 4  # requests in flight, before it is known whether more bring more
+_FIRST_REMOTE = 8  # requests in flight, before it is known whether more bring more
 
 
 def read_strategy(name: str) -> Strategy:
@@ -89,13 +90,7 @@ def read_plan(
     chunks = chunks_in_reading_order(
         plan, catalog, None if sharing is None else sharing.plan, {} if sharing is None else sharing.rows
     )
-    _check_ends((chunk.item for chunk in chunks), catalog, storage)
-    limits = JoinLimits.of(
-        storage.traits,
-        max_gap_bytes=options.max_gap_bytes,
-        max_over_read=options.max_over_read,
-        max_request_bytes=options.max_request_bytes,
-    )
+    limits = _limits(storage, options)
     reserved_bytes = 0 if sharing is None else sharing.reserved_bytes
     budget = Budget(options.memory_budget_bytes - reserved_bytes, timeout_s=options.timeout_s)
     ways = None if sharing is None else sharing.ways
@@ -105,10 +100,13 @@ def read_plan(
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
     try:
         with _crew(storage, options, alone=alone) as crew:
+            _check_ends([chunk.item for chunk in chunks], catalog, storage, crew)
             with paused_gc():
                 extents, alone_chunks = join(chunks, limits)
                 works: list[Work] = [SmallChunks(extent) for extent in extents]
                 works += carrier.guess(alone_chunks)
+                if not storage.traits.is_local:
+                    works = _mixed(works)
             crew.run(carrier.carry_out, works, batches, _nbytes)
             works, unknown = carrier.left()
             works += [work for part in crew.run(carrier.look, unknown, _groups) for work in part]
@@ -120,9 +118,36 @@ def read_plan(
 def read_objects(
     keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
 ) -> dict[str, Any]:
-    """Some saved Python objects, by key. Raises StorageError, DecodeError."""
+    """Some saved Python objects, by key; those that lie side by side are read in one request.
+
+    Raises:
+        StorageError: a file is missing, short, or not the one that the catalog was made of.
+        DecodeError: an item is damaged.
+    """
+    budget = Budget(options.memory_budget_bytes, timeout_s=options.timeout_s)
+    source = StorageSource(storage, counters, budget)
+    items = ItemReader(source)
+
+    def values_of(units: Sequence[Extent[WholeItem] | WholeItem]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for unit in units:
+            if isinstance(unit, WholeItem):
+                with budget.claim(2 * unit.item.byte_length):
+                    found[unit.item.key] = items.value(unit.item)
+                counters.done(unit.item.byte_length)
+                continue
+            with budget.lease(unit.stop - unit.start) as data:
+                source.read_into(unit.path, unit.start, data)
+                for member in unit.members:
+                    found[member.item.key] = items.value_in(data[unit.place_of(member)], member.item)
+                    counters.done(member.item.byte_length)
+        return found
+
+    extents, alone = join(whole_items(catalog, keys), _limits(storage, options))
     with _crew(storage, options, alone=True) as crew:
-        parts = crew.run(lambda part: {k: read_object(catalog, k, storage, counters) for k in part}, keys, _groups)
+        _check_ends([object_item(catalog, key) for key in keys], catalog, storage, crew)
+        units: list[Extent[WholeItem] | WholeItem] = [*extents, *alone]
+        parts = crew.run(values_of, units, _one_by_one)
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -142,17 +167,22 @@ def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> 
     Raises:
         StorageError: names the key, the file, and both lengths.
     """
-    _check_ends((item for key in keys for item in items_of(catalog, key)), catalog, storage)
+    with _crew(storage, ReadOptions(), alone=True) as crew:
+        _check_ends([item for key in keys for item in items_of(catalog, key)], catalog, storage, crew)
 
 
-def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader) -> None:
+def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader, crew: Crew) -> None:
     """Check the last item of each file."""
     last: dict[str, StoredItem] = {}
     for item in items:
         if item.path not in last or item.byte_stop > last[item.path].byte_stop:
             last[item.path] = item
-    for item in last.values():
-        _check_inside(item, catalog, storage)
+
+    def check(some: Sequence[StoredItem]) -> None:
+        for item in some:
+            _check_inside(item, catalog, storage)
+
+    crew.run(check, list(last.values()), _one_by_one)
 
 
 def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
@@ -186,8 +216,25 @@ def _nbytes(works: Sequence[Work]) -> int:
     return sum(work.nbytes for work in works)
 
 
-def _one_by_one(works: Sequence[Work]) -> list[list[Work]]:
-    return [[work] for work in works]
+def _mixed(works: Sequence[Work]) -> list[Work]:
+    """Long and short ones in turn, so that the line is full while short ones wait for their first bytes."""
+    ordered = sorted(works, key=lambda work: -work.nbytes)
+    half = len(ordered) // 2
+    pairs = zip_longest(ordered[: len(ordered) - half], reversed(ordered[len(ordered) - half :]))
+    return [work for pair in pairs for work in pair if work is not None]
+
+
+def _limits(storage: RangeReader, options: ReadOptions) -> JoinLimits:
+    return JoinLimits.of(
+        storage.traits,
+        max_gap_bytes=options.max_gap_bytes,
+        max_over_read=options.max_over_read,
+        max_request_bytes=options.max_request_bytes,
+    )
+
+
+def _one_by_one(units: Sequence[T]) -> list[Sequence[T]]:
+    return [units[place : place + 1] for place in range(len(units))]
 
 
 def _batches(works: Sequence[Work]) -> Iterator[list[Work]]:

@@ -39,6 +39,6 @@ LOCAL_FILES = StorageTraits(
     maps_files=True,
 )
 OBJECT_STORE = StorageTraits(
-    max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=16 * MIB, latency=Latency.MILLISECONDS, is_local=False
+    max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, latency=Latency.MILLISECONDS, is_local=False
 )
 WEB_SERVER = dataclasses.replace(OBJECT_STORE, has_listing=False)
