@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.models import NUM_SMALL
 from shardferry.layout import AxisCut, TensorLayout, sharded
 from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.spec_layout import Rule, SpecLayout
@@ -14,19 +15,26 @@ COPIES, AXIS = "copies", "dp"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Saved by FSDP2 on some ranks (rows), wanted on others."""
+    """A model saved by FSDP2 on some ranks (rows), wanted on others."""
 
     name: str
     saved_by: int  # ranks
     ranks: int
     cut: Literal["rows", "columns"]
     copies: int = 1  # HSDP: as many groups of ranks hold the same
+    model: Literal["gpt", "small"] = "gpt"
 
     @property
     def title(self) -> str:
         change = "" if self.cut == "rows" else ", rows → columns"
         target = f"{self.ranks}" if self.copies == 1 else f"{self.copies} × {self.ranks // self.copies}"
-        return f"{self.saved_by} → {target}{change}"
+        tensors = "" if self.model == "gpt" else f", {NUM_SMALL} small tensors"
+        return f"{self.saved_by} → {target}{change}{tensors}"
+
+    @property
+    def checkpoint(self) -> tuple[str, int]:
+        """Model and saving ranks: cases that have these in common load the same checkpoint."""
+        return self.model, self.saved_by
 
     @property
     def mesh_shape(self) -> tuple[int, int]:
@@ -59,10 +67,12 @@ CASES = (
     Case("4-4", 4, 4, "rows"),
     Case("4-2", 4, 2, "rows"),
     Case("4-3", 4, 3, "rows"),
+    Case("4-6", 4, 6, "rows"),
     Case("4-8", 4, 8, "rows"),
     Case("1-4", 1, 4, "rows"),
     Case("rows-columns-2", 4, 2, "columns"),
     Case("rows-columns-4", 4, 4, "columns"),
     Case("rows-columns-8", 4, 8, "columns"),
     Case("hsdp-2x2", 4, 4, "rows", copies=2),
+    Case("64-small", 64, 64, "rows", model="small"),
 )
