@@ -77,7 +77,7 @@ class RankPool:
 
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs,))  # no daemon: bytecheckpoint starts one
         process.start()
         theirs.close()
         return process, ours
