@@ -98,7 +98,9 @@ def _fetch(location: str, ranges: Sequence[_Range]) -> int:
         try:
             for part in part_of_ranges:
                 last = part.byte_offset + len(part.place) - 1
-                connection.request("GET", f"{url.path}/{part.file}", headers={"Range": f"bytes={part.byte_offset}-{last}"})
+                connection.request(
+                    "GET", f"{url.path}/{part.file}", headers={"Range": f"bytes={part.byte_offset}-{last}"}
+                )
                 response = connection.getresponse()
                 got = 0
                 while count := response.readinto(part.place[got:]):

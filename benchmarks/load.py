@@ -133,13 +133,13 @@ def _measure_case(case: Case, store: Store, options: Options, pool: RankPool) ->
     _say(f"{store.kind.value}, {case.title}: {options.rounds} rounds")
     for contender in contenders_of(case, store.kind):
         warm_page_cache(store.sibling(contender.own_format).directory if contender.own_format else store.directory)
-    return summarize(pool.run(case.ranks, run_case, case, store, options.sizes.shapes(case, store.kind), options.rounds))
+    return summarize(
+        pool.run(case.ranks, run_case, case, store, options.sizes.shapes(case, store.kind), options.rounds)
+    )
 
 
 @contextmanager
-def checkpoints(
-    kind: StoreKind, options: Options, pool: RankPool, directory: str
-) -> Iterator[Callable[[Case], Store]]:
+def checkpoints(kind: StoreKind, options: Options, pool: RankPool, directory: str) -> Iterator[Callable[[Case], Store]]:
     """The store of each case, with its checkpoint in every format that is read there."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory))

@@ -43,6 +43,7 @@ class _Other(Contender):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
+        logging.getLogger(self.package).setLevel(logging.ERROR)
         self._directory = task.store.sibling(self.own_format).directory
         self._state: dict[str, Any] | None = None
 

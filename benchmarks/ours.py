@@ -23,6 +23,7 @@ from shardferry.request import LoadRequest
 
 _REQUEST = LoadRequest(OPTIMIZER_KEY)
 
+
 class Shardferry(Contender):
     """What a job does: rank 0 opens the checkpoint, all get its catalog; each plans, then reads into its arena."""
 

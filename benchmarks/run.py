@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-
 from benchmarks.cases import Case
 from benchmarks.contenders import contenders_of
 from benchmarks.meter import Spent, spend

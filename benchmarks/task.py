@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks.cases import Case
-from benchmarks.models import LEARNING_RATE, STATES, STEP, Shapes, expected_state, state_bytes
 from benchmarks.meter import Spent
+from benchmarks.models import LEARNING_RATE, STEP, Shapes, expected_state, state_bytes
 from benchmarks.stores import Store, StoreKind
 
 POISON = -1.0  # in no checkpoint
