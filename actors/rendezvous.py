@@ -39,12 +39,15 @@ def join_meeting(
     join_timeout_s: float,
     collective_timeout_s: float,
 ) -> dist.TCPStore:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. Returns the store, which must be kept."""
+    """Join the process group. Returns the store, which must be kept.
+
+    It carries host memory (gloo), in which ranks agree and read for each other; where there are GPUs, theirs too (NCCL).
+    """
     store = own_store or dist.TCPStore(
         meeting.ip, meeting.port, is_master=False, timeout=timedelta(seconds=join_timeout_s), use_libuv=True
     )
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(meeting.generation, store),
         rank=world_rank,
         world_size=world_size,

@@ -100,7 +100,7 @@ def _shared(
     config: StageConfig, catalog: Catalog, layout: SpecLayout, plans: Sequence[LoadPlan]
 ) -> list[SharedPlan | None]:
     """Each rank's part of the reads, were all ranks on one node: what a dry run can't know."""
-    if config.read.strategy == "direct" or config.actors.device == "cuda" or len(plans) < 2:
+    if config.read.strategy == "direct" or len(plans) < 2:
         return [None] * len(plans)
     if config.read.strategy == "auto" and _all_in_memory(catalog, plans):
         return [None] * len(plans)

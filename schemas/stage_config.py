@@ -179,8 +179,8 @@ class ReadSpec(Spec):
     concurrency: int = Field(16, ge=1, le=1024, description="requests in flight, each rank")
     strategy: Literal["auto", "direct", "cooperative"] = Field(
         "auto",
-        description="direct: each rank reads what it needs itself; cooperative: ranks of a node read for each other; "
-        "auto: cooperative where ranks share a node and arenas are on the host",
+        description="direct: each rank reads what it needs itself; cooperative: ranks read for each other, each byte once; "
+        "auto: what takes less time, by a short probe of the storage",
     )
     max_gap: ByteSize | None = Field(
         None, description="bytes that may be read in vain to join two reads; default: by the kind of storage"
@@ -204,7 +204,15 @@ class ReadSpec(Spec):
         """The same in the core's terms: as many requests in flight as the budget holds."""
         in_flight = max(MAX_REQUEST, self.max_request or 0)
         concurrency = max(1, min(self.concurrency, self.memory_budget // in_flight))
-        return ReadOptions(concurrency, timeout_s, self.strategy, self.max_gap, self.max_request, self.max_attempts)
+        return ReadOptions(
+            concurrency,
+            timeout_s,
+            self.strategy,
+            self.max_gap,
+            self.max_request,
+            self.memory_budget,
+            self.max_attempts,
+        )
 
 
 class HandoffSpec(Spec):
@@ -235,8 +243,6 @@ class StageConfig(Spec):
     def _device_and_transport_fit(self) -> Self:
         if self.actors.device == "cuda" and self.handoff.transport == "shared_memory":
             raise ValueError("handoff.transport shared_memory needs arenas on the host; actors.device is cuda")
-        if self.actors.device == "cuda" and self.read.strategy == "cooperative":
-            raise ValueError("read.strategy cooperative needs arenas on the host; actors.device is cuda")
         if self.actors.device == "cuda" and self.actors.gpus_per_actor == 0:
             raise ValueError("actors.device is cuda, but actors.gpus_per_actor is 0")
         return self

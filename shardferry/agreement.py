@@ -26,6 +26,12 @@ class Agreement:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
 
+    @property
+    def host_group(self) -> dist.ProcessGroup | None:
+        """The process group where it carries host memory between ranks; None for a process on its own, and for NCCL alone."""
+        group = self._group
+        return group if group is not None and _collective_device(group).type == "cpu" else None
+
     def attempt(self, step: str, work: Callable[[], T]) -> T:
         """Do this rank's part of a step, and go on only if every rank could do its part.
 

@@ -20,6 +20,7 @@ from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import open_checkpoint, storage_of
 from shardferry.errors import HandoffError
+from shardferry.exchange import Channel, Deadline
 from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory
 from shardferry.install import fit
 from shardferry.keys import KeyReport
@@ -27,13 +28,12 @@ from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
 from shardferry.neighbours import Neighbours, Strategy, meet_neighbours
-from shardferry.peers import ArenaAddress, PeerArenas
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
-from shardferry.reader import Counters, ReadOptions, Sharing, read_objects, read_plan, read_strategy
+from shardferry.reader import Counters, ReadOptions, read_objects, read_plan, read_strategy
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
-from shardferry.sharing import SharedPlan
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retrying import RetryPolicy
+from shardferry.together import Together
 
 
 class PhaseClock:
@@ -68,6 +68,11 @@ class LoadedShard:
     def bytes_sent(self) -> int:
         """Bytes that this rank read for others."""
         return 0 if self.strategy.plan is None else self.strategy.plan.bytes_sent
+
+    @property
+    def bytes_forwarded(self) -> int:
+        """Bytes that went through the process group, to ranks that share no memory with this one."""
+        return 0 if self.strategy.plan is None else self.strategy.plan.bytes_forwarded
 
     @property
     def bytes_received(self) -> int:
@@ -144,12 +149,15 @@ def load_rank(
         unexpected = _check_claims(plan, job, agreement)
         announce(plan)
         reserved = arena or _reserve(job, plan)
-        neighbours = meet_neighbours(job, plan, reserved if isinstance(reserved, HostArena) else None, agreement)
-        strategy = neighbours.strategy(job, plan)
+        on_host = reserved if isinstance(reserved, HostArena) else None
+        neighbours = meet_neighbours(job, plan, on_host, agreement, counters)
+        strategy = neighbours.strategy(job, plan, agreement)
     with clock.phase("allocate"):
         made = agreement.attempt("allocating the arena", lambda: _allocate(job, plan, reserved, neighbours))
     with clock.phase("read"):
-        agreement.attempt("reading", lambda: _read(job, plan, made, counters, strategy.plan, neighbours.addresses))
+        channel = None if agreement.host_group is None else Channel(agreement.host_group, Deadline(job.read.timeout_s))
+        together = None if strategy.plan is None else Together(strategy.plan, neighbours.addresses, channel)
+        agreement.attempt("reading", lambda: _read(job, plan, made, counters, together))
     manifest = _manifest(plan, values)
     return LoadedShard(plan, manifest, made, counters, clock.seconds, strategy, unexpected)
 
@@ -216,23 +224,14 @@ def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None, neighbours: Nei
     return arena
 
 
-def _read(
-    job: LoadJob,
-    plan: LoadPlan,
-    arena: Arena,
-    counters: Counters,
-    sharing: SharedPlan | None,
-    addresses: Mapping[int, ArenaAddress],
-) -> None:
+def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters, together: Together | None) -> None:
     storage = storage_of(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
     try:
-        if sharing is None:
+        if together is None:
             read_plan(plan, job.catalog, storage, arena, job.read, counters)
             return
-        assert isinstance(arena, HostArena)
-        with PeerArenas(plan.world_rank, arena, addresses) as peers:
-            together = Sharing(sharing, peers, rows_of(job.catalog))
-            read_plan(plan, job.catalog, storage, arena, job.read, counters, together)
+        with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes) as sharing:
+            read_plan(plan, job.catalog, storage, arena, job.read, counters, sharing)
     finally:
         storage.close()
 
@@ -288,8 +287,8 @@ def load_optimizer_state(
         rename: glob over saved FQNs to what they are called here, ``{"_orig_mod.*": "*"}``; the first that fits.
         include, exclude: globs over the FQNs here; what is not meant stays as it is.
         dtype: ``error`` or ``cast``, where live state (or with ``model_key`` a weight) has another dtype than was saved.
-        strategy: ``cooperative`` lets the ranks of a node read for each other, with ``direct`` each reads for itself; ``auto``
-            shares where arenas are on the host and the page cache has not the files.
+        strategy: ``cooperative`` lets ranks read for each other, so that each byte leaves storage once; with ``direct`` each
+            reads for itself; ``auto`` does what takes less time, by a short probe of the storage.
         concurrency: reads in flight of this rank.
 
     Returns:

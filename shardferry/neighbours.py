@@ -1,4 +1,4 @@
-"""Meet the ranks that share this one's memory, make room for all of their arenas, and decide whether they read for each other."""
+"""Meet the other ranks, make room for the arenas of a node, and decide whether ranks read for each other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from shardferry.agreement import Agreement
 from shardferry.arena import HostArena, check_host_room
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import storage_of
+from shardferry.costs import RankCosts, StorageRates, Work, compare
 from shardferry.handoff import node_identity
 from shardferry.layout import RankLayout, TensorLayout
 from shardferry.peers import ArenaAddress
 from shardferry.plan import LoadPlan
-from shardferry.probe import answers_from_memory
-from shardferry.reader import ReadOptions
+from shardferry.probe import answers_from_memory, measure_rates
+from shardferry.reader import Counters, ReadOptions
 from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
 from shardferry.wants import SpecWants, ToldWants, Wants, told
@@ -54,45 +55,85 @@ class _Word:
     """What each rank says of itself."""
 
     node: str
+    island: str  # ranks that say the same can write into each other's arenas
     host_bytes: int  # of its arena; 0 where that is on a GPU
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
     in_memory: bool  # what it reads is in the page cache
+    rates: StorageRates | None  # what the storage gives it, where that is worth asking
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The ranks of this node, by world rank, ascending."""
+    """All ranks of the job, and what this one can do with them."""
 
-    words: Mapping[int, _Word]
+    world_rank: int
+    words: list[_Word]  # by world rank
     spec: SpecLayout | None
+    is_connected: bool  # the process group carries host memory from island to island
+
+    @property
+    def islands(self) -> dict[int, str]:
+        """By world rank; see shardferry/sharing.py."""
+        return {rank: word.island for rank, word in enumerate(self.words)}
 
     @property
     def addresses(self) -> dict[int, ArenaAddress]:
-        """Where their arenas are."""
-        return {rank: word.address for rank, word in self.words.items() if word.address is not None}
+        """Where the arenas of this rank's island are."""
+        found = {rank: self.words[rank].address for rank in self._island()}
+        return {rank: address for rank, address in found.items() if address is not None}
 
-    def strategy(self, job: Job, plan: LoadPlan) -> Strategy:
-        """Whether the node's ranks read for each other, and this rank's part. All of them find the same."""
-        because = next((word.alone_because for word in self.words.values() if word.alone_because), "")
-        if not because and len(self.words) < 2:
-            because = "no other rank is on this node"
-        if not because and job.read.strategy == "auto" and all(word.in_memory for word in self.words.values()):
+    def strategy(self, job: Job, plan: LoadPlan, agreement: Agreement) -> Strategy:
+        """Whether ranks read for each other, and this rank's part. All of them must call it, and find the same."""
+        companions = list(range(len(self.words))) if self.is_connected else self._island()
+        because = next((word.alone_because for word in self.words if word.alone_because), "")
+        if not because and job.read.strategy == "auto" and all(word.in_memory for word in self.words):
             because = "the page cache has what is read: a copy for others would cost as much as a read by themselves"
         if because:
             return Strategy("direct", because)
-        shared = share_reads(plan, job.catalog, self._wants(), max_slab_bytes=slab_bytes(job.catalog))
-        return Strategy("cooperative", f"{len(self.words)} ranks on this node share memory", shared)
+        shared = self._shared(job, plan, companions)
+        if job.read.strategy == "auto":
+            choice = compare(agreement.share("planning", lambda: self._costs(job, plan, shared)))
+            if not choice.is_cooperative:
+                return Strategy("direct", choice.reason)
+            because = choice.reason
+        if len(companions) < 2:
+            return Strategy("direct", "no other rank shares memory with this one, and the process group carries none")
+        num_islands = len(set(self.islands.values()))
+        where = "on this node share memory" if num_islands == 1 else f"on {num_islands} islands of shared memory"
+        return Strategy("cooperative", f"{len(companions)} ranks {where}" + (because and f"; {because}"), shared)
 
-    def _wants(self) -> Wants:
+    def _island(self) -> list[int]:
+        island = self.words[self.world_rank].island
+        return [rank for rank, word in enumerate(self.words) if word.island == island]
+
+    def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int]) -> SharedPlan:
+        wants = self._wants(world_ranks)
+        return share_reads(plan, job.catalog, wants, max_slab_bytes=slab_bytes(job.catalog), islands=self.islands)
+
+    def _wants(self, world_ranks: list[int]) -> Wants:
         if self.spec is not None:
-            return SpecWants(self.spec, list(self.words))
-        return ToldWants({rank: word.layouts or {} for rank, word in self.words.items()})
+            return SpecWants(self.spec, world_ranks)
+        return ToldWants({rank: self.words[rank].layouts or {} for rank in world_ranks})
+
+    def _costs(self, job: Job, plan: LoadPlan, shared: SharedPlan) -> RankCosts:
+        word = self.words[self.world_rank]
+        # What a node's ranks read of a file system, its page cache gives to all of them.
+        on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
+        in_node = shared if len(on_this_node) == len(self.words) else self._shared(job, plan, on_this_node)
+        return RankCosts(
+            direct=Work.direct(plan),
+            of_node=Work.shared(plan, in_node),
+            cooperative=Work.shared(plan, shared),
+            rates=word.rates,
+            concurrency=job.read.concurrency,
+        )
 
     def check_room(self) -> None:
         """Raises ArenaError where the host has no room for all of its ranks' arenas."""
-        sizes = [word.host_bytes for word in self.words.values()]
+        node = self.words[self.world_rank].node
+        sizes = [word.host_bytes for word in self.words if word.node == node]
         check_host_room(arenas_bytes=sum(sizes), num_arenas=len(sizes), host=socket.gethostname())
 
 
@@ -105,28 +146,34 @@ def slab_bytes(catalog: Catalog) -> int:
         storage.close()
 
 
-def meet_neighbours(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement) -> Neighbours:
+def meet_neighbours(
+    job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement, counters: Counters
+) -> Neighbours:
     """Hear of every rank where it runs and how much memory it will take; all ranks must call it.
 
     Args:
         arena: this rank's, reserved; None where it will be on a GPU.
+        counters: of what is asked of storage to learn how quick it is.
     """
     spec, node = job.layout.spec, job.read.node or node_identity()
+    is_connected = agreement.host_group is not None
 
     def say() -> _Word:
         because = _alone_because(job, agreement.size)
+        asks = not because and job.read.strategy == "auto"
+        in_memory = asks and _is_in_memory(job, plan)
         return _Word(
             node,
+            node if arena is not None else f"{node}, rank {agreement.rank}",
             0 if arena is None else plan.arena_bytes,
             None if arena is None else ArenaAddress.of(arena),
             because,
-            not because and job.read.strategy == "auto" and _is_in_memory(job, plan),
-            told(plan) if not because and spec is None and agreement.size > 1 else None,
+            in_memory,
+            _rates(job, plan, counters) if asks and not in_memory else None,
+            told(plan) if not because and spec is None else None,
         )
 
-    words = agreement.share("planning", say)
-    here = {rank: other for rank, other in enumerate(words) if other.node == node}
-    return Neighbours(here, spec)
+    return Neighbours(agreement.rank, agreement.share("planning", say), spec, is_connected)
 
 
 def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
@@ -137,11 +184,19 @@ def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
         storage.close()
 
 
+def _rates(job: Job, plan: LoadPlan, counters: Counters) -> StorageRates:
+    storage = storage_of(job.catalog)
+    try:
+        return measure_rates(plan, job.catalog, storage, counters)
+    finally:
+        storage.close()
+
+
 def _alone_because(job: Job, world_size: int) -> str:
     if job.read.strategy == "direct":
         return "read.strategy is direct"
-    if job.device.type != "cpu":
-        return "arenas on GPUs can't be written by other ranks"
+    if world_size < 2:
+        return "there is no other rank"
     if job.layout.spec is None and world_size > MAX_TOLD_RANKS:
         return f"of more than {MAX_TOLD_RANKS} live models each rank knows its own alone"
     return ""

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -37,6 +37,20 @@ class ArenaAddress:
         return cls(os.getpid(), arena.descriptor, os.fstat(arena.descriptor).st_ino, arena.directory_offset)
 
 
+class Places(Protocol):
+    """Where the boxes for the ranks of an island go. Safe to use from several threads."""
+
+    world_rank: int
+
+    def memory_at(self, tensor: int, byte_offset: int, nbytes: int) -> memoryview | None:
+        """A part of this rank's own arena; None where it can't be written in place."""
+
+    def put(
+        self, world_rank: int, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]
+    ) -> None:
+        """Write a block of elements into a rank's tensor; see `PeerArenas.put`."""
+
+
 class PeerArenas:
     """The arenas of a node's ranks, this one's among them; opened when they are first written to."""
 
@@ -57,7 +71,6 @@ class PeerArenas:
             peer.close()
 
     def memory_at(self, tensor: int, byte_offset: int, nbytes: int) -> memoryview:
-        """A part of this rank's own arena."""
         start = int(self._arena.directory[tensor]) + byte_offset
         return self._arena.memory[start : start + nbytes]
 

@@ -1,15 +1,29 @@
-"""Find out, without reading, whether a storage will answer from memory: whether the page cache has what is wanted."""
+"""Find out, before anything is read, how a storage will answer: from memory, or how quickly."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from shardferry.catalog import Catalog
+from shardferry.costs import StorageRates
 from shardferry.plan import LoadPlan
+from shardferry.reader import CountedSource, Counters
 from shardferry.storage.base import RangeReader
+from shardferry.storage.traits import StorageTraits
 
 _SAMPLES = 32
 _ENOUGH = 0.9  # of the samples
+_SMALL_BYTES = 4096
+_LARGE_BYTES, _NUM_LARGE = 1 << 20, 4
+_WORTH_ASKING = 128  # times the bytes of a probe: at most a hundredth is read twice
+_USUAL_LOCAL = StorageRates(
+    latency_s=1e-4, bytes_per_s=3e8, has_page_cache=True
+)  # a disk, or a file system on a network
+_USUAL_REMOTE = StorageRates(latency_s=0.02, bytes_per_s=1e8, has_page_cache=False)  # an object store, much used
 
 
 def answers_from_memory(plan: LoadPlan, catalog: Catalog, storage: RangeReader) -> bool:
@@ -28,3 +42,45 @@ def answers_from_memory(plan: LoadPlan, catalog: Catalog, storage: RangeReader) 
 
 def _middle(catalog: Catalog, chunk: int) -> int:
     return int(catalog.chunk_byte_offset[chunk]) + int(catalog.chunk_byte_length[chunk]) // 2
+
+
+def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> StorageRates:
+    """Read a little here and there of what the plan wants, and see how long it takes. Well under a second.
+
+    Where a load is too small for that to be worth it, what is usual for the kind of storage.
+
+    Raises:
+        StorageError: a file is missing or short.
+    """
+    usual = _usual(storage.traits)
+    places = _large_places(plan, catalog)
+    if len(places) < _NUM_LARGE or plan.bytes_needed < _WORTH_ASKING * _NUM_LARGE * _LARGE_BYTES:
+        return usual
+    source = CountedSource(storage, counters)
+
+    def read(place: tuple[str, int], nbytes: int) -> None:
+        source.read_into(place[0], place[1], memoryview(bytearray(nbytes)))
+
+    latency_s = min(_seconds(lambda place=place: read(place, _SMALL_BYTES)) for place in places[:2])  # type: ignore[misc]
+    with ThreadPoolExecutor(_NUM_LARGE, thread_name_prefix="shardferry-probe") as pool:
+        elapsed_s = _seconds(lambda: list(pool.map(lambda place: read(place, _LARGE_BYTES), places)))
+    rate = _NUM_LARGE * _LARGE_BYTES / max(elapsed_s - latency_s, 1e-6)
+    return StorageRates(latency_s, rate, usual.has_page_cache)
+
+
+def _usual(traits: StorageTraits) -> StorageRates:
+    return _USUAL_LOCAL if traits.is_local else _USUAL_REMOTE
+
+
+def _large_places(plan: LoadPlan, catalog: Catalog) -> list[tuple[str, int]]:
+    """File and byte offset of some wanted chunks that are large enough, spread over the plan."""
+    chunks = np.unique(np.array([read.chunk for read in plan.reads], dtype=np.int64))
+    large = chunks[catalog.chunk_byte_length[chunks] >= _LARGE_BYTES]
+    spread = large[np.linspace(0, len(large) - 1, min(_NUM_LARGE, len(large)), dtype=np.int64)]
+    return [(catalog.files[catalog.chunk_file[c]], int(catalog.chunk_byte_offset[c])) for c in spread.tolist()]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -20,7 +20,6 @@ from shardferry.decode import ItemLayout
 from shardferry.errors import SpecError, StorageError
 from shardferry.extents import Extent, JoinLimits, join
 from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
-from shardferry.peers import PeerArenas
 from shardferry.plan import LoadPlan, ReadItem
 from shardferry.requests import Request, requests_for
 from shardferry.sharing import SharedPlan, SharedRead
@@ -90,6 +89,7 @@ class ReadOptions:
     strategy: Strategy = "auto"
     max_gap_bytes: int | None = None  # that may be read in vain between two items; None: as the storage likes it
     max_request_bytes: int | None = None  # of joined reads; None: as the storage likes it
+    memory_budget_bytes: int = 1 << 30  # of reads in flight, and of messages to other ranks
     max_attempts: int = 5  # of a request that fails in passing
     node: str | None = None  # ranks with the same name share memory; None: found out
 
@@ -115,7 +115,7 @@ class _Chunk:
     def nbytes(self) -> int:
         """Bytes that are wanted of it."""
         own = sum(piece.item.source.numel for piece in self.pieces)
-        delivered = sum(d.source.numel for read in self.shared for d in read.deliveries)
+        delivered = sum(read.numel_wanted for read in self.shared)
         return (own + delivered) * self.item.dtype.itemsize
 
     @property
@@ -143,10 +143,10 @@ _Work = PlacedRequest | PlacedSlab | _Chunk | _SmallChunks
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a rank reads for the other ranks of its node, and their arenas."""
+    """What a rank reads for other ranks, and how that reaches them."""
 
     plan: SharedPlan
-    peers: PeerArenas
+    courier: Courier
     rows: Mapping[str, int]  # of the catalog's tensors, by key
 
 
@@ -162,7 +162,7 @@ def read_plan(
     """Fill the arena as planned.
 
     Args:
-        sharing: the node's ranks read for each other; the arena is filled when all of them are done. Default: alone.
+        sharing: ranks read for each other; the arena is filled when all of them are done. Default: alone.
 
     Raises:
         StorageError: a file is missing, short, or not the one that the catalog was made of.
@@ -172,7 +172,7 @@ def read_plan(
     _check_ends((chunk.item for chunk in chunks), catalog, storage)
     source = CountedSource(storage, counters)
     placer, sink = _Placer(ItemReader(source)), make_sink(arena)
-    courier = None if sharing is None else Courier(sharing.peers)
+    courier = None if sharing is None else sharing.courier
 
     def carry_out_whole(chunk: _Chunk, content: bytes | memoryview) -> None:
         layout, memory = placer.layout_in(content, chunk.item), MemorySource(content)

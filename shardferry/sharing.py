@@ -1,4 +1,4 @@
-"""Decide who reads what for whom: parts of saved chunks that several ranks of a node want are read once, by one of them.
+"""Decide who reads what for whom: parts of saved chunks that several ranks want are read once, by one of them.
 
 A chunk is cut along its outermost dimension wherever the set of ranks that want something changes. Such a slab is contiguous
 in its file. One rank alone: it reads for itself. Several: one of them reads the slab and gives each its boxes::
@@ -9,14 +9,19 @@ in its file. One rank alone: it reads for itself. Several: one of them reads the
     row 2  |A A B B|
     row 3  |A C B C|      slab [3:4, 0:4] for A, B and C
 
-Everything here is a pure function of catalog and layouts, so that all ranks decide alike without a word.
+Ranks that can write into each other's arenas are an island (the ranks of a node; a rank whose arena is on a GPU is one by
+itself). To another island a slab goes once, as the smallest box that holds what is wanted there, to one of its ranks,
+the relay, which gives the others theirs.
+
+Everything here is a pure function of catalog, layouts and islands, so that all ranks decide alike without a word.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from shardferry.catalog import Catalog
@@ -60,6 +65,15 @@ class Slab:
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """A box of a slab on its way to another island."""
+
+    relay: int  # world rank that gets it
+    box: Region  # in the chunk, elements; it travels packed, row-major
+    index: int  # its place among all that goes from this reader to this relay
+
+
+@dataclass(frozen=True, slots=True)
 class SharedRead:
     """A slab of one chunk that this rank reads for several ranks."""
 
@@ -67,7 +81,9 @@ class SharedRead:
     chunk: int  # row of the catalog
     chunk_shape: tuple[int, ...]
     region: Region  # in the chunk, elements
-    deliveries: tuple[Delivery, ...]
+    deliveries: tuple[Delivery, ...]  # to ranks of its island
+    forwards: tuple[Forward, ...]
+    numel_wanted: int  # elements, by all ranks together
 
     @property
     def numel(self) -> int:
@@ -75,58 +91,134 @@ class SharedRead:
 
 
 @dataclass(frozen=True, slots=True)
+class Relayed:
+    """A box of a slab that comes from another island's reader, for ranks of this one."""
+
+    tensor: int  # row of LoadPlan.tensors
+    box: Region  # in the chunk, elements
+    itemsize: int  # bytes
+    deliveries: tuple[Delivery, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class SharedPlan:
-    """One rank's part of the reads of its node."""
+    """One rank's part of the reads of all ranks that read for each other."""
 
     own: tuple[ReadItem, ...]  # that it reads for itself
     shared: tuple[SharedRead, ...]  # that it reads for others, or for others and itself
-    bytes_sent: int  # into other ranks' arenas
-    bytes_received: int  # from other ranks
+    bytes_sent: int  # that it reads, wanted by other ranks
+    bytes_received: int  # that it wants, read by other ranks
+    bytes_forwarded: int = 0  # through the process group, to other islands
+    relayed: Mapping[int, tuple[Relayed, ...]] = field(default_factory=dict)  # by the reader's world rank, in order
+
+    @property
+    def relays(self) -> frozenset[int]:
+        """World ranks of other islands that this rank sends to."""
+        return frozenset(forward.relay for read in self.shared for forward in read.forwards)
 
 
-def share_reads(plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int) -> SharedPlan:
-    """Divide the reads of a node's ranks among them; gives the part of the plan's own rank.
+Islands = Mapping[int, str]  # by world rank: a name, the same for ranks that write into each other's arenas
+
+
+def share_reads(
+    plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int, islands: Islands | None = None
+) -> SharedPlan:
+    """Divide the reads of some ranks among them; gives the part of the plan's own rank.
 
     Args:
-        wants: of the ranks that can write into each other's arenas.
+        wants: of the ranks that read for each other.
         max_slab_bytes: that one rank reads in one go for others; a single row may be longer.
+        islands: None where all of them are on one.
     """
-    return _Sharer(plan, catalog, wants, max_slab_bytes).result()
+    return _Sharer(plan, catalog, wants, max_slab_bytes, islands).result()
 
 
 class _Sharer:
-    def __init__(self, plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int) -> None:
+    def __init__(
+        self, plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int, islands: Islands | None
+    ) -> None:
         self._plan = plan
         self._catalog = catalog
         self._wants = wants
         self._max_slab_bytes = max_slab_bytes
+        self._islands = islands
         self._known: dict[tuple[object, ...], list[Slab]] = {}  # most chunks look like some other
+        self._own: list[ReadItem] = []
+        self._shared: list[SharedRead] = []
+        self._num_forwarded: dict[int, int] = defaultdict(int)  # by relay
+        self._relayed: dict[int, list[Relayed]] = defaultdict(list)  # by reader
+        self._sent = self._received = self._forwarded = 0  # bytes
 
     def result(self) -> SharedPlan:
-        own: list[ReadItem] = []
-        shared: list[SharedRead] = []
-        sent = received = 0
-        for (row, chunk), items in _by_chunk(self._plan.reads).items():
-            tensor = self._plan.tensors[row]
-            slabs = self._slabs(tensor, chunk, items[0].chunk_shape)
+        # By chunk: a reader and its relay count alike only where they go through their common chunks in the same order.
+        for (row, chunk), items in sorted(_by_chunk(self._plan.reads).items(), key=lambda entry: entry[0][1]):
+            slabs = self._slabs(self._plan.tensors[row], chunk, items[0].chunk_shape)
             if not any(len(slab.deliveries) > 1 for slab in slabs):
-                own += items
+                self._own += items
                 continue
-            for slab in slabs:
-                mine = [d for d in slab.deliveries if d.world_rank == self._plan.world_rank]
-                others = sum(d.source.numel for d in slab.deliveries) - sum(d.source.numel for d in mine)
-                if slab.reader != self._plan.world_rank:
-                    received += sum(d.source.numel for d in mine) * tensor.dtype.itemsize
-                elif not others:
-                    own += [ReadItem(row, chunk, d.source, items[0].chunk_shape, d.offset, d.strides) for d in mine]
-                else:
-                    sent += others * tensor.dtype.itemsize
-                    shared.append(SharedRead(row, chunk, items[0].chunk_shape, slab.region, slab.deliveries))
-        return SharedPlan(tuple(own), tuple(shared), sent, received)
+            for place, slab in enumerate(slabs):
+                self._add(_Place(row, chunk, items[0].chunk_shape, chunk + place), slab)
+        return SharedPlan(
+            tuple(self._own),
+            tuple(self._shared),
+            self._sent,
+            self._received,
+            self._forwarded,
+            {reader: tuple(boxes) for reader, boxes in self._relayed.items()},
+        )
+
+    def _add(self, place: _Place, slab: Slab) -> None:
+        me, itemsize = self._plan.world_rank, self._plan.tensors[place.tensor].dtype.itemsize
+        mine = tuple(d for d in slab.deliveries if d.world_rank == me)
+        if slab.reader != me:
+            self._received += itemsize * sum(d.source.numel for d in mine)
+            self._relay(place, slab)
+            return
+        if len(mine) == len(slab.deliveries):
+            self._own += [
+                ReadItem(place.tensor, place.chunk, d.source, place.chunk_shape, d.offset, d.strides) for d in mine
+            ]
+            return
+        self._sent += itemsize * sum(d.source.numel for d in slab.deliveries if d.world_rank != me)
+        here, others = self._by_island(slab)
+        forwards = tuple(self._forward(place, deliveries, itemsize) for deliveries in others)
+        wanted = sum(d.source.numel for d in slab.deliveries)
+        self._shared.append(
+            SharedRead(place.tensor, place.chunk, place.chunk_shape, slab.region, tuple(here), forwards, wanted)
+        )
+
+    def _by_island(self, slab: Slab) -> tuple[list[Delivery], list[list[Delivery]]]:
+        """What is for the reader's own island, and what for each other one."""
+        if self._islands is None:
+            return list(slab.deliveries), []
+        groups: dict[str, list[Delivery]] = defaultdict(list)
+        for delivery in slab.deliveries:
+            groups[self._islands[delivery.world_rank]].append(delivery)
+        here = groups.pop(self._islands[slab.reader], [])
+        return here, list(groups.values())
+
+    def _forward(self, place: _Place, deliveries: Sequence[Delivery], itemsize: int) -> Forward:
+        relay, box = place.relay(deliveries), _around(deliveries)
+        index = self._num_forwarded[relay]
+        self._num_forwarded[relay] += 1
+        self._forwarded += box.numel * itemsize
+        return Forward(relay, box, index)
+
+    def _relay(self, place: _Place, slab: Slab) -> None:
+        """What another island's reader sends to this rank."""
+        for deliveries in self._by_island(slab)[1]:
+            if place.relay(deliveries) == self._plan.world_rank:
+                itemsize = self._plan.tensors[place.tensor].dtype.itemsize
+                relayed = Relayed(place.tensor, _around(deliveries), itemsize, tuple(deliveries))
+                self._relayed[slab.reader].append(relayed)
 
     def _slabs(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> list[Slab]:
-        wants = self._wants.of(tensor)
         region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
+        wants = self._wants.of(tensor, region)
         ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
         turn = chunk % max(len(wants), 1)
         alike = (wants, region, tensor.dtype.itemsize, turn, ranged)
@@ -138,6 +230,28 @@ class _Sharer:
             slabs = list(cutter.slabs(deliveries)) if ranged else [cutter.whole(deliveries)]
             self._known[alike] = slabs
         return slabs
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Which slab of which chunk."""
+
+    tensor: int  # row of LoadPlan.tensors
+    chunk: int  # row of the catalog
+    chunk_shape: tuple[int, ...]
+    turn: int
+
+    def relay(self, deliveries: Sequence[Delivery]) -> int:
+        """Which of an island's ranks takes what comes for it: another one for each slab, so that all take alike much."""
+        ranks = _ranks_of(deliveries)
+        return ranks[self.turn % len(ranks)]
+
+
+def _around(deliveries: Sequence[Delivery]) -> Region:
+    """The smallest box with everything of some deliveries."""
+    offsets = tuple(map(min, zip(*(d.source.offsets for d in deliveries), strict=True)))
+    ends = tuple(map(max, zip(*(d.source.ends for d in deliveries), strict=True)))
+    return Region(offsets, tuple(end - offset for end, offset in zip(ends, offsets, strict=True)))
 
 
 def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +12,12 @@ import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
 from shardferry.decode import ItemLayout
+from shardferry.exchange import Outbox
 from shardferry.items import TensorItem
-from shardferry.peers import PeerArenas
-from shardferry.region import row_major_strides
-from shardferry.requests import Gather, InPlaceRead, Request, requests_for
-from shardferry.sharing import SharedRead
+from shardferry.peers import Places
+from shardferry.region import Region, row_major_strides
+from shardferry.requests import InPlaceRead, Request, requests_for
+from shardferry.sharing import Delivery, SharedRead
 from shardferry.storage.base import ByteSource
 
 
@@ -46,7 +48,7 @@ class PlacedSlab:
     @property
     def nbytes(self) -> int:
         """Bytes that are wanted, by all ranks together."""
-        return sum(delivery.source.numel for delivery in self.read.deliveries) * self.item.dtype.itemsize
+        return self.read.numel_wanted * self.item.dtype.itemsize
 
 
 class Sink(Protocol):
@@ -75,38 +77,42 @@ class HostSink:
 
 
 class Courier:
-    """Reads slabs into a buffer of each thread, and brings their boxes to the ranks that want them."""
+    """Reads slabs into a buffer of each thread, and brings their boxes to the ranks that want them.
 
-    def __init__(self, peers: PeerArenas) -> None:
-        self._peers = peers
+    Args:
+        outbox: to other islands; None where there are none.
+    """
+
+    def __init__(self, places: Places, outbox: Outbox | None) -> None:
+        self._places = places
+        self._outbox = outbox
         self._buffers = threading.local()
 
     def carry_out(self, slab: PlacedSlab, item_offset: int, source: ByteSource) -> None:
         region, itemsize = slab.read.region, slab.item.dtype.itemsize
         strides = row_major_strides(region.sizes)
-        own = self._own_place(slab, strides)
-        buffer = self._buffer(region.numel * itemsize) if own is None else self._peers.memory_at(*own)
+        buffer = self._own_place(slab, strides)
+        in_place = buffer is not None
+        buffer = buffer or self._buffer(region.numel * itemsize)
         sink = HostSink(buffer)
         for request in requests_for(
             slab.layout, source_offsets=region.offsets, sizes=region.sizes, arena_offset=0, strides=strides
         ):
             sink.carry_out(PlacedRequest(slab.item.path, item_offset, 0, request), source)
-        for delivery in slab.read.deliveries:
-            if own is not None and delivery.world_rank == self._peers.world_rank:
-                continue
-            inside = delivery.source.relative_to(region.offsets)
-            start = sum(o * s for o, s in zip(inside.offsets, strides, strict=True)) * itemsize
-            block = _strided(buffer, start, inside.sizes, strides, itemsize)
-            byte_strides = tuple(stride * itemsize for stride in delivery.strides)
-            self._peers.put(delivery.world_rank, slab.row, delivery.offset * itemsize, block, byte_strides)
+        block = Block(buffer, region, itemsize)
+        for forward in slab.read.forwards:
+            assert self._outbox is not None
+            self._outbox.put(forward.relay, forward.index, block.part(forward.box))
+        others = [d for d in slab.read.deliveries if not in_place or d.world_rank != self._places.world_rank]
+        deliver(block, others, slab.row, self._places)
 
-    def _own_place(self, slab: PlacedSlab, strides: tuple[int, ...]) -> tuple[int, int, int] | None:
-        """Where this rank wants the whole slab as it is: then it is read there. Row, byte offset, length."""
+    def _own_place(self, slab: PlacedSlab, strides: tuple[int, ...]) -> memoryview | None:
+        """Where this rank wants the whole slab as it is: then it is read there."""
         itemsize = slab.item.dtype.itemsize
         for delivery in slab.read.deliveries:
             as_it_is = delivery.source == slab.read.region and delivery.strides == strides
-            if delivery.world_rank == self._peers.world_rank and as_it_is:
-                return slab.row, delivery.offset * itemsize, slab.read.numel * itemsize
+            if delivery.world_rank == self._places.world_rank and as_it_is:
+                return self._places.memory_at(slab.row, delivery.offset * itemsize, slab.read.numel * itemsize)
         return None
 
     def _buffer(self, nbytes: int) -> memoryview:
@@ -114,6 +120,81 @@ class Courier:
         if buffer is None or len(buffer) < nbytes:
             buffer = self._buffers.bytes = bytearray(nbytes)
         return memoryview(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A box of a chunk in memory, row-major."""
+
+    memory: memoryview
+    region: Region  # in the chunk, elements
+    itemsize: int  # bytes
+
+    def part(self, box: Region) -> np.ndarray:
+        """A view of a box of it."""
+        strides = row_major_strides(self.region.sizes)
+        inside = box.relative_to(self.region.offsets)
+        start = sum(o * s for o, s in zip(inside.offsets, strides, strict=True)) * self.itemsize
+        return _strided(self.memory, start, inside.sizes, strides, self.itemsize)
+
+
+def deliver(block: Block, deliveries: Iterable[Delivery], row: int, places: Places) -> None:
+    """Bring the boxes of a block to ranks of this island.
+
+    Args:
+        row: of the catalog's tensors.
+
+    Raises:
+        StorageError: a rank's arena is gone.
+    """
+    for delivery in deliveries:
+        byte_strides = tuple(stride * block.itemsize for stride in delivery.strides)
+        part = block.part(delivery.source)
+        places.put(delivery.world_rank, row, delivery.offset * block.itemsize, part, byte_strides)
+
+
+class DevicePlace:
+    """This rank's arena on a GPU, as the place of what other ranks read for it: an island by itself.
+
+    Args:
+        offsets: bytes, where each tensor begins in the arena, by row of the catalog's tensors.
+    """
+
+    def __init__(self, world_rank: int, arena: DeviceArena, offsets: Mapping[int, int]) -> None:
+        self.world_rank = world_rank
+        self._arena = arena
+        self._offsets = offsets
+
+    def memory_at(self, tensor: int, byte_offset: int, nbytes: int) -> None:
+        return None
+
+    def put(
+        self, world_rank: int, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]
+    ) -> None:
+        assert world_rank == self.world_rank
+        itemsize = block.itemsize
+        with self._arena.staging(block.nbytes) as staging:
+            np.copyto(staging.numpy().view(block.dtype).reshape(block.shape), block)
+            strides = tuple(stride // itemsize for stride in byte_strides)
+            place = self._offsets[tensor] + byte_offset
+            _scatter(self._arena, _Scatter(place, block.shape, strides, itemsize), staging)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scatter:
+    """Where packed elements go in an arena."""
+
+    arena_offset: int  # bytes
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]  # elements
+    itemsize: int  # bytes
+
+
+def _scatter(arena: DeviceArena, where: _Scatter, staging: torch.Tensor) -> None:
+    dtype = _TORCH_ELEMENT[where.itemsize]
+    elements = arena.tensor(0, (arena.nbytes // where.itemsize,), dtype)
+    target = torch.as_strided(elements, where.sizes, where.strides, where.arena_offset // where.itemsize)
+    target.copy_(staging.view(dtype).view(where.sizes), non_blocking=True)
 
 
 class DeviceSink:
@@ -130,13 +211,7 @@ class DeviceSink:
             packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
             window = source.window(placed.path, request.runs(placed.item_offset))
             packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
-            self._scatter(request, arena_offset, staging)
-
-    def _scatter(self, request: Gather, arena_offset: int, staging: torch.Tensor) -> None:
-        dtype = _TORCH_ELEMENT[request.itemsize]
-        arena = self._arena.tensor(0, (self._arena.nbytes // request.itemsize,), dtype)
-        target = torch.as_strided(arena, request.sizes, request.strides, arena_offset // request.itemsize)
-        target.copy_(staging.view(dtype).view(request.sizes), non_blocking=True)
+            _scatter(self._arena, _Scatter(arena_offset, request.sizes, request.strides, request.itemsize), staging)
 
 
 _ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}

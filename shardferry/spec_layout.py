@@ -81,13 +81,16 @@ class SpecLayout:
     def _by_axis(self, placements: Mapping[str, Placement]) -> tuple[Placement, ...]:
         return tuple(placements.get(axis, Replicate()) for axis in self.mesh.names)
 
+    def kept_to(self, fqn: str) -> tuple[tuple[int, ...] | None, ...]:
+        """By mesh axis, the coordinates that have anything of a parameter; None: all. The first match decides."""
+        return tuple(
+            next((h.ranks[axis] for h in self.held_by if axis in h.ranks and fnmatchcase(fqn, h.match)), None)
+            for axis in self.mesh.names
+        )
+
     def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
-        """Whether the rank at a coordinate has anything of a parameter. For each axis the first match decides."""
-        for axis, index in zip(self.mesh.names, coordinate, strict=True):
-            ranks = next((h.ranks[axis] for h in self.held_by if axis in h.ranks and fnmatchcase(fqn, h.match)), None)
-            if ranks is not None and index not in ranks:
-                return False
-        return True
+        """Whether the rank at a coordinate has anything of a parameter."""
+        return all(kept is None or index in kept for kept, index in zip(self.kept_to(fqn), coordinate, strict=True))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from shardferry.layout import RankLayout, TensorLayout, replicated
+from shardferry.mesh import Placement, Replicate
+from shardferry.mesh_boxes import MeshBoxes, ranks_within
 from shardferry.plan import LoadPlan, PlannedTensor
+from shardferry.region import Region
 from shardferry.spec_layout import SpecLayout
 
 Want = tuple[int, TensorLayout]  # world rank, and how the tensor lies there
@@ -16,30 +21,45 @@ Want = tuple[int, TensorLayout]  # world rank, and how the tensor lies there
 class Wants(Protocol):
     """What the ranks of a node want."""
 
-    def of(self, tensor: PlannedTensor) -> tuple[Want, ...]:
-        """The ranks that want something of a tensor, ascending, each with its layout. Equal tensors give the same object."""
+    def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
+        """The ranks that want something of a box of a tensor, ascending, each with its layout."""
 
 
 class SpecWants:
-    """By a spec every rank knows every other's layouts. Tensors that are cut alike are worked out once."""
+    """By a spec every rank knows every other's layouts. Tensors that are cut alike are worked out once.
+
+    What it costs does not grow with the number of ranks that a spec has, but for one array operation for each kind of tensor.
+    """
 
     def __init__(self, spec: SpecLayout, world_ranks: Sequence[int]) -> None:
         self._spec = spec
-        self._ranks = [spec.rank(rank) for rank in world_ranks]
+        self._world_ranks = np.array(sorted(world_ranks), dtype=np.int64)
+        self._boxes: dict[tuple[object, ...], MeshBoxes] = {}
         self._known: dict[tuple[object, ...], tuple[Want, ...]] = {}
 
-    def of(self, tensor: PlannedTensor) -> tuple[Want, ...]:
-        shape = tensor.layout.global_shape
-        holders = tuple(rank.world_rank for rank in self._ranks if rank.holds(tensor.fqn))
-        own = None if tensor.section == "model" else self._spec.placements(tensor.fqn, tensor.name)
-        alike = (shape, tensor.as_parameter, tensor.section, own, self._spec.placements(tensor.fqn), holders)
-        wants = self._known.get(alike)
+    def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
+        shape, placements = tensor.layout.global_shape, self._placements(tensor)
+        kept_to = self._spec.kept_to(tensor.fqn)
+        alike = (shape, placements, tensor.section, tensor.as_parameter, kept_to)
+        wants = self._known.get((*alike, region))
         if wants is None:
-            layouts = [
-                (rank.world_rank, self._layout(rank, tensor)) for rank in self._ranks if rank.world_rank in holders
-            ]
-            wants = self._known[alike] = tuple(layouts)
+            boxes = self._boxes.get(alike)
+            if boxes is None:
+                ranks = ranks_within(self._spec.mesh, self._world_ranks, kept_to)
+                boxes = self._boxes[alike] = MeshBoxes(shape, self._spec.mesh, placements, ranks)
+            ranks_here = map(self._spec.rank, boxes.holders(region))
+            wants = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks_here)
+            self._known[*alike, region] = wants
         return wants
+
+    def _placements(self, tensor: PlannedTensor) -> tuple[Placement, ...]:
+        """As `_layout` has them."""
+        everywhere = (Replicate(),) * len(self._spec.mesh.axes)
+        as_parameter = self._spec.placements(tensor.fqn)
+        assert as_parameter is not None
+        if tensor.section == "model":
+            return as_parameter if tensor.layout.global_shape else everywhere
+        return self._spec.placements(tensor.fqn, tensor.name) or (as_parameter if tensor.as_parameter else everywhere)
 
     @staticmethod
     def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:
@@ -58,10 +78,13 @@ class ToldWants:
 
     by_rank: Mapping[int, Mapping[str, TensorLayout]]
 
-    def of(self, tensor: PlannedTensor) -> tuple[Want, ...]:
-        return tuple(
-            (rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts
-        )
+    def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
+        told = ((rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts)
+        return tuple((rank, layout) for rank, layout in told if _wants(layout, region))
+
+
+def _wants(layout: TensorLayout, region: Region) -> bool:
+    return any(region.intersect(box.region) is not None for box in layout.boxes)
 
 
 def told(plan: LoadPlan) -> dict[str, TensorLayout]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shardferry import exchange
 from shardferry.agreement import Agreement
 from shardferry.errors import RankError, ShardferryError
 from shardferry.load import LoadJob, catalog_of_all, load_rank
@@ -66,6 +67,7 @@ def load(path: str, topology: str, strategy: Strategy, nodes: Sequence[str | Non
         "needed": loaded.plan.bytes_needed,
         "sent": loaded.bytes_sent,
         "received": loaded.bytes_received,
+        "forwarded": loaded.bytes_forwarded,
         "shared": int(loaded.strategy.name == "cooperative"),
     }
 
@@ -103,32 +105,50 @@ def test_direct_reads_are_no_ones_but_the_ranks_own(ranks: RankPool, saved: str,
     assert total(results, "read") >= total(results, "needed")
 
 
-def test_two_nodes_read_once_each(ranks: RankPool, saved: str) -> None:
-    """Ranks 0 and 2 share memory, and ranks 1 and 3; between nodes nothing is sent."""
-    results = ranks.run(4, load, saved, "whole", "cooperative", ["here", "there"])
-    for node in (results[0::2], results[1::2]):
-        assert total(node, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
-        assert total(node, "sent") == total(node, "received")
-    assert total(results, "read") >= 2 * UNIQUE_BYTES
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("size", "nodes"), [(2, ["a", "b"]), (4, ["a", "b"]), (8, ["a", "a", "b", "b", "c"])])
+def test_several_nodes_read_each_byte_once_together(
+    ranks: RankPool, saved: str, topology: str, size: int, nodes: list[str | None]
+) -> None:
+    """Ranks of different nodes share no memory: what one reads for another goes through the process group."""
+    results = ranks.run(size, load, saved, topology, "cooperative", nodes)
+    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+    assert total(results, "done") == total(results, "needed")
+    assert total(results, "sent") == total(results, "received")
+    assert all(result["shared"] for result in results)
+    if topology == "whole":
+        num_nodes = len({nodes[rank % len(nodes)] for rank in range(size)})
+        steps = 4 * len(SHAPES)
+        assert total(results, "forwarded") == (num_nodes - 1) * (UNIQUE_BYTES + steps), "to each other node once"
 
 
-def test_a_rank_that_is_alone_on_its_node(ranks: RankPool, saved: str) -> None:
-    results = ranks.run(3, load, saved, "columns", "cooperative", ["here", "here", "there"])
-    assert [result["shared"] for result in results] == [1, 1, 0]
+@pytest.mark.parametrize("topology", ["columns", "replicas", "whole"])
+def test_small_messages_and_many_of_them(
+    ranks: RankPool, saved: str, topology: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = ranks.run(4, load_with_small_messages, saved, topology)
+    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
-def load_damaged(path: str) -> str:
+def load_with_small_messages(path: str, topology: str) -> dict[str, int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "MESSAGE_BYTES", 4096)
+        return load(path, topology, "cooperative", ["a", "b", "c", "d"])
+
+
+def load_damaged(path: str, nodes: list[str | None]) -> str:
     try:
-        load(path, "whole", "cooperative", [None])
+        load(path, "whole", "cooperative", nodes)
     except ShardferryError as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"
 
 
-def test_a_failing_reader_fails_all(ranks: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [[None], ["a", "b", "c"]], ids=["one node", "three nodes"])
+def test_a_failing_reader_fails_all(ranks: RankPool, tmp_path: Path, nodes: list[str | None]) -> None:
     ranks.run(2, save_fsdp2, str(tmp_path / "ckpt"))
     short_file(tmp_path / "ckpt")
-    messages = ranks.run(3, load_damaged, str(tmp_path / "ckpt"))
+    messages = ranks.run(3, load_damaged, str(tmp_path / "ckpt"), nodes)
     assert all("is cut" in message for message in messages), messages
     assert not any(message == "loaded" for message in messages)
 
@@ -168,16 +188,20 @@ def drop_from_page_cache(path: str) -> None:
         os.close(descriptor)
 
 
-def test_auto_shares_reads_unless_they_cost_nothing(ranks: RankPool, saved: str) -> None:
-    """What the page cache has, every rank copies itself; what a disk must give, one rank reads for all."""
+@pytest.mark.parametrize("nodes", [[None], ["a", "b"]], ids=["one node", "two nodes"])
+def test_auto_leaves_alone_what_the_page_cache_has(ranks: RankPool, saved: str, nodes: list[str | None]) -> None:
     for file in Path(saved).glob("*.distcp"):
         file.read_bytes()
-    warm = ranks.run(2, load, saved, "whole", "auto", [None])
-    assert [result["shared"] for result in warm] == [0, 0]
+    results = ranks.run(2, load, saved, "whole", "auto", nodes)
+    assert [result["shared"] for result in results] == [0, 0]
+
+
+def test_auto_lets_nodes_read_a_disk_for_each_other(ranks: RankPool, saved: str) -> None:
+    """Within a node the page cache gives to all what one has read; another node would ask the disk again."""
     drop_from_page_cache(saved)
-    cold = ranks.run(2, load, saved, "whole", "auto", [None])
-    assert [result["shared"] for result in cold] == [1, 1]
-    assert total(cold, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+    results = ranks.run(2, load, saved, "whole", "auto", ["a", "b"])
+    assert [result["shared"] for result in results] == [1, 1]
+    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
 @pytest.mark.parametrize("topology", ["columns", "replicas"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise, product
 
 import numpy as np
@@ -17,7 +18,7 @@ from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
-from shardferry.sharing import SharedPlan, share_reads
+from shardferry.sharing import Delivery, Islands, SharedPlan, share_reads
 from shardferry.spec_layout import Rule, SpecLayout
 from shardferry.wants import SpecWants, ToldWants, told
 from tests.core.test_cover import expected, grids, layouts, shapes
@@ -27,19 +28,27 @@ REQUEST = LoadRequest("optim")
 
 
 def shared_plans(
-    shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], max_slab_bytes: int
+    shape: tuple[int, ...],
+    saved: list[Region],
+    wanted: list[TensorLayout],
+    max_slab_bytes: int,
+    islands: Islands | None = None,
 ) -> list[tuple[LoadPlan, SharedPlan]]:
     catalog = catalog_of({"w": (shape, saved)})
     live = [LiveLayout(rank, len(wanted), {"w": layout}) for rank, layout in enumerate(wanted)]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
     wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
-    return [(plan, share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes)) for plan in plans]
+    return [(plan, share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes, islands=islands)) for plan in plans]
 
 
-class Node:
-    """The memory of all ranks, and how often each element left storage."""
+class Cluster:
+    """The memory of all ranks, how often each element left storage, and what went between islands."""
 
-    def __init__(self, shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], islands: Islands
+    ) -> None:
+        self._islands = islands
+        self.forwarded: dict[tuple[int, int], list[tuple[int, Region]]] = {}  # chunk and box, by reader and relay
         self._saved = saved
         self._whole = np.arange(math.prod(shape)).reshape(shape)
         self.memory = [np.full(layout.local_numel, -1) for layout in wanted]
@@ -60,14 +69,31 @@ class Node:
             assert self.memory[rank][place] == -1, "filled twice"
             self.memory[rank][place] = content[index]
 
-    def run(self, plan: LoadPlan, shared: SharedPlan) -> None:
+    def read(self, plan: LoadPlan, shared: SharedPlan) -> None:
         for item in shared.own:
             self.take(item.chunk, item.source)
             self.put(plan.world_rank, item.chunk, item.source, item.offset, item.strides)
         for read in shared.shared:
             self.take(read.chunk, read.region)
-            for delivery in read.deliveries:
-                self.put(delivery.world_rank, read.chunk, delivery.source, delivery.offset, delivery.strides)
+            self.deliver(plan.world_rank, read.chunk, read.deliveries, read.region)
+            for forward in read.forwards:
+                sent = self.forwarded.setdefault((plan.world_rank, forward.relay), [])
+                assert forward.index == len(sent)
+                assert self._islands[forward.relay] != self._islands[plan.world_rank]
+                sent.append((read.chunk, forward.box))
+
+    def relay(self, plan: LoadPlan, shared: SharedPlan) -> None:
+        for reader, boxes in shared.relayed.items():
+            sent = self.forwarded.pop((reader, plan.world_rank))
+            assert [box for _, box in sent] == [relayed.box for relayed in boxes]
+            for (chunk, box), relayed in zip(sent, boxes, strict=True):
+                self.deliver(plan.world_rank, chunk, relayed.deliveries, box)
+
+    def deliver(self, by: int, chunk: int, deliveries: Iterable[Delivery], region: Region) -> None:
+        for delivery in deliveries:
+            assert self._islands[delivery.world_rank] == self._islands[by], "written into another island's memory"
+            assert delivery.source.intersect(region) == delivery.source, "not in what was read"
+            self.put(delivery.world_rank, chunk, delivery.source, delivery.offset, delivery.strides)
 
 
 @st.composite
@@ -78,22 +104,29 @@ def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[Ten
 
 
 @settings(deadline=None, max_examples=400)
-@given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]))
+@given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]), st.integers(1, 4))
 def test_every_wanted_element_arrives_once(
-    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], int], least_part: int, long_run: int
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], int],
+    least_part: int,
+    long_run: int,
+    num_islands: int,
 ) -> None:
     shape, saved, wanted, max_slab_bytes = load
+    islands = {rank: f"island {rank % num_islands}" for rank in range(len(wanted))}
     with pytest.MonkeyPatch.context() as patch:  # small tensors must reach every branch
         patch.setattr(sharing, "_LEAST_PART", least_part)
         patch.setattr(sharing, "_LONG_RUN", long_run)
-        plans = shared_plans(shape, saved, wanted, max_slab_bytes)
-        assert plans == shared_plans(shape, saved, wanted, max_slab_bytes), "plans are deterministic"
-    node = Node(shape, saved, wanted)
+        plans = shared_plans(shape, saved, wanted, max_slab_bytes, islands)
+        assert plans == shared_plans(shape, saved, wanted, max_slab_bytes, islands), "plans are deterministic"
+    cluster = Cluster(shape, saved, wanted, islands)
     for plan, shared in plans:
-        node.run(plan, shared)
-    for memory, layout in zip(node.memory, wanted, strict=True):
+        cluster.read(plan, shared)
+    for plan, shared in plans:
+        cluster.relay(plan, shared)
+    assert not cluster.forwarded, "sent, and expected by nobody"
+    for memory, layout in zip(cluster.memory, wanted, strict=True):
         assert memory.tolist() == expected(layout).tolist()
-    assert node.taken.max(initial=0) <= 1, "an element left storage twice"
+    assert cluster.taken.max(initial=0) <= 1, "an element left storage twice"
     assert sum(s.bytes_sent for _, s in plans) == sum(s.bytes_received for _, s in plans)
 
 
@@ -139,4 +172,15 @@ def test_a_spec_tells_what_ranks_would_tell() -> None:
     by_spec, by_word = SpecWants(spec, range(4)), ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
     for plan in plans:
         for tensor in plan.tensors:
-            assert by_spec.of(tensor) == by_word.of(tensor)
+            for region in rows(64, 4):
+                assert by_spec.of(tensor, region) == by_word.of(tensor, region)
+
+
+def test_between_islands_a_replica_travels_once() -> None:
+    """4 copies on 2 islands: half of the bytes are read on each, and each half goes to the other island once."""
+    wanted = [sharded((64, 64), [AxisCut(4, rank, Replicate())]) for rank in range(4)]
+    islands = {0: "a", 1: "a", 2: "b", 3: "b"}
+    plans = shared_plans((64, 64), rows(64, 4), wanted, 1 << 20, islands)
+    itemsize = plans[0][0].tensors[0].dtype.itemsize
+    assert sum(s.bytes_forwarded for _, s in plans) == 64 * 64 * itemsize
+    assert sum(s.bytes_sent for _, s in plans) == 3 * 64 * 64 * itemsize

@@ -13,11 +13,12 @@ from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import ArenaError
 from shardferry.load import LoadJob, load_rank
 from shardferry.mesh import Mesh, Shard
-from shardferry.reader import ReadOptions
+from shardferry.reader import ReadOptions, Strategy
 from shardferry.request import LoadRequest
 from shardferry.spec_layout import SpecLayout
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
+from tests.support.ranks import RankPool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +61,29 @@ def test_every_element_on_the_device(checkpoint: Path, dim: int, world_rank: int
                     box = tuple(slice(o, e) for o, e in zip(whole.offsets, whole.ends, strict=True))
                     here = tuple(slice(o, e) for o, e in zip(local.offsets, local.ends, strict=True))
                     assert torch.equal(found[here].cpu(), full_tensor(fqn, name, shape, dtype)[box])
+
+
+@pytest.mark.parametrize("strategy", ["cooperative", "auto"])
+def test_ranks_with_arenas_on_gpus_read_for_each_other(checkpoint: Path, ranks: RankPool, strategy: str) -> None:
+    """Each is an island by itself: what one reads for another goes through the process group, and to the GPU there."""
+    results = ranks.run(2, load_replicas, str(checkpoint), strategy)
+    if strategy == "cooperative":
+        assert sum(results) > 0
+
+
+def load_replicas(path: str, strategy: Strategy) -> int:
+    """Bytes that went to the other rank."""
+    spec = SpecLayout(Mesh((("copies", 2),)))
+    options = ReadOptions(concurrency=4, timeout_s=60, strategy=strategy)
+    rank = torch.distributed.get_rank()
+    device = torch.device("cuda", 0)
+    job = LoadJob(open_checkpoint(path), spec.rank(rank), LoadRequest("optim"), device, options)
+    loaded = load_rank(job, Agreement(torch.distributed.group.WORLD))
+    with loaded.handle("in_process", exclusive=True).open() as shard:
+        for fqn, shape in SHAPES.items():
+            found = shard.state_dict()["state"][fqn]["exp_avg"]
+            assert torch.equal(found.cpu(), full_tensor(fqn, "exp_avg", shape))
+    return loaded.bytes_forwarded
 
 
 def _columns() -> SpecLayout:

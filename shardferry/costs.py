@@ -1,0 +1,103 @@
+"""Foretell how long a load takes where every rank reads for itself, and where ranks read for each other.
+
+What storage gives is measured (probe.py); what copies and the process group give is taken from benchmarks/README.md. Only the
+comparison counts, so that errors common to both don't matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from shardferry.plan import LoadPlan
+from shardferry.sharing import SharedPlan
+
+_ARENA_BYTES_PER_S = 2e9  # written into another rank's arena, by one rank
+_GROUP_BYTES_PER_S = 1e9  # through the process group, by one rank (gloo over TCP)
+_CLEARLY = 0.95  # reads are shared only where that is better by so much
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRates:
+    """What one rank gets of a storage while the others ask too."""
+
+    latency_s: float  # of a small request
+    bytes_per_s: float  # of some large ones side by side
+    has_page_cache: bool  # what one rank of a node has read, the others find in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one rank does in a load."""
+
+    bytes_read: int
+    num_requests: int  # about
+    bytes_delivered: int = 0  # into arenas of its island, for others
+    bytes_forwarded: int = 0  # to other islands
+
+    @classmethod
+    def direct(cls, plan: LoadPlan) -> Self:
+        """It reads for itself."""
+        nbytes = sum(read.source.numel * plan.tensors[read.tensor].dtype.itemsize for read in plan.reads)
+        return cls(nbytes, len(plan.reads))
+
+    @classmethod
+    def shared(cls, plan: LoadPlan, shared: SharedPlan) -> Self:
+        """It reads for others too."""
+        own = sum(read.source.numel * plan.tensors[read.tensor].dtype.itemsize for read in shared.own)
+        slabs = sum(read.numel * plan.tensors[read.tensor].dtype.itemsize for read in shared.shared)
+        return cls(own + slabs, len(shared.own) + len(shared.shared), shared.bytes_sent, shared.bytes_forwarded)
+
+
+@dataclass(frozen=True, slots=True)
+class RankCosts:
+    """One rank's part of each way to load."""
+
+    direct: Work
+    of_node: Work  # were reads shared within its node alone
+    cooperative: Work
+    rates: StorageRates | None  # None: what it reads is in memory
+    concurrency: int  # requests
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which way, and why in words."""
+
+    is_cooperative: bool
+    reason: str
+
+
+def compare(ranks: Sequence[RankCosts]) -> Choice:
+    """The quicker way for the slowest rank."""
+    direct, cooperative = max(map(_direct_s, ranks)), max(map(_cooperative_s, ranks))
+    asked = sum(rank.direct.bytes_read for rank in ranks)
+    needed = sum(rank.cooperative.bytes_read for rank in ranks)
+    rates = [rank.rates for rank in ranks if rank.rates is not None]
+    slowest = min(rates, key=lambda rate: rate.bytes_per_s)
+    reason = (
+        f"reading for each other would take {cooperative:.3g} s, every rank for itself {direct:.3g} s and "
+        f"{asked / max(needed, 1):.2f} times the bytes, where the storage gives a rank {slowest.bytes_per_s / 1e6:.0f} MB/s "
+        f"after {slowest.latency_s * 1e3:.2g} ms"
+    )
+    return Choice(cooperative < _CLEARLY * direct, reason)
+
+
+def _direct_s(rank: RankCosts) -> float:
+    """A file system's page cache gives a node's ranks what one of them has read."""
+    from_storage = rank.of_node if rank.rates is not None and rank.rates.has_page_cache else rank.direct
+    return _read_s(rank, from_storage) + rank.direct.bytes_read / _ARENA_BYTES_PER_S
+
+
+def _cooperative_s(rank: RankCosts) -> float:
+    work = rank.cooperative
+    copying = work.bytes_delivered / _ARENA_BYTES_PER_S + work.bytes_forwarded / _GROUP_BYTES_PER_S
+    return _read_s(rank, work) + work.bytes_read / _ARENA_BYTES_PER_S + copying
+
+
+def _read_s(rank: RankCosts, work: Work) -> float:
+    if rank.rates is None:
+        return 0.0
+    waiting = -(-work.num_requests // max(rank.concurrency, 1)) * rank.rates.latency_s
+    return waiting + work.bytes_read / rank.rates.bytes_per_s

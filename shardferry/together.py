@@ -1,0 +1,56 @@
+"""Open what a rank needs to read for others: the arenas of its island, and the way to other islands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from shardferry.arena import Arena, HostArena
+from shardferry.exchange import Channel, Exchange
+from shardferry.peers import ArenaAddress, PeerArenas, Places
+from shardferry.plan import LoadPlan
+from shardferry.reader import Sharing
+from shardferry.sharing import Relayed, SharedPlan
+from shardferry.sinks import Block, Courier, DevicePlace, deliver
+
+
+@dataclass(frozen=True)
+class Together:
+    """One rank's part in cooperative reads."""
+
+    shared: SharedPlan
+    addresses: Mapping[int, ArenaAddress]  # of its island's arenas, by world rank
+    channel: Channel | None  # to other islands
+
+    @contextmanager
+    def begin(
+        self, plan: LoadPlan, arena: Arena, rows: Mapping[str, int], memory_budget_bytes: int
+    ) -> Iterator[Sharing]:
+        """What the reader needs; on leaving, everything has gone to other islands and has come from them.
+
+        Args:
+            rows: of the catalog's tensors, by key.
+            memory_budget_bytes: of which a part goes to messages.
+
+        Raises:
+            StorageError: another rank's arena is gone, or a message didn't come through in time.
+        """
+        with ExitStack() as stack:
+            places = self._places(plan, arena, rows, stack)
+
+            def take(relayed: Relayed, memory: memoryview) -> None:
+                row = rows[plan.tensors[relayed.tensor].key]
+                deliver(Block(memory, relayed.box, relayed.itemsize), relayed.deliveries, row, places)
+
+            outbox = None
+            if self.channel is not None and (self.shared.relays or self.shared.relayed):
+                exchange = Exchange(self.channel, self.shared, take, memory_budget_bytes=memory_budget_bytes)
+                outbox = stack.enter_context(exchange).outbox
+            yield Sharing(self.shared, Courier(places, outbox), rows)
+
+    def _places(self, plan: LoadPlan, arena: Arena, rows: Mapping[str, int], stack: ExitStack) -> Places:
+        if isinstance(arena, HostArena):
+            return stack.enter_context(PeerArenas(plan.world_rank, arena, self.addresses))
+        offsets = {rows[tensor.key]: tensor.arena_offset for tensor in plan.tensors}
+        return DevicePlace(plan.world_rank, arena, offsets)
