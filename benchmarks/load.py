@@ -11,8 +11,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from benchmarks.checkpoint import disk_directory, file_system, save_checkpoint
 from benchmarks.contenders import CONTENDERS, contenders_of
 from benchmarks.limits import verdicts
 from benchmarks.machine import describe
+from benchmarks.many_ranks import save_as_many
 from benchmarks.models import Shapes, gpt_of, small_tensors, state_bytes
 from benchmarks.ranks import RankFailed, RankPool
 from benchmarks.run import Figures, run_case, summarize
@@ -54,7 +55,7 @@ class Sizes:
         return gpt_of(self.throttled if kind is StoreKind.THROTTLED else self.files)
 
 
-_FULL, _QUICK = Sizes(600, 200, 80), Sizes(60, 40, 10)
+_FULL, _QUICK = Sizes(400, 200, 80), Sizes(60, 40, 10)
 _QUICK_CASES = ("4-4", "4-3", "rows-columns-4", "hsdp-2x2")
 
 
@@ -122,61 +123,60 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 def measure(options: Options, directory: str) -> Results:
     """Write the checkpoints and run the cases. Raises RankFailed where a result is wrong."""
     results: dict[StoreKind, Mapping[Case, Mapping[str, Figures]]] = {}
-    with RankPool() as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory) as folder,
+        object_store(folder) if StoreKind.THROTTLED in options.stores else nullcontext("") as url,
+        RankPool() as pool,
+    ):
         for kind in options.stores:
-            with checkpoints(kind, options, pool, directory) as stored:
-                results[kind] = {case: _measure_case(case, stored(case), options, pool) for case in options.cases}
+            root = url if kind is StoreKind.THROTTLED else folder
+            results[kind] = {case: _measure_case(case, kind, folder, root, options, pool) for case in options.cases}
     return results
 
 
-def _measure_case(case: Case, store: Store, options: Options, pool: RankPool) -> Mapping[str, Figures]:
-    _say(f"{store.kind.value}, {case.title}: {options.rounds} rounds")
+def _measure_case(
+    case: Case, kind: StoreKind, folder: str, root: str, options: Options, pool: RankPool
+) -> Mapping[str, Figures]:
+    shapes = options.sizes.shapes(case, kind)
+    name = f"{case.model}-{state_bytes(shapes)}-saved-by-{case.saved_by}"
+    store = Store(kind, f"{folder}/{name}", f"{root}/{name}")
+    _save_missing(case, store, shapes, pool)
+    _say(f"{kind.value}, {case.title}: {options.rounds} rounds")
+    return summarize(pool.run(case.ranks, run_case, case, store, shapes, options.rounds))
+
+
+def _save_missing(case: Case, store: Store, shapes: Shapes, pool: RankPool) -> None:
+    """Write the checkpoint, in every format that is read there, and have all of it in the page cache."""
+    size = f"{state_bytes(shapes) / 1e6:.0f} MB of AdamW state"
+    if not Path(store.directory).exists():
+        if case.model == "small":
+            _say(f"one process writes {size} as {case.saved_by} ranks would")
+            pool.run(1, save_as_many, store.directory, shapes, case.saved_by)
+        else:
+            _say(f"{case.saved_by} FSDP2 ranks save {size} and the weights")
+            pool.run(case.saved_by, save_checkpoint, store.directory, shapes)
+    warm_page_cache(store.directory)
     for contender in contenders_of(case, store.kind):
-        warm_page_cache(store.sibling(contender.own_format).directory if contender.own_format else store.directory)
-    return summarize(
-        pool.run(case.ranks, run_case, case, store, options.sizes.shapes(case, store.kind), options.rounds)
-    )
-
-
-@contextmanager
-def checkpoints(kind: StoreKind, options: Options, pool: RankPool, directory: str) -> Iterator[Callable[[Case], Store]]:
-    """The store of each case, with its checkpoint in every format that is read there."""
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory))
-        root = stack.enter_context(object_store(folder)) if kind is StoreKind.THROTTLED else folder
-        stores: dict[tuple[str, int], Store] = {}
-
-        def stored(case: Case) -> Store:
-            model, ranks = case.checkpoint
-            name = f"{model}-saved-by-{ranks}"
-            if case.checkpoint not in stores:
-                stores[case.checkpoint] = Store(kind, f"{folder}/{name}", f"{root}/{name}")
-                _save(case, stores[case.checkpoint], options.sizes.shapes(case, kind), pool)
-            return stores[case.checkpoint]
-
-        yield stored
-
-
-def _save(case: Case, store: Store, shapes: Shapes, pool: RankPool) -> None:
-    _say(f"{case.saved_by} FSDP2 ranks save {state_bytes(shapes) / 1e6:.0f} MB of AdamW state and the weights")
-    pool.run(case.saved_by, save_checkpoint, store.directory, shapes)
-    for contender in contenders_of(case, store.kind):
-        if contender.own_format:
-            _say(f"the same for {contender.name}")
-            pool.run(case.saved_by, contender.save, store.sibling(contender.own_format).directory, shapes)
+        if not contender.own_format:
+            continue
+        directory = store.sibling(contender.own_format).directory
+        if not Path(directory).exists():
+            _say(f"{case.saved_by} FSDP2 ranks save {size} with {contender.name}")
+            pool.run(case.saved_by, contender.save, directory, shapes)
+        warm_page_cache(directory)
 
 
 def needed_bytes(options: Options) -> int:
-    """Of disk: the checkpoints of one kind of storage, in every format, at its largest."""
-    wanted = 0
+    """Of disk: all checkpoints, in every format."""
+    formats: dict[tuple[object, ...], int] = {}
     for kind in options.stores:
-        by_checkpoint = {case.checkpoint: case for case in options.cases}
-        of_kind = 0
-        for case in by_checkpoint.values():
-            formats = sum(bool(contender.own_format) for contender in contenders_of(case, kind))
-            of_kind += int((_MODEL_SHARE + formats) * state_bytes(options.sizes.shapes(case, kind)))
-        wanted = max(wanted, of_kind)
-    return wanted
+        for case in options.cases:
+            nbytes = state_bytes(options.sizes.shapes(case, kind))
+            formats[case.checkpoint, nbytes, "stock"] = int(_MODEL_SHARE * nbytes)
+            for contender in contenders_of(case, kind):
+                if contender.own_format:
+                    formats[case.checkpoint, nbytes, contender.own_format] = nbytes
+    return sum(formats.values())
 
 
 def report(options: Options, machine: Mapping[str, str], results: Results) -> dict[str, Any]:

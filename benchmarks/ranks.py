@@ -15,7 +15,6 @@ from typing import Any, Self
 
 _DEADLINE_S = 1800.0  # for one call on all ranks
 _COLLECTIVE_S = 600.0
-_IDLE_RANKS = 8  # that are kept for a later call
 _PRELOADED = ["benchmarks.run", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
 
 
@@ -26,7 +25,7 @@ class RankFailed(RuntimeError):
 class RankPool:
     """Processes that stay up from case to case, so that imports and first calls are behind them.
 
-    They are forked from one that has imported everything, and share its pages: 64 of them fit a small machine.
+    They are forked from one that has imported everything, and share its pages.
     """
 
     def __init__(self) -> None:
@@ -40,7 +39,10 @@ class RankPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._keep(0)
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.terminate()
+            process.join(10)
         self._directory.cleanup()
 
     def run(self, world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -49,7 +51,6 @@ class RankPool:
         Raises:
             RankFailed: with the traceback of each rank that failed.
         """
-        self._keep(max(world_size, _IDLE_RANKS))
         while len(self._ranks) < world_size:
             self._ranks.append(self._start())
         self._calls += 1
@@ -66,14 +67,6 @@ class RankPool:
         if failures:
             raise RankFailed("\n".join(failures))
         return [value for _, value in outcomes]
-
-    def _keep(self, number: int) -> None:
-        """End the others: 56 idle processes would be in the way of the 8 that are measured."""
-        for process, pipe in self._ranks[number:]:
-            pipe.close()
-            process.terminate()
-            process.join(10)
-        del self._ranks[number:]
 
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()

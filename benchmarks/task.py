@@ -70,7 +70,7 @@ class Task:
 
 
 def _mesh(case: Case) -> DeviceMesh:
-    """With an axis of copies where there are some: each axis costs process groups, which 64 ranks make slowly."""
+    """With an axis of copies where there are some."""
     copies, ranks = case.mesh_shape
     return init_device_mesh("cpu", (ranks,) if copies == 1 else (copies, ranks))
 
