@@ -174,7 +174,10 @@ class Loader:
             transport=transport,
             strategy=loaded.strategy.name,
             strategy_reason=loaded.strategy.reason,
-            host_copy_bandwidth=host_copy_bandwidth(),
+            host_copy_bandwidth=copy_bandwidth(torch.device("cpu")),
+            device_copy_bandwidth=copy_bandwidth(self._device) if self._device.type == "cuda" else None,
+            bytes_forwarded=loaded.bytes_forwarded,
+            busy=dict(loaded.counters.busy.seconds),
             missing=list(loaded.plan.missing),
             unexpected=list(loaded.unexpected),
             phases=phases | loaded.seconds,
@@ -182,12 +185,14 @@ class Loader:
         )
 
 
-def host_copy_bandwidth(nbytes: int = 16 * 1024 * 1024) -> float:
-    """Bytes a second that this process copies in host memory, now: the best of three short copies."""
-    source, target = bytearray(nbytes), bytearray(nbytes)
+def copy_bandwidth(device: torch.device, nbytes: int = 16 * 1024 * 1024) -> float:
+    """Bytes a second that this process copies from host memory to a device (the host is one), now: the best of three copies."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     best = 0.0
     for _ in range(3):
         start = time.perf_counter()
-        target[:] = source
+        target.copy_(source)  # to a GPU too it has arrived when this returns
         best = max(best, nbytes / (time.perf_counter() - start))
     return best

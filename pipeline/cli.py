@@ -68,13 +68,33 @@ def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
     print("problems: " + ("none" if not report.problems else "".join(f"\n  {problem}" for problem in report.problems)))
 
 
-@app.command(epilog="Example: shardferry plan stage.yaml --json | jq .read_amplification")
-def plan(spec: SpecArg, location: LocationOption = None, as_json: JsonOption = False) -> None:
-    """Dry run: what each rank would read. Starts no Ray and reads no data."""
+@app.command(
+    epilog="Example: shardferry plan stage.yaml --mesh dp_replicate=8,dp_shard=256,tp=8 --storage-bandwidth 100GB"
+)
+def plan(
+    spec: SpecArg,
+    location: LocationOption = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="Another mesh than the spec's: name=size,name=size, outermost first.")
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Another number of ranks: the axis dp_shard, else the outermost, becomes as long."),
+    ] = None,
+    storage_bandwidth: Annotated[
+        str | None, typer.Option(help="Bytes a second that the storage gives to the whole job: 100GB.")
+    ] = None,
+    request_latency: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for its first byte.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Dry run from the checkpoint's metadata alone: what each rank would read. Starts no Ray and reads no data."""
+    from pipeline.overrides import override
     from pipeline.planning import plan_report
 
-    config = StageConfig.from_file(spec)
-    report = plan_report(config, _catalog_of(config, location))
+    config = override(
+        StageConfig.from_file(spec), mesh=mesh, world_size=world_size, storage_bandwidth=storage_bandwidth
+    )
+    report = plan_report(config, _catalog_of(config, location), request_latency_s=request_latency)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from schemas.plan_report import PlanReport
 from schemas.stage_report import StageReport
 
 _LINE_EVERY_S = 5.0
+_MANY_RANKS = 32  # longer tables are summed up
 
 
 class ByteProgress(Protocol):
@@ -106,31 +108,51 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def print_plan(report: PlanReport) -> None:
-    """A plan, rank by rank."""
+    """A plan: rank by rank, or where there are many what the least, the middle and the most loaded has."""
     header = ("rank", "needed", "read", "sent", "received", "requests", "arena")
-    rows = [
-        (
-            r.rank,
-            human_bytes(r.bytes_needed),
-            human_bytes(r.bytes_read),
-            human_bytes(r.bytes_sent),
-            human_bytes(r.bytes_received),
-            r.num_requests,
-            human_bytes(r.arena_bytes),
-        )
-        for r in report.ranks
+    columns = [
+        [getattr(rank, name) for rank in report.ranks]
+        for name in ("bytes_needed", "bytes_read", "bytes_sent", "bytes_received", "num_requests", "arena_bytes")
     ]
+    rows: list[tuple[object, list[int]]] = [(r.rank, [c[r.rank] for c in columns]) for r in report.ranks]
+    if len(report.ranks) > _MANY_RANKS:
+        header = (f"{len(report.ranks)} ranks", *header[1:])
+        rows = [
+            (name, [of(column) for column in columns])
+            for name, of in (("least", min), ("median", statistics.median_low), ("most", max))
+        ]
     mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items())
-    print_table(f"{report.location}: {report.num_tensors} tensors of {report.optimizer_key!r} on {mesh}", header, rows)
-    print(
+    print_table(
+        f"{report.location}: {report.num_tensors} tensors of {report.optimizer_key!r} on {mesh}",
+        header,
+        [(name, *_counts(counts)) for name, counts in rows],
+    )
+    print(_plan_words(report))
+
+
+def _counts(counts: list[int]) -> list[object]:
+    """Bytes, all but the second last."""
+    return [str(count) if place == len(counts) - 2 else human_bytes(count) for place, count in enumerate(counts)]
+
+
+def _plan_words(report: PlanReport) -> str:
+    words = (
         f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_planned)} "
         f"({report.read_amplification:.3f} x) in {report.num_requests} requests; "
-        f"peak memory of a rank {human_bytes(report.peak_memory_bytes)}"
+        f"peak memory of a rank {human_bytes(report.peak_memory_bytes)}\n"
+        f"most over mean: needed {report.balance.bytes_needed:.3f}, read {report.balance.bytes_read:.3f}, "
+        f"files {report.balance.files:.3f}\n"
     )
+    if report.estimated:
+        words += f"reads are estimated from the plans of {report.ranks_planned} ranks; what ranks need is exact\n"
     if report.lower_bound_s is None:
-        print("lower bound: set read.storage_bandwidth (bytes a second of the whole storage) to have it computed")
-    else:
-        print(f"lower bound {report.lower_bound_s:.3f} s at the storage bandwidth given")
+        return (
+            words
+            + "seconds: give the storage's bandwidth (read.storage_bandwidth or --storage-bandwidth) to have them foretold"
+        )
+    return (
+        words + f"lower bound {report.lower_bound_s:.3f} s, predicted {report.predicted_s:.3f} s at the bandwidth given"
+    )
 
 
 def print_stage(report: StageReport) -> None:
@@ -151,6 +173,8 @@ def print_stage(report: StageReport) -> None:
     ]
     print_table(f"{report.location}: {report.optimizer_key!r} loaded on {report.world_size} ranks", header, rows)
     print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
+    if report.busy:
+        print("busy reading: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.busy.items()))
     print(
         f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_read)} "
         f"({report.read_amplification:.3f} x); lower bound {report.lower_bound_s:.4f} s, reached {report.ratio_to_lower_bound:.1f} x"

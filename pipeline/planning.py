@@ -1,30 +1,25 @@
-"""The dry run: what each rank of a stage will read, from the checkpoint's metadata alone."""
+"""Turn a stage's spec and a checkpoint's metadata into the report of a dry run, and refuse what can't be loaded."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from schemas.plan_report import PlanReport, RankPlan
+from pipeline.forecast import forecast, join_limits
+from schemas.plan_report import Balance, PlanReport
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
 from shardferry.checkpoint import storage_of
+from shardferry.demand import demand_of
 from shardferry.errors import SpecError
-from shardferry.extents import JoinLimits
 from shardferry.layout import RankLayout
-from shardferry.neighbours import slab_bytes
 from shardferry.optimizer_index import index_optimizer
-from shardferry.plan import LoadPlan, covering_chunks, plan_load, saved_weights
-from shardferry.predict import predict_reads
-from shardferry.probe import answers_from_memory
+from shardferry.plan import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
-from shardferry.requests import MAX_REQUEST
-from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
-from shardferry.wants import SpecWants
 
 
 def target_layout(config: StageConfig) -> SpecLayout:
@@ -62,101 +57,90 @@ def check_topology(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -
         PlanError: a hole or an overlap anywhere in the optimizer's state.
         LayoutError: a placement that a tensor can't have.
     """
-    for key in _wanted_keys(catalog, request):
-        if (saved := catalog.tensors.get(key)) is not None:
-            covering_chunks(catalog, saved, Region.whole(saved.shape))
+    keys = _wanted_keys(catalog, request)
+    check_cover(catalog, [catalog.tensors[key] for key in keys if key in catalog.tensors])
     plan_load(catalog, layout.rank(0), request)
 
 
-def plan_report(config: StageConfig, catalog: Catalog) -> PlanReport:
-    """Plan every rank. Raises PlanError, LayoutError, SpecError."""
+def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: float = 0.0) -> PlanReport:
+    """Foretell a load from the metadata alone. Raises PlanError, LayoutError, SpecError.
+
+    Args:
+        request_latency_s: how long a request waits for its first byte.
+    """
     layout = target_layout(config)
     request = config.checkpoint.request()
-    plans = plan_all(catalog, [layout.rank(rank) for rank in range(layout.world_size)], request)
-    shared = _shared(config, catalog, layout, plans)
-    limits = _limits(config, catalog)
-    ranks = [_rank_plan(plan, catalog, limits, part) for plan, part in zip(plans, shared, strict=True)]
-    unique = unique_bytes_needed(plans)
-    planned = sum(rank.bytes_read for rank in ranks)
-    in_flight = config.read.options(config.timeouts.load_s).concurrency * MAX_REQUEST
+    demand = demand_of(catalog, layout, request)
+    found = forecast(config, catalog, layout, demand)
+    if found.estimated:  # a plan proves what its own rank wants, and what wants the same boxes
+        check_topology(catalog, layout, request)
+    unique = demand.unique + object_bytes(catalog, request)
+    planned = sum(rank.bytes_read for rank in found.ranks)
+    options = config.read.options(config.timeouts.load_s)
+    in_flight = min(options.memory_budget_bytes, options.concurrency * join_limits(config, catalog).max_request_bytes)
+    waits = -(-max(rank.num_requests for rank in found.ranks) // options.concurrency)
     bandwidth = config.read.storage_bandwidth
     return PlanReport(
         location=catalog.location,
         optimizer_key=request.optimizer_key,
         world_size=layout.world_size,
         mesh=dict(layout.mesh.axes),
-        num_tensors=len(plans[0].tensors),
+        num_tensors=demand.num_tensors,
         unique_bytes_needed=unique,
         storage_bytes_planned=planned,
         read_amplification=amplification(planned, unique),
-        num_requests=sum(rank.num_requests for rank in ranks),
-        peak_memory_bytes=max(rank.arena_bytes for rank in ranks) + in_flight,
+        num_requests=sum(rank.num_requests for rank in found.ranks),
+        peak_memory_bytes=max(rank.arena_bytes for rank in found.ranks) + in_flight,
+        strategy="cooperative" if found.is_cooperative else "direct",
+        ranks_planned=found.ranks_planned,
+        estimated=found.estimated,
+        balance=Balance(
+            bytes_needed=_imbalance([rank.bytes_needed for rank in found.ranks]),
+            bytes_read=_imbalance([rank.bytes_read for rank in found.ranks]),
+            files=_imbalance(demand.of_files[demand.of_files > 0].tolist()),
+        ),
         lower_bound_s=unique / bandwidth if bandwidth else None,
-        ranks=ranks,
+        predicted_s=planned / bandwidth + waits * request_latency_s if bandwidth else None,
+        ranks=found.ranks,
     )
 
 
-def _shared(
-    config: StageConfig, catalog: Catalog, layout: SpecLayout, plans: Sequence[LoadPlan]
-) -> list[SharedPlan | None]:
-    """Each rank's part of the reads, were all ranks on one node: what a dry run can't know."""
-    if config.read.strategy == "direct" or len(plans) < 2:
-        return [None] * len(plans)
-    if config.read.strategy == "auto" and _all_in_memory(catalog, plans):
-        return [None] * len(plans)
-    wants = SpecWants(layout, range(len(plans)))
-    return [share_reads(plan, catalog, wants, max_slab_bytes=slab_bytes(catalog)) for plan in plans]
+def _imbalance(counts: Sequence[int]) -> float:
+    """The most over the mean."""
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else 1.0
 
 
-def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
-    storage = storage_of(catalog)
-    try:
-        return all(answers_from_memory(plan, catalog, storage) for plan in plans)
-    finally:
-        storage.close()
-
-
-def _limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
-    options, storage = config.read.options(config.timeouts.load_s), storage_of(catalog)
-    try:
-        return JoinLimits.of(
-            storage.traits, max_gap_bytes=options.max_gap_bytes, max_request_bytes=options.max_request_bytes
-        )
-    finally:
-        storage.close()
-
-
-def _rank_plan(plan: LoadPlan, catalog: Catalog, limits: JoinLimits, shared: SharedPlan | None) -> RankPlan:
-    nbytes, num_requests = predict_reads(plan, catalog, limits, shared)
-    return RankPlan(
-        rank=plan.world_rank,
-        bytes_needed=plan.bytes_needed,
-        bytes_read=nbytes,
-        bytes_sent=0 if shared is None else shared.bytes_sent,
-        bytes_received=0 if shared is None else shared.bytes_received,
-        num_requests=num_requests,
-        arena_bytes=plan.arena_bytes,
-    )
-
-
-def plan_all(
+def unique_bytes(
     catalog: Catalog, layouts: Sequence[RankLayout], request: LoadRequest, values: Mapping[str, Any] | None = None
-) -> list[LoadPlan]:
-    """The plans of all ranks. Raises PlanError, LayoutError."""
-    return [plan_load(catalog, layout, request, values) for layout in layouts]
+) -> int:
+    """Bytes that some rank needs, each once, from the ranks' layouts alone.
 
-
-def unique_bytes_needed(plans: Iterable[LoadPlan]) -> int:
-    """Bytes that some rank needs, each once."""
+    Args:
+        values: the saved Python values; only with its param groups is known what a live optimizer wants.
+    """
+    spec = layouts[0].spec
+    if spec is not None:
+        return demand_of(catalog, spec, request).unique + object_bytes(catalog, request)
     regions: dict[str, set[Region]] = defaultdict(set)
     itemsize: dict[str, int] = {}
-    objects: dict[str, int] = {}
-    for plan in plans:
-        for tensor in plan.tensors:
+    for layout in layouts:
+        for tensor in wanted_tensors(catalog, layout, request, values):
             itemsize[tensor.key] = tensor.dtype.itemsize
             regions[tensor.key].update(box.region for box in tensor.layout.boxes)
-        objects.update({planned.key: planned.nbytes for planned in plan.objects})
-    return sum(union_numel(boxes) * itemsize[key] for key, boxes in regions.items()) + sum(objects.values())
+    of_boxes: dict[frozenset[Region], int] = {}  # most tensors are cut as some other
+    total = object_bytes(catalog, request)
+    for key, boxes in regions.items():
+        alike = frozenset(boxes)
+        if alike not in of_boxes:
+            of_boxes[alike] = union_numel(boxes)
+        total += of_boxes[alike] * itemsize[key]
+    return total
+
+
+def object_bytes(catalog: Catalog, request: LoadRequest) -> int:
+    """Bytes of the items that rank 0 reads for all."""
+    return sum(planned.nbytes for planned in planned_objects(catalog, request))
 
 
 def amplification(nbytes: int, unique: int) -> float:

@@ -1,6 +1,6 @@
 """What people and files give us, and what we report, as pydantic models."""
 
-from schemas.plan_report import PlanReport, RankPlan
+from schemas.plan_report import Balance, PlanReport, RankPlan
 from schemas.stage_config import (
     ActorsSpec,
     CheckpointSpec,
@@ -16,6 +16,7 @@ from schemas.stage_report import RankReport, StageReport
 
 __all__ = [
     "ActorsSpec",
+    "Balance",
     "CheckpointSpec",
     "HandoffSpec",
     "HeldBySpec",

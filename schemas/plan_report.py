@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -19,8 +21,18 @@ class RankPlan(BaseModel):
     arena_bytes: int
 
 
+class Balance(BaseModel):
+    """How much more than the mean the most loaded one has: 1.0 is even."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes_needed: float  # of ranks
+    bytes_read: float  # of ranks
+    files: float  # needed bytes of the files that have any
+
+
 class PlanReport(BaseModel):
-    """All ranks' shares."""
+    """All ranks' shares. What ranks need is exact; what they read is, too, unless `estimated`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,5 +46,12 @@ class PlanReport(BaseModel):
     read_amplification: float  # storage_bytes_planned / unique_bytes_needed
     num_requests: int
     peak_memory_bytes: int  # of the busiest rank: its arena and its reads in flight
-    lower_bound_s: float | None  # None where read.storage_bandwidth isn't set
+    strategy: Literal[
+        "direct", "cooperative"
+    ]  # where the spec says auto: direct if this machine has the files in memory
+    ranks_planned: int  # the others read as one of these does
+    estimated: bool  # some ranks' reads are taken, in proportion, from the plans of ranks that read otherwise
+    balance: Balance
+    lower_bound_s: float | None  # the needed bytes at the storage's bandwidth; None where that isn't given
+    predicted_s: float | None  # the planned bytes at the same bandwidth, and the waits of the busiest rank's requests
     ranks: list[RankPlan]

@@ -7,7 +7,7 @@ hundreds of them in a row::
     extent    [--------- one request -------------]   an item that is read in place, and its head
 
 What is joined: items of which nearly all is wanted, up to a bound; the gap between two is at most as large as what a
-request costs more than its bytes.
+request costs more than its bytes, and all that is read in vain is a bounded part of what is wanted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from shardferry.decode import HEAD_BYTES
 from shardferry.items import StoredItem
+from shardferry.storage.runs import in_vain
 from shardferry.storage.traits import StorageTraits
 
 _LOCAL_ITEM_BYTES = 64 * 1024  # larger items of local files are better read in place than copied out of an extent
@@ -47,18 +49,36 @@ class Extent(Generic[W]):
 
 @dataclass(frozen=True, slots=True)
 class JoinLimits:
-    """How far reads are joined."""
+    """How far reads are joined, and where they are split."""
 
-    max_gap_bytes: int  # between two items, and of an item that are not wanted
-    max_request_bytes: int  # of an extent
+    max_gap_bytes: int  # between two items, between two runs of an item, and of an item that are not wanted
+    max_over_read: float  # bytes of a request that nobody wants, over the wanted ones; see `in_vain`
+    max_request_bytes: int  # of any request
     max_item_bytes: int  # of an item in an extent
+    maps_files: bool  # what is in the gaps of a window isn't read
+
+    @property
+    def max_data_bytes(self) -> int:
+        """Of a request for an item's data: with it, the item's head can come along."""
+        return (
+            self.max_request_bytes - HEAD_BYTES if self.max_request_bytes > 2 * HEAD_BYTES else self.max_request_bytes
+        )
 
     @classmethod
-    def of(cls, traits: StorageTraits, *, max_gap_bytes: int | None, max_request_bytes: int | None) -> JoinLimits:
+    def of(
+        cls,
+        traits: StorageTraits,
+        *,
+        max_gap_bytes: int | None,
+        max_request_bytes: int | None,
+        max_over_read: float | None = None,
+    ) -> JoinLimits:
         """A kind of storage's own limits, where none are given."""
         gap = traits.max_gap_bytes if max_gap_bytes is None else max_gap_bytes
+        over_read = traits.max_over_read if max_over_read is None else max_over_read
         request = traits.max_request_bytes if max_request_bytes is None else max_request_bytes
-        return cls(gap, request, min(request, _LOCAL_ITEM_BYTES) if traits.is_local else request)
+        item = min(request, _LOCAL_ITEM_BYTES) if traits.is_local else request
+        return cls(gap, over_read, request, item, traits.maps_files)
 
 
 def join(wanted: Sequence[W], limits: JoinLimits) -> tuple[list[Extent[W]], list[W]]:
@@ -78,24 +98,35 @@ def join(wanted: Sequence[W], limits: JoinLimits) -> tuple[list[Extent[W]], list
 
 def _is_small(one: WantedItem, limits: JoinLimits) -> bool:
     item = one.item
-    unwanted = item.byte_length - one.bytes_to_read
-    return item.is_ranged and item.byte_length <= limits.max_item_bytes and unwanted <= limits.max_gap_bytes
+    if not item.is_ranged or item.byte_length > limits.max_item_bytes:
+        return False
+    unwanted = _unwanted(one)
+    return unwanted <= limits.max_gap_bytes and in_vain(unwanted) <= limits.max_over_read * one.bytes_to_read
+
+
+def _unwanted(one: WantedItem) -> int:
+    """Bytes of the item that nobody asks for, its head and its tail among them."""
+    return one.item.byte_length - one.bytes_to_read
 
 
 def _runs(small: Iterable[W], limits: JoinLimits) -> Iterator[Extent[W]]:
     members: list[W] = []
+    wanted = vain = 0  # bytes of the members
     for one in small:
-        if members and not _fits(members, one, limits):
+        gap = one.item.byte_offset - members[-1].item.byte_stop if members else 0
+        more_vain = in_vain(gap) + in_vain(_unwanted(one))
+        within = vain + more_vain <= limits.max_over_read * (wanted + one.bytes_to_read)
+        if members and not (within and _fits(members, one, gap, limits)):
             yield _extent(members)
-            members = []
+            members, wanted, vain, more_vain = [], 0, 0, in_vain(_unwanted(one))
         members.append(one)
+        wanted, vain = wanted + one.bytes_to_read, vain + more_vain
     if members:
         yield _extent(members)
 
 
-def _fits(members: Sequence[WantedItem], one: WantedItem, limits: JoinLimits) -> bool:
+def _fits(members: Sequence[WantedItem], one: WantedItem, gap: int, limits: JoinLimits) -> bool:
     first, last, item = members[0].item, members[-1].item, one.item
-    gap = item.byte_offset - last.byte_stop
     near = item.path == last.path and 0 <= gap <= limits.max_gap_bytes
     return near and item.byte_stop - first.byte_offset <= limits.max_request_bytes
 

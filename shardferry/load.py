@@ -230,7 +230,7 @@ def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters, togeth
         if together is None:
             read_plan(plan, job.catalog, storage, arena, job.read, counters)
             return
-        with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes) as sharing:
+        with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes, counters.busy) as sharing:
             read_plan(plan, job.catalog, storage, arena, job.read, counters, sharing)
     finally:
         storage.close()

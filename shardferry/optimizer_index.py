@@ -147,9 +147,13 @@ def _components(catalog: Catalog, key: str) -> KeyPath:
 
 def _below(catalog: Catalog, wanted: str) -> Iterator[tuple[str, KeyPath]]:
     """Every key whose path begins with ``wanted`` (dots lead into nested dicts), and the rest of its path."""
-    for key in [*catalog.tensors, *catalog.objects]:
-        if (tail := _tail(catalog.path(key), wanted)) is not None:
-            yield key, tail
+    paths = catalog.paths or {}
+    for keys in (catalog.tensors, catalog.objects):
+        for key in keys:
+            path = paths.get(key) or (key,)
+            tail = path[1:] if path[0] == wanted and len(path) > 1 else _tail(path, wanted)
+            if tail is not None:
+                yield key, tail
 
 
 def _tail(path: KeyPath, wanted: str) -> KeyPath | None:

@@ -5,7 +5,7 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from shardferry.manifest import Section
 from shardferry.mesh import Mesh
 from shardferry.optimizer_index import SCALAR_STATE, OptimizerIndex, index_optimizer, index_weights, top_level_keys
 from shardferry.param_groups import ParamGroup
-from shardferry.region import Region, first_overlap, uncovered
+from shardferry.region import Region, first_overlap, tile, uncovered
 from shardferry.request import DtypePolicy, LoadRequest, can_convert
 from shardferry.saved_optimizer import SavedOptimizer
 from shardferry.state_shapes import StateShapes
@@ -106,7 +106,6 @@ class LoadPlan:
         return tensors + sum(o.nbytes for o in self.objects)
 
 
-@paused_gc()
 def plan_load(
     catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
 ) -> LoadPlan:
@@ -121,12 +120,26 @@ def plan_load(
             (a hole) or in two (an overlap); the message names FQN and box.
         LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
+    return _plan(_Planner(catalog, layout, request), catalog, layout, request, values)
+
+
+def wanted_tensors(
+    catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
+) -> tuple[PlannedTensor, ...]:
+    """What one rank wants, as in its plan, without where it comes from. Raises as `plan_load` does, but for holes and overlaps."""
+    return _plan(_Planner(catalog, layout, request, with_reads=False), catalog, layout, request, values).tensors
+
+
+@paused_gc()
+def _plan(
+    planner: _Planner, catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None
+) -> LoadPlan:
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.of(index, values, request, layout.positions())
-    check_globs(request.selection, saved.names | _names_beside(catalog, index))
-    planner = _Planner(catalog, layout, request)
+    if not request.selection.is_everything:
+        check_globs(request.selection, saved.names | _names_beside(catalog, index))
     found, missing = find_state(saved, layout, request)
-    planner.add_state(saved, found)
+    planner.add_state(saved, found, index)
     weight_claims = Claims()
     if request.model_key is not None:
         weights = saved_weights(catalog, request, index)
@@ -135,7 +148,7 @@ def plan_load(
         missing += missing_weights
         weight_claims = Claims.of(weights, found_weights, layout)
     if layout.world_rank == 0:
-        planner.add_objects(value_keys(catalog, request))
+        planner.add_objects(planned_objects(catalog, request))
     return planner.finish(
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
@@ -186,6 +199,16 @@ def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
     return objects + [key for key in index.param_groups.values() if key in catalog.tensors]
 
 
+def planned_objects(catalog: Catalog, request: LoadRequest) -> list[PlannedObject]:
+    """What is read whole, once a job."""
+    return [PlannedObject(key, _item_bytes(catalog, key)) for key in value_keys(catalog, request)]
+
+
+def _item_bytes(catalog: Catalog, key: str) -> int:
+    item = catalog.objects.get(key)
+    return item.byte_length if item is not None else catalog.tensors[key].nbytes
+
+
 def plan_tensors(
     catalog: Catalog, wanted: Sequence[tuple[str, TensorLayout]], *, world_rank: int, world_size: int
 ) -> LoadPlan:
@@ -211,13 +234,31 @@ class _Cut:
     strides: tuple[int, ...]
 
 
+class _Interned:
+    """Keeps one of equal layouts: they are compared and sent to other ranks more often than they are made."""
+
+    def __init__(self) -> None:
+        self._by_value: dict[TensorLayout, TensorLayout] = {}
+        self._by_id: dict[int, tuple[TensorLayout, TensorLayout]] = {}  # the first one keeps the id from being reused
+
+    def one_of(self, layout: TensorLayout) -> TensorLayout:
+        """The layout that stands for all that are equal to this one."""
+        known = self._by_id.get(id(layout))
+        if known is None:
+            known = self._by_id[id(layout)] = (layout, self._by_value.setdefault(layout, layout))
+        return known[1]
+
+
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
-    def __init__(self, catalog: Catalog, layout: RankLayout, request: LoadRequest) -> None:
+    def __init__(self, catalog: Catalog, layout: RankLayout, request: LoadRequest, *, with_reads: bool = True) -> None:
         self._catalog = catalog
         self._layout = layout
         self._request = request
+        self._with_reads = with_reads
+        self._all_stored = not (catalog.chunk_file == NO_FILE).any()
+        self._layouts = _Interned()
         self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}  # most tensors of a model look like some other
         self._tensors: list[PlannedTensor] = []
         self._reads: list[ReadItem] = []
@@ -226,9 +267,9 @@ class _Planner:
         self._mismatched: list[LayoutError] = []
         self._end = 0
 
-    def add_state(self, saved: SavedOptimizer, found: Sequence[Found]) -> None:
+    def add_state(self, saved: SavedOptimizer, found: Sequence[Found], index: OptimizerIndex) -> None:
         """The state of the wanted parameters that are saved."""
-        shapes = StateShapes(self._catalog, saved, found, self._layout, self._request)
+        shapes = StateShapes(self._catalog, saved, found, self._layout, self._request, index)
         for parameter in found:
             for name, entry in saved.state.get(parameter.saved, {}).items():
                 tensor = self._catalog.tensors.get(entry.key)
@@ -236,12 +277,11 @@ class _Planner:
                     self._values.append(PlannedValue(parameter.fqn, entry.path, entry.key))
                     continue
                 try:
-                    layout = shapes.layout(parameter.fqn, name, tensor)
+                    layout, follows = shapes.lies(parameter.fqn, name, tensor)
                     cast = self._cast(parameter.fqn, name, tensor)
                 except LayoutError as error:
                     self._mismatched.append(error)
                 else:
-                    follows = shapes.follows(parameter.fqn, name, tensor)
                     self.add_tensor(
                         parameter.fqn, name, tensor, layout, path=entry.path, cast=cast, as_parameter=follows
                     )
@@ -274,12 +314,9 @@ class _Planner:
         way_out = "to convert it set dtype: cast" if convertible else "a cast between these would lose the numbers"
         raise LayoutError(f"{fqn}: {what} was saved as {saved.dtype} and is wanted as {wanted}; {way_out}")
 
-    def add_objects(self, keys: Sequence[str]) -> None:
+    def add_objects(self, objects: Sequence[PlannedObject]) -> None:
         """What this rank reads whole, for all."""
-        for key in keys:
-            item = self._catalog.objects.get(key)
-            nbytes = item.byte_length if item is not None else self._catalog.tensors[key].nbytes
-            self._objects.append(PlannedObject(key, nbytes))
+        self._objects += objects
 
     def add_tensor(
         self,
@@ -293,22 +330,28 @@ class _Planner:
         cast: torch.dtype | None = None,
         as_parameter: bool = True,
     ) -> None:
-        row = len(self._tensors)
+        row, layout = len(self._tensors), self._layouts.one_of(layout)
         tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, section, path, cast, as_parameter)
         self._tensors.append(tensor)
         self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        for cut in self._cuts(saved, layout):
+        for cut in self._cuts(saved, layout) if self._with_reads else ():
             chunk = saved.chunks[cut.chunk]
             self._reads.append(ReadItem(row, chunk, cut.source, cut.chunk_shape, cut.offset, cut.strides))
 
     def _cuts(self, saved: SavedTensor, layout: TensorLayout) -> list[_Cut]:
-        stored = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
-        alike = (layout, *(column.tobytes() for column in (*self._catalog.boxes(saved), stored)))
+        alike = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
         cuts = self._known_cuts.get(alike)
         if cuts is None:
             cuts = [cut for box in layout.boxes for cut in self._cuts_of(saved, layout, box)]
             self._known_cuts[alike] = cuts
         return cuts
+
+    def _stored(self, saved: SavedTensor) -> bytes:
+        """Which of a tensor's chunks are in a file; empty where every chunk of the checkpoint is."""
+        if self._all_stored:
+            return b""
+        stored: np.ndarray = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
+        return stored.tobytes()
 
     def _cuts_of(self, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[_Cut]:
         offset, strides = layout.destination(box)
@@ -346,17 +389,43 @@ def covering_chunks(catalog: Catalog, saved: SavedTensor, wanted: Region) -> lis
         PlanError: an element is in no saved chunk, or in two that are stored at different places.
     """
     offsets, sizes = catalog.boxes(saved)
+    rows, starts, lengths = _covering_rows(catalog, saved, wanted)
+    common = zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    return [
+        (saved.chunks[row], _region(offsets, sizes, row), Region(tuple(start), tuple(length)))
+        for row, start, length in common
+    ]
+
+
+def _covering_rows(catalog: Catalog, saved: SavedTensor, wanted: Region) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same as columns: rows of the tensor's chunks, and offsets and sizes of what they have in common with ``wanted``."""
+    offsets, sizes = catalog.boxes(saved)
     starts = np.maximum(offsets, wanted.offsets)
     lengths = np.minimum(offsets + sizes, wanted.ends) - starts
     stored = catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
     rows = np.flatnonzero((lengths > 0).all(axis=1) & stored)
-    covered = int(np.prod(lengths[rows], axis=1, dtype=np.int64).sum())
-    overlap = first_overlap(starts[rows], lengths[rows])
-    if overlap is not None:
-        raise _overlap_error(catalog, saved, rows[list(overlap)].tolist())
-    if covered != wanted.numel:
+    starts, lengths = starts[rows], lengths[rows]
+    if not tile(starts, lengths, wanted):
+        overlap = first_overlap(starts, lengths)
+        if overlap is not None:
+            raise _overlap_error(catalog, saved, rows[list(overlap)].tolist())
         raise _hole_error(catalog, saved, wanted, [_region(offsets, sizes, row) for row in rows.tolist()])
-    return [(saved.chunks[row], _region(offsets, sizes, row), _region(starts, lengths, row)) for row in rows.tolist()]
+    return rows, starts, lengths
+
+
+def check_cover(catalog: Catalog, tensors: Iterable[SavedTensor]) -> None:
+    """Prove that each element of some tensors is saved exactly once. Tensors that are cut alike are looked at once.
+
+    Raises:
+        PlanError: a hole or an overlap.
+    """
+    proven: set[tuple[object, ...]] = set()
+    for saved in tensors:
+        stored = catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
+        alike = (saved.shape, *(column.tobytes() for column in (*catalog.boxes(saved), stored)))
+        if alike not in proven:
+            _covering_rows(catalog, saved, Region.whole(saved.shape))
+            proven.add(alike)
 
 
 def _region(offsets: np.ndarray, sizes: np.ndarray, row: int) -> Region:
@@ -390,7 +459,7 @@ def find_problems(catalog: Catalog) -> list[str]:
         if not whole.numel:
             continue
         try:
-            covering_chunks(catalog, saved, whole)
+            _covering_rows(catalog, saved, whole)
         except PlanError as error:
             problems.append(str(error))
     return problems

@@ -10,14 +10,12 @@ import torch
 from shardferry.catalog import Catalog
 from shardferry.decode import HEAD_BYTES, ItemLayout
 from shardferry.extents import JoinLimits, join
-from shardferry.item_format import TransformedItem, ZipItem
-from shardferry.items import TensorItem, tensor_item
+from shardferry.item_format import RawItem, TransformedItem
+from shardferry.items import USUAL_RAW_START, TensorItem, tensor_item, usual_layout
 from shardferry.plan import LoadPlan, ReadItem
 from shardferry.region import Region, row_major_strides
-from shardferry.requests import Request, requests_for
+from shardferry.requests import Gather, Request, brings_head, requests_for
 from shardferry.sharing import SharedPlan, SharedRead
-
-_USUAL_RAW_START = 704  # bytes; where torch.save puts a tensor's data. Only an item's own header says for sure.
 
 
 def predict_reads(
@@ -25,7 +23,7 @@ def predict_reads(
 ) -> tuple[int, int]:
     """Bytes and requests of one rank's reads.
 
-    Exact where saved chunks are row-major, on a local disk. Strides stand only in the data files, which aren't looked at.
+    Exact where saved chunks are row-major. Strides stand only in the data files, which aren't looked at.
 
     Args:
         limits: of joined reads.
@@ -45,14 +43,36 @@ def predict_reads(
         if isinstance(chunk.item.format, TransformedItem):  # whole
             num_requests += 1
             nbytes += chunk.item.byte_length
-            continue
-        if isinstance(chunk.item.format, ZipItem):  # its head
-            num_requests += 1
-            nbytes += min(HEAD_BYTES, chunk.item.byte_length)
-        requests = [request for one in chunk.reads for request in one.requests()]
-        num_requests += len(requests)
-        nbytes += sum(request.nbytes for request in requests)
+        else:
+            asked, length = _ranged(chunk, limits)
+            num_requests += asked
+            nbytes += length
     return nbytes, num_requests
+
+
+def _ranged(chunk: _Chunk, limits: JoinLimits) -> tuple[int, int]:
+    """Requests and bytes of a chunk that is read in ranges."""
+    guess = usual_layout(chunk.item)
+    layout = guess or ItemLayout(
+        USUAL_RAW_START, chunk.item.dtype, chunk.item.shape, row_major_strides(chunk.item.shape), 0
+    )
+    requests = [request for one in chunk.reads for request in one.requests(layout, limits)]
+    nbytes = sum(_asked_bytes(request, limits) for request in requests)
+    if isinstance(chunk.item.format, RawItem):
+        return len(requests), nbytes
+    first = min(requests, key=lambda request: request.byte_offset)
+    if guess is None:  # its head is read before
+        return len(requests) + 1, nbytes + min(HEAD_BYTES, chunk.item.byte_length)
+    if not brings_head(first, layout.raw_start, limits):
+        return len(requests) + 1, nbytes + layout.raw_start
+    is_mapped = isinstance(first, Gather) and limits.maps_files
+    return len(requests), nbytes + (layout.raw_start if is_mapped else first.byte_offset)
+
+
+def _asked_bytes(request: Request, limits: JoinLimits) -> int:
+    if isinstance(request, Gather) and not limits.maps_files:
+        return request.window_bytes
+    return request.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +101,15 @@ class _Read:
     strides: tuple[int, ...]  # elements, of the place
     dtype: torch.dtype
 
-    def requests(self) -> list[Request]:
-        layout = ItemLayout(_USUAL_RAW_START, self.dtype, self.chunk_shape, row_major_strides(self.chunk_shape), 0)
-        offsets, sizes = self.box.offsets, self.box.sizes
-        return requests_for(layout, source_offsets=offsets, sizes=sizes, arena_offset=0, strides=self.strides)
+    def requests(self, layout: ItemLayout, limits: JoinLimits) -> list[Request]:
+        return requests_for(
+            layout,
+            source_offsets=self.box.offsets,
+            sizes=self.box.sizes,
+            arena_offset=0,
+            strides=self.strides,
+            limits=limits,
+        )
 
 
 def _read(plan: LoadPlan, read: ReadItem | SharedRead, box: Region, strides: tuple[int, ...]) -> _Read:

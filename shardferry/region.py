@@ -84,6 +84,33 @@ def uncovered(wanted: Region, saved: Iterable[Region]) -> list[Region]:
     return sorted(rest)
 
 
+def tile(offsets: np.ndarray, sizes: np.ndarray, whole: Region) -> bool:
+    """Whether some boxes hold each element of ``whole`` exactly once.
+
+    Args:
+        offsets, sizes: ``int64[n, ndim]``, elements, of boxes inside ``whole`` that have elements.
+
+    How often an element is covered, modulo 2, follows from which points are corners of an odd number of boxes. Where these
+    are the corners of ``whole`` alone, each element is covered an odd number of times; where the boxes hold as many
+    elements as ``whole`` does, that is once. No box is compared with another: O(n log n).
+    """
+    if int(np.prod(sizes, axis=1, dtype=np.int64).sum()) != whole.numel:
+        return False
+    if len(sizes) < 2 or not whole.sizes:
+        return len(sizes) == bool(whole.numel)
+    strides = row_major_strides([size + 1 for size in whole.sizes])
+    if strides[0] * (whole.sizes[0] + 1) >= 1 << 62:  # corners have no number
+        return first_overlap(offsets, sizes) is None
+    starts = offsets - np.array(whole.offsets, dtype=np.int64)
+    corners, outer = np.zeros(len(sizes), dtype=np.int64), np.zeros(1, dtype=np.int64)
+    for dim, stride in enumerate(strides):
+        corners = np.concatenate([corners + starts[:, dim] * stride, corners + (starts + sizes)[:, dim] * stride])
+        outer = np.concatenate([outer, outer + whole.sizes[dim] * stride])
+        starts, sizes = np.concatenate([starts, starts]), np.concatenate([sizes, sizes])
+    points, counts = np.unique(corners, return_counts=True)
+    return np.array_equal(points[counts % 2 == 1], np.sort(outer))
+
+
 def first_overlap(offsets: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | None:
     """The first two of ``n`` boxes that share an element, or None.
 

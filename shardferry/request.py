@@ -101,8 +101,15 @@ class Selection:
         renamings = tuple(Renaming(saved, wanted) for saved, wanted in (rename or {}).items())
         return cls(renamings, tuple(include or ()), tuple(exclude or ()))
 
+    @property
+    def is_everything(self) -> bool:
+        """Whether all parameters are meant, as they were called when they were saved."""
+        return not (self.rename or self.include or self.exclude)
+
     def wanted_name(self, saved_fqn: str) -> str:
         """What a saved FQN is called here."""
+        if not self.rename:
+            return saved_fqn
         names = (renaming.apply(saved_fqn) for renaming in self.rename)
         return next((name for name in names if name is not None), saved_fqn)
 

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 
 from shardferry.catalog import Catalog
 from shardferry.item_format import TransformedItem
@@ -53,15 +54,6 @@ class Delivery:
         sizes = (*self.source.sizes[:dim], end - begin, *self.source.sizes[dim + 1 :])
         offset = self.offset + (begin - first) * self.strides[dim]
         return Delivery(self.world_rank, Region(offsets, sizes), offset, self.strides)
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """A contiguous part of a chunk, the rank that reads it, and where its boxes go."""
-
-    region: Region  # in the chunk, elements
-    reader: int  # world rank
-    deliveries: tuple[Delivery, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +138,7 @@ class _Sharer:
         self._wants = wants
         self._max_slab_bytes = max_slab_bytes
         self._islands = islands
-        self._known: dict[tuple[object, ...], list[Slab]] = {}  # most chunks look like some other
+        self._known: dict[tuple[object, ...], list[_Slab]] = {}  # most chunks look like some other
         self._own: list[ReadItem] = []
         self._shared: list[SharedRead] = []
         self._num_forwarded: dict[int, int] = defaultdict(int)  # by relay
@@ -156,12 +148,12 @@ class _Sharer:
     def result(self) -> SharedPlan:
         # By chunk: a reader and its relay count alike only where they go through their common chunks in the same order.
         for (row, chunk), items in sorted(_by_chunk(self._plan.reads).items(), key=lambda entry: entry[0][1]):
-            slabs = self._slabs(self._plan.tensors[row], chunk, items[0].chunk_shape)
-            if not any(len(slab.deliveries) > 1 for slab in slabs):
+            wants, slabs = self._slabs(self._plan.tensors[row], chunk, items[0].chunk_shape)
+            if not slabs:
                 self._own += items
-                continue
-            for place, slab in enumerate(slabs):
-                self._add(_Place(row, chunk, items[0].chunk_shape, chunk + place), slab)
+            for slab in slabs:
+                turn = chunk % max(len(wants), 1)
+                self._add(_Place(row, chunk, items[0].chunk_shape, chunk + slab.index), slab, slab.reader(turn))
         return SharedPlan(
             tuple(self._own),
             tuple(self._shared),
@@ -171,65 +163,119 @@ class _Sharer:
             {reader: tuple(boxes) for reader, boxes in self._relayed.items()},
         )
 
-    def _add(self, place: _Place, slab: Slab) -> None:
+    def _add(self, place: _Place, slab: _Slab, reader: int) -> None:
         me, itemsize = self._plan.world_rank, self._plan.tensors[place.tensor].dtype.itemsize
-        mine = tuple(d for d in slab.deliveries if d.world_rank == me)
-        if slab.reader != me:
-            self._received += itemsize * sum(d.source.numel for d in mine)
-            self._relay(place, slab)
+        if reader != me:
+            self._received += itemsize * slab.num_mine
+            self._relay(place, slab, reader, itemsize)
             return
-        if len(mine) == len(slab.deliveries):
+        if len(slab.mine) == slab.num_deliveries:
             self._own += [
-                ReadItem(place.tensor, place.chunk, d.source, place.chunk_shape, d.offset, d.strides) for d in mine
+                ReadItem(place.tensor, place.chunk, d.source, place.chunk_shape, d.offset, d.strides) for d in slab.mine
             ]
             return
-        self._sent += itemsize * sum(d.source.numel for d in slab.deliveries if d.world_rank != me)
-        here, others = self._by_island(slab)
-        forwards = tuple(self._forward(place, deliveries, itemsize) for deliveries in others)
-        wanted = sum(d.source.numel for d in slab.deliveries)
+        self._sent += itemsize * (slab.num_wanted - slab.num_mine)
+        here = slab.groups[self._island(me)].deliveries
+        others = [group for island, group in slab.groups.items() if island != self._island(me)]
+        forwards = tuple(self._forward(place, group, itemsize) for group in others)
         self._shared.append(
-            SharedRead(place.tensor, place.chunk, place.chunk_shape, slab.region, tuple(here), forwards, wanted)
+            SharedRead(place.tensor, place.chunk, place.chunk_shape, slab.region, here, forwards, slab.num_wanted)
         )
 
-    def _by_island(self, slab: Slab) -> tuple[list[Delivery], list[list[Delivery]]]:
-        """What is for the reader's own island, and what for each other one."""
-        if self._islands is None:
-            return list(slab.deliveries), []
-        groups: dict[str, list[Delivery]] = defaultdict(list)
-        for delivery in slab.deliveries:
-            groups[self._islands[delivery.world_rank]].append(delivery)
-        here = groups.pop(self._islands[slab.reader], [])
-        return here, list(groups.values())
+    def _island(self, world_rank: int) -> str:
+        return "" if self._islands is None else self._islands[world_rank]
 
-    def _forward(self, place: _Place, deliveries: Sequence[Delivery], itemsize: int) -> Forward:
-        relay, box = place.relay(deliveries), _around(deliveries)
+    def _forward(self, place: _Place, group: _Group, itemsize: int) -> Forward:
+        relay = place.relay(group)
         index = self._num_forwarded[relay]
         self._num_forwarded[relay] += 1
-        self._forwarded += box.numel * itemsize
-        return Forward(relay, box, index)
+        self._forwarded += group.box.numel * itemsize
+        return Forward(relay, group.box, index)
 
-    def _relay(self, place: _Place, slab: Slab) -> None:
+    def _relay(self, place: _Place, slab: _Slab, reader: int, itemsize: int) -> None:
         """What another island's reader sends to this rank."""
-        for deliveries in self._by_island(slab)[1]:
-            if place.relay(deliveries) == self._plan.world_rank:
-                itemsize = self._plan.tensors[place.tensor].dtype.itemsize
-                relayed = Relayed(place.tensor, _around(deliveries), itemsize, tuple(deliveries))
-                self._relayed[slab.reader].append(relayed)
+        me = self._plan.world_rank
+        here = slab.groups[self._island(me)]
+        if self._island(reader) != self._island(me) and place.relay(here) == me:
+            self._relayed[reader].append(Relayed(place.tensor, here.box, itemsize, here.deliveries))
 
-    def _slabs(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> list[Slab]:
+    def _slabs(
+        self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]
+    ) -> tuple[tuple[Want, ...], list[_Slab]]:
+        """Who wants something of a chunk, and its slabs that concern this rank; none where each rank reads for itself."""
         region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
         wants = self._wants.of(tensor, region)
         ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
-        turn = chunk % max(len(wants), 1)
-        alike = (wants, region, tensor.dtype.itemsize, turn, ranged)
+        alike = (id(wants), region, tensor.dtype.itemsize, ranged)  # whoever gives the wants keeps them
         slabs = self._known.get(alike)
         if slabs is None:
             deliveries = [d for want in wants for d in _deliveries(want, region)]
-            cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes, turn)
+            cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes)
             # What can't be read in ranges is decoded by one rank for all.
-            slabs = list(cutter.slabs(deliveries)) if ranged else [cutter.whole(deliveries)]
-            self._known[alike] = slabs
-        return slabs
+            cuts = list(cutter.cuts(deliveries)) if ranged else [cutter.whole(deliveries)]
+            slabs = self._known[alike] = self._of_this_rank(cuts)
+        return wants, slabs
+
+    def _of_this_rank(self, cuts: Sequence[_Cut]) -> list[_Slab]:
+        if all(len(cut.deliveries) == 1 for cut in cuts):
+            return []
+        me = self._plan.world_rank
+        mine = [(index, cut) for index, cut in enumerate(cuts) if any(d.world_rank == me for d in cut.deliveries)]
+        return [_Slab.of(cut, index, me, self._island) for index, cut in mine]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What an island wants of a slab."""
+
+    ranks: list[int]  # ascending
+    deliveries: tuple[Delivery, ...]
+    box: Region  # the smallest with everything of it; in the chunk
+
+    @classmethod
+    def of(cls, deliveries: Sequence[Delivery]) -> _Group:
+        return cls(_ranks_of(deliveries), tuple(deliveries), _around(deliveries))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """A slab as one of its ranks sees it: the same for all chunks that are saved and wanted alike."""
+
+    index: int  # in its chunk
+    region: Region  # in the chunk, elements
+    part: int
+    ranks: list[int]  # that want something of it
+    mine: tuple[Delivery, ...]
+    num_mine: int  # elements
+    num_wanted: int  # elements, by all ranks together
+    num_deliveries: int
+    groups: dict[str, _Group]  # by island
+
+    @classmethod
+    def of(cls, cut: _Cut, index: int, world_rank: int, island: Callable[[int], str]) -> _Slab:
+        groups: dict[str, list[Delivery]] = defaultdict(list)
+        for delivery in cut.deliveries:
+            groups[island(delivery.world_rank)].append(delivery)
+        mine = tuple(d for d in cut.deliveries if d.world_rank == world_rank)
+        return cls(
+            index,
+            cut.region,
+            cut.part,
+            _ranks_of(cut.deliveries),
+            mine,
+            sum(d.source.numel for d in mine),
+            sum(d.source.numel for d in cut.deliveries),
+            len(cut.deliveries),
+            {name: _Group.of(deliveries) for name, deliveries in groups.items()},
+        )
+
+    def reader(self, turn: int) -> int:
+        """The world rank that reads it.
+
+        Args:
+            turn: which of the ranks begins: another one for each chunk, so that all read alike much.
+        """
+        return self.ranks[(self.part + turn) % len(self.ranks)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,10 +287,9 @@ class _Place:
     chunk_shape: tuple[int, ...]
     turn: int
 
-    def relay(self, deliveries: Sequence[Delivery]) -> int:
+    def relay(self, group: _Group) -> int:
         """Which of an island's ranks takes what comes for it: another one for each slab, so that all take alike much."""
-        ranks = _ranks_of(deliveries)
-        return ranks[self.turn % len(ranks)]
+        return group.ranks[self.turn % len(group.ranks)]
 
 
 def _around(deliveries: Sequence[Delivery]) -> Region:
@@ -274,13 +319,21 @@ def _deliveries(want: Want, chunk: Region) -> Iterator[Delivery]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Cut:
+    """A contiguous part of a chunk that one rank is to read, and where its boxes go."""
+
+    region: Region  # in the chunk, elements
+    deliveries: tuple[Delivery, ...]
+    part: int = 0  # of the rows that are divided among the same ranks
+
+
+@dataclass(frozen=True, slots=True)
 class _Cutter:
-    """Cuts one chunk into slabs and names their readers."""
+    """Cuts one chunk into slabs."""
 
     chunk_shape: tuple[int, ...]
     itemsize: int  # bytes
     max_slab_bytes: int
-    turn: int  # which of the ranks begins: another one for each chunk, so that all read alike much
 
     @property
     def dim(self) -> int:
@@ -291,45 +344,44 @@ class _Cutter:
     def row_bytes(self) -> int:
         return math.prod(self.chunk_shape[self.dim + 1 :]) * self.itemsize
 
-    def whole(self, deliveries: Sequence[Delivery]) -> Slab:
+    def whole(self, deliveries: Sequence[Delivery]) -> _Cut:
         """The chunk as one slab."""
-        return Slab(Region.whole(self.chunk_shape), self._reader(deliveries), tuple(deliveries))
+        return _Cut(Region.whole(self.chunk_shape), tuple(deliveries))
 
-    def slabs(self, deliveries: Sequence[Delivery]) -> Iterator[Slab]:
+    def cuts(self, deliveries: Sequence[Delivery]) -> Iterator[_Cut]:
         """In the order of the chunk's rows."""
         if not self.chunk_shape:
             yield self.whole(deliveries)
             return
         dim = self.dim
         bounds = sorted({bound for d in deliveries for bound in (d.source.offsets[dim], d.source.ends[dim])})
+        waiting = sorted(enumerate(deliveries), key=lambda entry: entry[1].source.offsets[dim], reverse=True)
+        here: list[tuple[int, Delivery]] = []
         for start, stop in pairwise(bounds):
-            inside = self._within(deliveries, start, stop)
-            if inside:
-                yield from self._divided(inside, start, stop)
+            while waiting and waiting[-1][1].source.offsets[dim] <= start:
+                here.append(waiting.pop())
+            here = sorted((entry for entry in here if entry[1].source.ends[dim] > start), key=itemgetter(0))
+            if here:
+                yield from self._divided(self._within([delivery for _, delivery in here], start, stop), start, stop)
 
-    def _divided(self, deliveries: Sequence[Delivery], start: int, stop: int) -> Iterator[Slab]:
+    def _divided(self, deliveries: Sequence[Delivery], start: int, stop: int) -> Iterator[_Cut]:
         """The rows of a slab, divided among the ranks that want something of them."""
         ranks = _ranks_of(deliveries)
         if len(ranks) == 1 or self._better_alone(deliveries):
             for rank in ranks:
-                yield Slab(self._rows(start, stop), rank, tuple(d for d in deliveries if d.world_rank == rank))
+                yield _Cut(self._rows(start, stop), tuple(d for d in deliveries if d.world_rank == rank))
             return
         num_rows = stop - start
         parts = min(len(ranks), max(1, num_rows * self.row_bytes // _LEAST_PART), num_rows)
         step = max(1, self.max_slab_bytes // max(self.row_bytes, 1))
         for part in range(parts):
-            reader = ranks[(part + self.turn) % len(ranks)]
             begin, end = start + num_rows * part // parts, start + num_rows * (part + 1) // parts
             for first in range(begin, end, step):
                 last = min(first + step, end)
-                yield Slab(self._rows(first, last), reader, tuple(self._within(deliveries, first, last)))
+                yield _Cut(self._rows(first, last), tuple(self._within(deliveries, first, last)), part)
 
     def _within(self, deliveries: Sequence[Delivery], start: int, stop: int) -> list[Delivery]:
         return [part for d in deliveries if (part := d.within(self.dim, start, stop)) is not None]
-
-    def _reader(self, deliveries: Sequence[Delivery]) -> int:
-        ranks = _ranks_of(deliveries)
-        return ranks[self.turn % len(ranks)]
 
     def _rows(self, start: int, stop: int) -> Region:
         offsets = tuple(start if dim == self.dim else 0 for dim in range(len(self.chunk_shape)))

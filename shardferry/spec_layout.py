@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from shardferry.errors import LayoutError
 from shardferry.layout import AxisCut, RankLayout, TensorLayout, replicated, sharded
@@ -71,12 +72,26 @@ class SpecLayout:
 
     def placements(self, fqn: str, state: str | None = None) -> tuple[Placement, ...] | None:
         """By mesh axis, outermost first. With a state name: of the rule for that entry, None where there is none."""
-        of_entries = state is not None
-        for rule in self.rules:
-            wanted = rule.state is not None and fnmatchcase(state or "", rule.state) if of_entries else not rule.state
-            if wanted and fnmatchcase(fqn, rule.match):
+        if state is None:
+            known = self._known_placements.get(fqn)
+            if known is None:
+                rule = next((rule for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match)), None)
+                known = self._by_axis((self.default or {}) if rule is None else rule.placements)
+                self._known_placements[fqn] = known
+            return known
+        for rule in self._entry_rules:
+            if fnmatchcase(state, rule.state or "") and fnmatchcase(fqn, rule.match):
                 return self._by_axis(rule.placements)
-        return None if of_entries else self._by_axis(self.default or {})
+        return None
+
+    @cached_property
+    def _known_placements(self) -> dict[str, tuple[Placement, ...]]:
+        """By FQN: each is looked up by every rank of a node for every entry of its state."""
+        return {}
+
+    @cached_property
+    def _entry_rules(self) -> list[Rule]:
+        return [rule for rule in self.rules if rule.state]
 
     def _by_axis(self, placements: Mapping[str, Placement]) -> tuple[Placement, ...]:
         return tuple(placements.get(axis, Replicate()) for axis in self.mesh.names)
@@ -142,13 +157,21 @@ class _SpecRank:
     def may_lack(self, fqn: str) -> bool:
         return False
 
-    def _cut(self, where: str, shape: tuple[int, ...], placements: Sequence[Placement]) -> TensorLayout:
-        coordinate = self.mesh.coordinate(self.world_rank)
-        cuts = [
-            AxisCut(size, index, placement)
-            for (_, size), index, placement in zip(self.mesh.axes, coordinate, placements, strict=True)
-        ]
-        try:
-            return sharded(shape, cuts)
-        except LayoutError as error:
-            raise LayoutError(f"{where}: {error}") from None
+    def _cut(self, where: str, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> TensorLayout:
+        layout = self._known_cuts.get((shape, placements))
+        if layout is None:
+            coordinate = self.mesh.coordinate(self.world_rank)
+            cuts = [
+                AxisCut(size, index, placement)
+                for (_, size), index, placement in zip(self.mesh.axes, coordinate, placements, strict=True)
+            ]
+            try:
+                layout = self._known_cuts[shape, placements] = sharded(shape, cuts)
+            except LayoutError as error:
+                raise LayoutError(f"{where}: {error}") from None
+        return layout
+
+    @cached_property
+    def _known_cuts(self) -> dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout]:
+        """A model has a dozen shapes and placements, and thousands of tensors."""
+        return {}

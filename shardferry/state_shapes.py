@@ -13,7 +13,7 @@ from shardferry.catalog import Catalog, SavedTensor
 from shardferry.errors import LayoutError
 from shardferry.keys import Found
 from shardferry.layout import RankLayout, TensorLayout, replicated
-from shardferry.optimizer_index import SCALAR_STATE, parameter_shape
+from shardferry.optimizer_index import SCALAR_STATE, OptimizerIndex, parameter_shape
 from shardferry.request import LoadRequest
 from shardferry.saved_optimizer import SavedOptimizer
 
@@ -30,27 +30,28 @@ class StateShapes:
         found: Sequence[Found],
         layout: RankLayout,
         request: LoadRequest,
+        index: OptimizerIndex,
     ) -> None:
         self._layout = layout
         self._tensors = {parameter.fqn: _tensors(catalog, saved, parameter) for parameter in found}
-        self._weights = _weight_shapes(catalog, request)
+        self._weights = _weight_shapes(catalog, request, index)
 
-    def layout(self, fqn: str, name: str, saved: SavedTensor) -> TensorLayout:
-        """How one state tensor lies on this rank.
+    def lies(self, fqn: str, name: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
+        """How one state tensor lies on this rank, and whether that is as its parameter does.
 
         Raises:
             LayoutError: the state can't be of this model's parameter, or the parameter can't lie so.
         """
         own = self._layout.entry(fqn, name, saved.shape)
         if own is not None:
-            return own
+            return own, False
         self._check_same_model(fqn, name, saved)
-        return self._layout.parameter(fqn, saved.shape) if self.follows(fqn, name, saved) else replicated(saved.shape)
+        if self.follows(fqn, name, saved):
+            return self._layout.parameter(fqn, saved.shape), True
+        return replicated(saved.shape), False
 
     def follows(self, fqn: str, name: str, saved: SavedTensor) -> bool:
-        """Whether one state tensor lies as its parameter does."""
-        if self._layout.entry(fqn, name, saved.shape) is not None:
-            return False
+        """Whether a state tensor that has no layout of its own lies as its parameter does."""
         return name not in SCALAR_STATE and name not in self._factors and saved.shape == self._shape(fqn)
 
     def _shape(self, fqn: str) -> Shape | None:
@@ -100,10 +101,13 @@ def _tensors(catalog: Catalog, saved: SavedOptimizer, parameter: Found) -> dict[
     return {name: catalog.tensors[entry.key] for name, entry in entries.items() if entry.key in catalog.tensors}
 
 
-def _weight_shapes(catalog: Catalog, request: LoadRequest) -> dict[str, Shape]:
+def _weight_shapes(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, Shape]:
     """Shapes of all that was saved beside the optimizer, by what it is called below its top-level key."""
     shapes: dict[str, Shape] = {}
+    of_optimizer = set(index.all_keys())
     for key, saved in catalog.tensors.items():
+        if key in of_optimizer:
+            continue
         path = catalog.path(key)
         if len(path) > 1:
             shapes.setdefault(request.selection.wanted_name(".".join(map(str, path[1:]))), saved.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +22,18 @@ class Wants(Protocol):
     """What the ranks of a node want."""
 
     def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
-        """The ranks that want something of a box of a tensor, ascending, each with its layout."""
+        """The ranks that want something of a box of a tensor, ascending, each with its layout.
+
+        Whoever wants the same of tensors that are cut alike is given as the same object, which is kept.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Tensors that are cut alike, and what was found for them."""
+
+    boxes: MeshBoxes
+    known: dict[Region, tuple[Want, ...]] = field(default_factory=dict)
 
 
 class SpecWants:
@@ -34,23 +45,33 @@ class SpecWants:
     def __init__(self, spec: SpecLayout, world_ranks: Sequence[int]) -> None:
         self._spec = spec
         self._world_ranks = np.array(sorted(world_ranks), dtype=np.int64)
-        self._boxes: dict[tuple[object, ...], MeshBoxes] = {}
-        self._known: dict[tuple[object, ...], tuple[Want, ...]] = {}
+        self._ranks: dict[int, RankLayout] = {}
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
+        self._kind_of: dict[str, _Kind] = {}  # by key
 
     def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
+        kind = self._kind_of.get(tensor.key)
+        if kind is None:
+            kind = self._kind_of[tensor.key] = self._kind(tensor)
+        wants = kind.known.get(region)
+        if wants is None:
+            ranks = map(self._rank, kind.boxes.holders(region))
+            wants = kind.known[region] = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks)
+        return wants
+
+    def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
         kept_to = self._spec.kept_to(tensor.fqn)
         alike = (shape, placements, tensor.section, tensor.as_parameter, kept_to)
-        wants = self._known.get((*alike, region))
-        if wants is None:
-            boxes = self._boxes.get(alike)
-            if boxes is None:
-                ranks = ranks_within(self._spec.mesh, self._world_ranks, kept_to)
-                boxes = self._boxes[alike] = MeshBoxes(shape, self._spec.mesh, placements, ranks)
-            ranks_here = map(self._spec.rank, boxes.holders(region))
-            wants = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks_here)
-            self._known[*alike, region] = wants
-        return wants
+        if alike not in self._kinds:
+            ranks = ranks_within(self._spec.mesh, self._world_ranks, kept_to)
+            self._kinds[alike] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
+        return self._kinds[alike]
+
+    def _rank(self, world_rank: int) -> RankLayout:
+        if world_rank not in self._ranks:
+            self._ranks[world_rank] = self._spec.rank(world_rank)
+        return self._ranks[world_rank]
 
     def _placements(self, tensor: PlannedTensor) -> tuple[Placement, ...]:
         """As `_layout` has them."""
@@ -77,10 +98,15 @@ class ToldWants:
     """Live layouts are known to their own rank alone: ranks tell each other, by the checkpoint's key."""
 
     by_rank: Mapping[int, Mapping[str, TensorLayout]]
+    _known: dict[tuple[object, ...], tuple[Want, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
-        told = ((rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts)
-        return tuple((rank, layout) for rank, layout in told if _wants(layout, region))
+        told = [(rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts]
+        alike = (region, *((rank, id(layout)) for rank, layout in told))
+        wants = self._known.get(alike)
+        if wants is None:
+            wants = self._known[alike] = tuple((rank, layout) for rank, layout in told if _wants(layout, region))
+        return wants
 
 
 def _wants(layout: TensorLayout, region: Region) -> bool:
@@ -88,5 +114,5 @@ def _wants(layout: TensorLayout, region: Region) -> bool:
 
 
 def told(plan: LoadPlan) -> dict[str, TensorLayout]:
-    """What one rank tells the others."""
+    """What one rank tells the others. Equal layouts of a plan are one object, and so travel once."""
     return {tensor.key: tensor.layout for tensor in plan.tensors}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardferry.region import (
@@ -13,6 +14,7 @@ from shardferry.region import (
     first_overlap,
     flat_range,
     row_major_strides,
+    tile,
     uncovered,
     union_numel,
 )
@@ -71,6 +73,43 @@ def test_first_overlap_finds_two_boxes_that_share_an_element_wherever_there_are_
         (i, j) for i, j in itertools.combinations(range(len(boxes)), 2) if elements(boxes[i]) & elements(boxes[j])
     ]
     assert found is None if not sharing else found in sharing
+
+
+@st.composite
+def cut_up(draw: st.DrawFn) -> tuple[Region, list[Region]]:
+    """A box, and boxes inside it: it is cut again and again; then, perhaps, one part is lost, doubled, or is another box."""
+    whole = draw(st.integers(0, 3).flatmap(regions_of))
+    parts = [whole] if whole.numel else []
+    for _ in range(draw(st.integers(0, 6)) if parts and whole.sizes else 0):
+        box = parts.pop(draw(st.integers(0, len(parts) - 1)))
+        dim = draw(st.integers(0, len(box.sizes) - 1))
+        size = draw(st.integers(0, box.sizes[dim]))
+        half = Region(box.offsets, (*box.sizes[:dim], size, *box.sizes[dim + 1 :]))
+        parts += [part for part in (half, *box.subtract(half)) if part.numel]
+    spoil = draw(st.sampled_from(["no", "no", "lose", "double", "replace"])) if parts else "no"
+    if spoil in ("lose", "replace"):
+        parts.pop(draw(st.integers(0, len(parts) - 1)))
+    if spoil == "double":
+        parts.append(draw(st.sampled_from(parts)))
+    other = draw(regions_of(len(whole.sizes))).intersect(whole) if spoil == "replace" else None
+    return whole, draw(st.permutations(parts + ([other] if other else [])))
+
+
+@settings(max_examples=500)
+@given(cut_up())
+def test_boxes_tile_a_box_where_they_hold_each_element_once(case: tuple[Region, list[Region]]) -> None:
+    whole, boxes = case
+    offsets = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(whole.sizes))
+    sizes = np.array([box.sizes for box in boxes], dtype=np.int64).reshape(len(boxes), len(whole.sizes))
+    held = Counter(index for box in boxes for index in elements(box))
+    assert tile(offsets, sizes, whole) == (held == Counter(elements(whole)))
+
+
+def test_boxes_too_wide_for_their_corners_to_be_numbered_are_compared() -> None:
+    whole, half = Region((0, 0), (3, 1 << 60)), 1 << 59
+    sizes = np.array([[3, half], [3, half]])
+    assert tile(np.array([[0, 0], [0, half]]), sizes, whole) is True
+    assert tile(np.array([[0, 0], [0, half - 1]]), sizes, whole) is False
 
 
 @given(lists)

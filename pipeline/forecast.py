@@ -1,0 +1,145 @@
+"""Foretell what each rank of a spec will read: from every rank's plan where ranks are few, else from the plans of some.
+
+Where each rank reads for itself, ranks that want the very same boxes (replicas) read the same, and one of them is planned. Where
+ranks read for each other, they take turns. Of more kinds of ranks than are planned, some evenly spaced ones stand for their
+neighbours: what a rank wants is known of each, what it reads is then taken to be in proportion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schemas.plan_report import RankPlan
+from schemas.stage_config import StageConfig
+from shardferry.catalog import Catalog
+from shardferry.checkpoint import storage_of
+from shardferry.demand import Demand
+from shardferry.errors import StorageError
+from shardferry.extents import JoinLimits
+from shardferry.neighbours import slab_bytes
+from shardferry.plan import LoadPlan, plan_load, planned_objects
+from shardferry.predict import predict_reads
+from shardferry.probe import answers_from_memory
+from shardferry.sharing import share_reads
+from shardferry.spec_layout import SpecLayout
+from shardferry.wants import SpecWants
+
+MOST_PLANNED = 32  # ranks; one of the largest models takes a second
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What each rank will read, and how well that is known."""
+
+    ranks: list[RankPlan]
+    is_cooperative: bool
+    ranks_planned: int
+    estimated: bool  # for some rank from the plan of one that reads otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What one rank's plan asks of storage and of other ranks, in bytes; Python objects apart."""
+
+    needed: int
+    read: int
+    sent: int
+    received: int
+    num_requests: int
+
+
+def forecast(
+    config: StageConfig, catalog: Catalog, layout: SpecLayout, demand: Demand, *, most_planned: int = MOST_PLANNED
+) -> Forecast:
+    """Foretell all ranks' reads. Raises PlanError, LayoutError as `plan_load` does."""
+    may_share = config.read.strategy != "direct" and layout.world_size > 1
+    kinds = np.arange(layout.world_size) if may_share else demand.twins
+    chosen = _spaced(np.unique(kinds), most_planned)
+    request = config.checkpoint.request()
+    plans = [replace(plan_load(catalog, layout.rank(rank), request), objects=()) for rank in chosen.tolist()]
+    is_cooperative = may_share and not (config.read.strategy == "auto" and _all_in_memory(catalog, plans))
+    if not is_cooperative:
+        kinds = demand.twins
+    reads = _reads(config, catalog, plans, SpecWants(layout, range(layout.world_size)) if is_cooperative else None)
+    places = np.searchsorted(chosen, kinds, side="right") - 1  # of its kind, else the nearest before it
+    ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
+    nbytes = [planned.nbytes for planned in planned_objects(catalog, request)]
+    ranks[0] = _with_objects(ranks[0], sum(nbytes), len(nbytes))
+    return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != kinds).any()))
+
+
+def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of some ranks; the first is among them."""
+    if len(kinds) <= most:
+        return kinds
+    return kinds[np.linspace(0, len(kinds) - 1, most).astype(np.int64)]
+
+
+def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wants: SpecWants | None) -> list[_Reads]:
+    """Of each plan's rank; it reads for itself where there are no wants of others."""
+    limits, max_slab_bytes = join_limits(config, catalog), slab_bytes(catalog)
+    found = []
+    for plan in plans:
+        shared = None if wants is None else share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes)
+        nbytes, num_requests = predict_reads(plan, catalog, limits, shared)
+        sent, received = (0, 0) if shared is None else (shared.bytes_sent, shared.bytes_received)
+        found.append(_Reads(plan.bytes_needed, nbytes, sent, received, num_requests))
+    return found
+
+
+def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
+    """Where the files are not here, they are not in this machine's memory either."""
+    storage = storage_of(catalog)
+    try:
+        return all(answers_from_memory(plan, catalog, storage) for plan in plans)
+    except StorageError:
+        return False
+    finally:
+        storage.close()
+
+
+def join_limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
+    """How the spec, or else the kind of storage, wants reads joined and split."""
+    options, storage = config.read.options(config.timeouts.load_s), storage_of(catalog)
+    try:
+        return JoinLimits.of(
+            storage.traits,
+            max_gap_bytes=options.max_gap_bytes,
+            max_over_read=options.max_over_read,
+            max_request_bytes=options.max_request_bytes,
+        )
+    finally:
+        storage.close()
+
+
+def _scaled(rank: int, demand: Demand, like: _Reads) -> RankPlan:
+    """A rank that reads as another does, in proportion to what both want."""
+    needed = int(demand.needed[rank])
+    ratio = needed / like.needed if like.needed else 1.0
+
+    def scaled(count: int) -> int:
+        return count if needed == like.needed else round(count * ratio)
+
+    return RankPlan(
+        rank=rank,
+        bytes_needed=needed,
+        bytes_read=scaled(like.read),
+        bytes_sent=scaled(like.sent),
+        bytes_received=scaled(like.received),
+        num_requests=scaled(like.num_requests),
+        arena_bytes=int(demand.arena[rank]),
+    )
+
+
+def _with_objects(rank: RankPlan, nbytes: int, count: int) -> RankPlan:
+    """Rank 0 reads the Python objects for all."""
+    return rank.model_copy(
+        update={
+            "bytes_needed": rank.bytes_needed + nbytes,
+            "bytes_read": rank.bytes_read + nbytes,
+            "num_requests": rank.num_requests + count,
+        }
+    )
