@@ -162,7 +162,7 @@ def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreem
         StorageError: a file that the plan reads is missing.
     """
     node = job.read.node or node_identity()
-    because = _alone_because(job, agreement.size)
+    because = _alone_because(job, agreement)
     asks = not because and job.read.strategy == "auto"
     in_memory = asks and _is_in_memory(job, plan)
     return Word(
@@ -193,11 +193,13 @@ def _rates(job: Job, plan: LoadPlan, counters: Counters) -> StorageRates:
         storage.close()
 
 
-def _alone_because(job: Job, world_size: int) -> str:
+def _alone_because(job: Job, agreement: Agreement) -> str:
     if job.read.strategy == "direct":
         return "read.strategy is direct"
-    if world_size < 2:
+    if agreement.size < 2:
         return "there is no other rank"
-    if job.layout.spec is None and world_size > MAX_TOLD_RANKS:
+    if job.device.type != "cpu" and agreement.host_group is None:
+        return "arenas are on GPUs, and the process group carries no host memory: it has no gloo beside its NCCL"
+    if job.layout.spec is None and agreement.size > MAX_TOLD_RANKS:
         return f"of more than {MAX_TOLD_RANKS} live models each rank knows its own alone"
     return ""
