@@ -75,9 +75,9 @@ class Budget:
     def lease(self, nbytes: int) -> Iterator[memoryview]:
         """A buffer, with whatever its last user left in it. Raises StorageError: there was no room in time."""
         size, own = buffer_bytes(nbytes), self._own
-        # Beyond the claim nothing is waited for, as that could be for ever; the high-water mark tells.
-        beyond = size if not own.claimed else max(0, own.leased + size - max(own.claimed, own.leased))
-        buffer = self._take(beyond, buffer_size=size, waits=not own.claimed)
+        beyond = min(size, max(0, own.leased + size - own.claimed))
+        # Who holds something waits for nothing, as that could be for ever; the high-water mark tells.
+        buffer = self._take(beyond, buffer_size=size, waits=not own.claimed and not own.leased)
         own.leased += size
         try:
             yield buffer[:nbytes]

@@ -168,6 +168,8 @@ class Carrier:
                 return True
             case Lead():
                 return self._holds_bodies or self._stages or bool(work.chunk.shared)
+            case SmallChunks():
+                return self._holds_bodies or self._stages or any(chunk.shared for chunk in work.extent.members)
             case _:
                 return self._holds_bodies or self._stages
 
@@ -180,7 +182,7 @@ class Carrier:
                 return self._bytes_of(work.placed)
             case SmallChunks():
                 nbytes = work.extent.stop - work.extent.start
-                return buffer_bytes(nbytes) + self._body_bytes(nbytes)
+                return buffer_bytes(nbytes) + max(self._body_bytes(nbytes), _largest_part(work))
             case Chunk():  # as it is stored, and as it was saved
                 return 2 * work.item.byte_length + work.bytes_to_read + self._body_bytes(work.item.byte_length)
             case _:
@@ -207,3 +209,8 @@ class Carrier:
 
     def _body_bytes(self, nbytes: int) -> int:
         return nbytes if self._holds_bodies else 0
+
+
+def _largest_part(small: SmallChunks) -> int:
+    """Bytes of a buffer for a slab of any of some chunks, or for staging what is wanted of one."""
+    return max(buffer_bytes(chunk.nbytes) for chunk in small.extent.members)

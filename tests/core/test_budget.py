@@ -40,10 +40,10 @@ def test_idle_buffers_make_room() -> None:
 
 def test_what_is_larger_than_all_of_it_is_let_through_alone() -> None:
     budget = Budget(10_000, timeout_s=0)
-    with budget.lease(50_000) as buffer:
+    with ThreadPoolExecutor(1) as other, budget.lease(50_000) as buffer:
         assert len(buffer) == 50_000
         with pytest.raises(StorageError, match=r"4096 bytes of buffers were not free within 0 s .*read\.memory_budget"):
-            with_room_for(budget, 100)
+            other.submit(with_room_for, budget, 100).result()
     with budget.lease(100):
         pass
 
@@ -70,6 +70,14 @@ def test_a_claim_that_was_too_small_shows_and_does_not_hang() -> None:
         assert budget.most_held_bytes == 16_384
     with budget.claim(16_384), budget.lease(20_480):
         assert budget.most_held_bytes == 20_480
+
+
+def test_who_holds_a_buffer_waits_for_none() -> None:
+    budget = Budget(8_192, timeout_s=0)
+    with budget.lease(8_192), budget.lease(4_096), budget.lease(4_096):
+        assert budget.most_held_bytes == 16_384
+    with budget.lease(8_192):
+        pass
 
 
 def test_who_came_first_is_served_first() -> None:
