@@ -24,7 +24,6 @@ from benchmarks.stock import empty_state_dict, poison
 from benchmarks.stores import StoreKind
 from benchmarks.task import Contender, Task
 
-
 _CASES = ("4-4", "4-3", "rows-columns-4", "hsdp-2x2")
 
 
