@@ -15,7 +15,7 @@ from benchmarks.task import POISON, Contender, Task, WrongResult
 from shardferry.agreement import Agreement
 from shardferry.arena import HostArena
 from shardferry.checkpoint import METADATA_FILE, open_checkpoint
-from shardferry.load import LoadJob, PhaseClock, arena_for, catalog_of_all, load_rank
+from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all
 from shardferry.param_groups import ParamGroup
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions, Strategy
@@ -48,10 +48,11 @@ class Shardferry(Contender):
     def load(self) -> None:
         agreement = Agreement(dist.group.WORLD)
         self._counters, self._clock = Counters(), PhaseClock()
+        options, location = ReadOptions(strategy=self.strategy), self._task.store.location
         with self._clock.phase("open"):
-            catalog = catalog_of_all(self._task.store.location, agreement)
-        job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), ReadOptions(strategy=self.strategy))
-        loaded = load_rank(job, agreement, counters=self._counters, arena=self._arena)
+            catalog, values = open_for_all(location, agreement, _REQUEST, options, self._counters)
+        job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), options)
+        loaded = load_rank(job, agreement, counters=self._counters, arena=self._arena, values=values)
         assert isinstance(loaded.arena, HostArena)
         self._plan, self._arena = loaded.plan, loaded.arena
         self._param_groups = loaded.manifest.param_groups

@@ -127,4 +127,5 @@ class Budget:
             if buffer is not None and self._held + self._idle + len(buffer) <= self.nbytes:
                 self._buffers.setdefault(len(buffer), []).append(buffer)
                 self._idle += len(buffer)
-            self._changed.notify_all()
+            if self._queue:
+                self._changed.notify_all()

@@ -77,9 +77,8 @@ class Carrier:
     def carry_out(self, works: Sequence[Work]) -> None:
         """One after the other. Raises StorageError, DecodeError."""
         for work in works:
-            nbytes = self._buffer_bytes(work)
-            if nbytes:
-                with self._budget.claim(nbytes):
+            if self._leases_several(work):
+                with self._budget.claim(self._buffer_bytes(work)):
                     self._carry_out(work)
             else:
                 self._carry_out(work)
@@ -162,6 +161,16 @@ class Carrier:
         for slab in self._placer.slabs(chunk, layout):
             assert self._courier is not None
             self._courier.carry_out(slab, 0, memory)
+
+    def _leases_several(self, work: Work) -> bool:
+        """Whether it holds more at once than one buffer."""
+        match work:
+            case Chunk() | PlacedSlab():
+                return True
+            case Lead():
+                return self._holds_bodies or self._stages or bool(work.chunk.shared)
+            case _:
+                return self._holds_bodies or self._stages
 
     def _buffer_bytes(self, work: Work) -> int:
         """What carrying it out holds at once beside the arena."""

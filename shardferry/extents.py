@@ -12,7 +12,7 @@ request costs more than its bytes, and all that is read in vain is a bounded par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -81,56 +81,64 @@ class JoinLimits:
         return cls(gap, over_read, request, item, traits.maps_files)
 
 
+@dataclass(frozen=True, slots=True)
+class _Small(Generic[W]):
+    """An item that may be joined with others."""
+
+    one: W
+    path: str
+    start: int  # bytes
+    stop: int  # bytes, exclusive
+    wanted: int  # bytes
+    vain: int  # bytes of it that nobody wants, as far as they count
+
+
 def join(wanted: Sequence[W], limits: JoinLimits) -> tuple[list[Extent[W]], list[W]]:
     """Extents, in ascending order in each file, and the items that are better read one by one, in their order.
 
     Args:
         wanted: in the order in which they are to be read; those of a file stand together, ascending.
     """
-    alone = [one for one in wanted if not _is_small(one, limits)]
-    extents = list(_runs((one for one in wanted if _is_small(one, limits)), limits))
-    lonely = {id(extent.members[0]) for extent in extents if len(extent.members) == 1}
-    if lonely:  # nothing is won by copying what stands alone
-        extents = [extent for extent in extents if len(extent.members) > 1]
-        alone = [one for one in wanted if id(one) in lonely or not _is_small(one, limits)]
-    return extents, alone
+    small = {place: found for place, one in enumerate(wanted) if (found := _small(one, limits)) is not None}
+    joined: set[int] = set()
+    extents: list[Extent[W]] = []
+    for places in _groups(small, limits):
+        if len(places) > 1:  # nothing is won by copying what stands alone
+            joined.update(places)
+            members = [small[place] for place in places]
+            ones = tuple(member.one for member in members)
+            extents.append(Extent(members[0].path, members[0].start, members[-1].stop, ones))
+    return extents, [one for place, one in enumerate(wanted) if place not in joined]
 
 
-def _is_small(one: WantedItem, limits: JoinLimits) -> bool:
+def _small(one: W, limits: JoinLimits) -> _Small[W] | None:
     item = one.item
-    if not item.is_ranged or item.byte_length > limits.max_item_bytes:
-        return False
-    unwanted = _unwanted(one)
-    return unwanted <= limits.max_gap_bytes and in_vain(unwanted) <= limits.max_over_read * one.bytes_to_read
+    if item.byte_length > limits.max_item_bytes or not item.is_ranged:
+        return None
+    wanted = one.bytes_to_read
+    unwanted = item.byte_length - wanted  # its head and its tail among them
+    vain = in_vain(unwanted)
+    if unwanted > limits.max_gap_bytes or vain > limits.max_over_read * wanted:
+        return None
+    return _Small(one, item.path, item.byte_offset, item.byte_stop, wanted, vain)
 
 
-def _unwanted(one: WantedItem) -> int:
-    """Bytes of the item that nobody asks for, its head and its tail among them."""
-    return one.item.byte_length - one.bytes_to_read
-
-
-def _runs(small: Iterable[W], limits: JoinLimits) -> Iterator[Extent[W]]:
-    members: list[W] = []
-    wanted = vain = 0  # bytes of the members
-    for one in small:
-        gap = one.item.byte_offset - members[-1].item.byte_stop if members else 0
-        more_vain = in_vain(gap) + in_vain(_unwanted(one))
-        within = vain + more_vain <= limits.max_over_read * (wanted + one.bytes_to_read)
-        if members and not (within and _fits(members, one, gap, limits)):
-            yield _extent(members)
-            members, wanted, vain, more_vain = [], 0, 0, in_vain(_unwanted(one))
-        members.append(one)
-        wanted, vain = wanted + one.bytes_to_read, vain + more_vain
-    if members:
-        yield _extent(members)
-
-
-def _fits(members: Sequence[WantedItem], one: WantedItem, gap: int, limits: JoinLimits) -> bool:
-    first, last, item = members[0].item, members[-1].item, one.item
-    near = item.path == last.path and 0 <= gap <= limits.max_gap_bytes
-    return near and item.byte_stop - first.byte_offset <= limits.max_request_bytes
-
-
-def _extent(members: Sequence[W]) -> Extent[W]:
-    first, last = members[0].item, members[-1].item
-    return Extent(first.path, first.byte_offset, last.byte_stop, tuple(members))
+def _groups(small: Mapping[int, _Small[W]], limits: JoinLimits) -> Iterator[list[int]]:
+    """Places of items that are read together, in ascending order."""
+    places: list[int] = []
+    wanted = vain = 0  # bytes of the group
+    first = last = None
+    for place, one in small.items():
+        if first is not None and last is not None:
+            gap = one.start - last.stop
+            wanted, vain = wanted + one.wanted, vain + in_vain(gap) + one.vain
+            near = one.path == last.path and 0 <= gap <= limits.max_gap_bytes
+            if not near or one.stop - first.start > limits.max_request_bytes or vain > limits.max_over_read * wanted:
+                yield places
+                places, first = [], None
+        if first is None:
+            first, wanted, vain = one, one.wanted, one.vain
+        places.append(place)
+        last = one
+    if places:
+        yield places

@@ -32,6 +32,7 @@ T = TypeVar("T")
 Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
+_FIRST_REMOTE = 4  # requests in flight, before it is known whether more bring more
 
 
 def read_strategy(name: str) -> Strategy:
@@ -103,15 +104,15 @@ def read_plan(
     # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
     try:
-        with Crew(options.concurrency, timeout_s=options.timeout_s, alone=alone) as crew:
+        with _crew(storage, options, alone=alone) as crew:
             with paused_gc():
                 extents, alone_chunks = join(chunks, limits)
                 works: list[Work] = [SmallChunks(extent) for extent in extents]
                 works += carrier.guess(alone_chunks)
-            crew.run(carrier.carry_out, works, batches)
+            crew.run(carrier.carry_out, works, batches, _nbytes)
             works, unknown = carrier.left()
             works += [work for part in crew.run(carrier.look, unknown, _groups) for work in part]
-            crew.run(carrier.carry_out, works, batches)
+            crew.run(carrier.carry_out, works, batches, _nbytes)
     finally:
         counters.held(budget.most_held_bytes)
 
@@ -120,7 +121,7 @@ def read_objects(
     keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
 ) -> dict[str, Any]:
     """Some saved Python objects, by key. Raises StorageError, DecodeError."""
-    with Crew(options.concurrency, timeout_s=options.timeout_s, alone=True) as crew:
+    with _crew(storage, options, alone=True) as crew:
         parts = crew.run(lambda part: {k: read_object(catalog, k, storage, counters) for k in part}, keys, _groups)
     return {key: value for part in parts for key, value in part.items()}
 
@@ -174,6 +175,15 @@ def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> N
 
 def _groups(units: Sequence[T]) -> list[Sequence[T]]:
     return [units[start : start + _BATCH_HEADS] for start in range(0, len(units), _BATCH_HEADS)]
+
+
+def _crew(storage: RangeReader, options: ReadOptions, *, alone: bool) -> Crew:
+    first = cores() if storage.traits.is_local else _FIRST_REMOTE
+    return Crew(options.concurrency, first_threads=first, timeout_s=options.timeout_s, alone=alone)
+
+
+def _nbytes(works: Sequence[Work]) -> int:
+    return sum(work.nbytes for work in works)
 
 
 def _one_by_one(works: Sequence[Work]) -> list[list[Work]]:

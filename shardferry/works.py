@@ -43,22 +43,25 @@ class Chunk:
     row: int  # of the catalog's tensors
     pieces: list[Piece] = field(default_factory=list)
     shared: list[SharedRead] = field(default_factory=list)
+    nbytes: int = 0  # that are wanted of it
+    bytes_to_read: int = 0  # of it, without its head
     is_checked: bool = False  # its head is as it was guessed
     bytes_done: list[int] = field(default_factory=list)  # as guessed
     put_off: list[PlacedRequest] = field(default_factory=list)  # until the head is checked
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted of it."""
-        own = sum(piece.item.source.numel for piece in self.pieces)
-        delivered = sum(read.numel_wanted for read in self.shared)
-        return (own + delivered) * self.item.dtype.itemsize
+    def add(self, piece: Piece) -> None:
+        """Something that this rank wants for itself."""
+        nbytes = piece.item.source.numel * self.item.dtype.itemsize
+        self.pieces.append(piece)
+        self.nbytes += nbytes
+        self.bytes_to_read += nbytes
 
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of it that are read, without its head: a replica's are wanted twice and read once."""
-        own = sum(piece.item.source.numel for piece in self.pieces)
-        return (own + sum(read.region.numel for read in self.shared)) * self.item.dtype.itemsize
+    def add_shared(self, read: SharedRead) -> None:
+        """Something that it reads for several ranks: a replica's bytes are wanted twice and read once."""
+        itemsize = self.item.dtype.itemsize
+        self.shared.append(read)
+        self.nbytes += read.numel_wanted * itemsize
+        self.bytes_to_read += read.numel * itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +128,9 @@ def chunks_in_reading_order(
 
     for read in plan.reads if shared is None else shared.own:
         tensor = plan.tensors[read.tensor]
-        chunk_of(read).pieces.append(Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
+        chunk_of(read).add(Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
     for slab in () if shared is None else shared.shared:
-        chunk_of(slab).shared.append(slab)
+        chunk_of(slab).add_shared(slab)
     paths = sorted({chunk.item.path for chunk in chunks.values()})
     first = plan.world_rank * len(paths) // max(plan.world_size, 1)
     turn = {path: (place - first) % len(paths) for place, path in enumerate(paths)}

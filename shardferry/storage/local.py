@@ -109,7 +109,8 @@ class LocalReader:
                     f"but bytes {byte_offset} to {byte_offset + nbytes} are needed; the file is cut"
                 )
             done += count
-            left = _rest(buffers, done)
+            if done < nbytes:
+                left = _rest(buffers, done)
         if advice is PageCache.DROP:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -188,12 +189,12 @@ def _pread(file: _File, buffers: Sequence[memoryview], byte_offset: int) -> int:
 
 
 def _rest(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
-    """What is to be filled yet; the buffers that are left aren't empty."""
-    for place, buffer in enumerate(buffers):
-        if done < len(buffer):
-            return [buffer[done:], *buffers[place + 1 :]]
-        done -= len(buffer)
-    return []
+    """What is to be filled yet, where ``done`` bytes are."""
+    place = 0
+    while done >= len(buffers[place]):
+        done -= len(buffers[place])
+        place += 1
+    return [buffers[place][done:], *buffers[place + 1 :]]
 
 
 def _version(status: os.stat_result) -> str:
