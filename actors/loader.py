@@ -22,6 +22,7 @@ from actors.rendezvous import Meeting, join_meeting, open_meeting
 from schemas.stage_report import RankReport, Span
 from shardferry.agreement import Agreement
 from shardferry.catalog import Catalog
+from shardferry.catalog_cache import CacheChoice
 from shardferry.checkpoint import open_checkpoint
 from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import RankLayout
@@ -94,10 +95,10 @@ class Loader:
             self._agreement = Agreement(dist.group.WORLD)
         return os.getpid()
 
-    def open_catalog(self, location: str, storage_options: Mapping[str, Any]) -> Catalog:
+    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheChoice) -> Catalog:
         """On rank 0: read the checkpoint's metadata for all."""
         with self._span("catalog"):
-            return open_checkpoint(location, storage_options=storage_options)
+            return open_checkpoint(location, storage_options=storage_options, cache=cache)
 
     def load(
         self, catalog: Catalog, target: SpecLayout | Reception, request: LoadRequest, read: ReadOptions, _joined: int

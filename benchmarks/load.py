@@ -56,7 +56,8 @@ class Sizes:
 
 
 _FULL, _QUICK = Sizes(400, 200, 80), Sizes(60, 40, 10)
-_QUICK_CASES = ("4-4", "4-3", "rows-columns-4", "hsdp-2x2")
+_QUICK_CASES = ("4-4", "rows-columns-4", "hsdp-2x2")
+_ROUNDS, _QUICK_ROUNDS = 5, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     kinds = [kind.value for kind in StoreKind]
     parser.add_argument(
-        "--quick", action="store_true", help=f"small checkpoints, 3 rounds, cases {','.join(_QUICK_CASES)}"
+        "--quick",
+        action="store_true",
+        help=f"small checkpoints, {_QUICK_ROUNDS} rounds, cases {','.join(_QUICK_CASES)}",
     )
     parser.add_argument("--store", choices=kinds, action="append", help="again for another one (default: all)")
-    parser.add_argument("--rounds", type=int, help="counted rounds, one more goes before (default: 5)")
+    parser.add_argument("--rounds", type=int, help=f"counted rounds, one more goes before (default: {_ROUNDS})")
     parser.add_argument("--megabytes", type=int, help=f"state in files, in 10**6 bytes (default: {_FULL.files})")
     parser.add_argument(
         "--throttled-megabytes", type=int, help=f"state in the object store (default: {_FULL.throttled})"
@@ -103,7 +106,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     names = given.cases.split(",") if given.cases else list(_QUICK_CASES if given.quick else by_name)
     if unknown := [name for name in names if name not in by_name]:
         parser.error(f"--cases: no case {unknown[0]!r}; there are {', '.join(by_name)}")
-    rounds = given.rounds if given.rounds is not None else 3 if given.quick else 5
+    rounds = given.rounds if given.rounds is not None else _QUICK_ROUNDS if given.quick else _ROUNDS
     if rounds < 1 or any(size is not None and size < 1 for size in (given.megabytes, given.throttled_megabytes)):
         parser.error("--rounds and sizes begin at 1")
     standard = _QUICK if given.quick else _FULL
