@@ -7,6 +7,7 @@ ranks, contenders interleaved. Each loaded element is compared with what was sav
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ from benchmarks.models import Shapes, gpt_of, small_tensors, state_bytes
 from benchmarks.ranks import RankFailed, RankPool
 from benchmarks.run import Figures, run_case, summarize
 from benchmarks.stores import Store, StoreKind, object_store, warm_page_cache
-from benchmarks.table import Results, markdown, show, tables
+from benchmarks.table import Results, Table, markdown, show, tables
 
 _MODEL_SHARE = 1.5  # a checkpoint holds the weights too: half as much as two moments
 
@@ -36,7 +37,7 @@ examples:
   python -m benchmarks.load --quick                              a first look at every store
   python -m benchmarks.load --store warm --cases 4-4,1-4         two of the cases with a warm page cache, full size
   python -m benchmarks.load --rounds 9 --json load.json          all samples and figures in a file
-  python -m benchmarks.load --markdown --plot results.svg        tables and a plot to paste
+  python -m benchmarks.load --readme                             all, into benchmarks/README.md and benchmarks/results.svg
 """
 
 
@@ -58,6 +59,8 @@ class Sizes:
 _FULL, _QUICK = Sizes(400, 200, 80), Sizes(60, 40, 10)
 _QUICK_CASES = ("4-4", "rows-columns-4", "hsdp-2x2")
 _ROUNDS, _QUICK_ROUNDS = 5, 2
+_README = Path(__file__).with_name("README.md")
+_BEGIN, _END = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Options:
     json: Path | None
     plot: Path | None
     markdown: bool
+    readme: bool
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -101,6 +105,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--json", type=Path, help="write machine, samples, figures and limits to this file")
     parser.add_argument("--plot", type=Path, help="draw times and bytes into this file (.svg); needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument(
+        "--readme", action="store_true", help=f"write the tables into {_README.name} and the plot beside it"
+    )
     given = parser.parse_args(arguments)
     by_name = {case.name: case for case in CASES}
     names = given.cases.split(",") if given.cases else list(_QUICK_CASES if given.quick else by_name)
@@ -109,6 +116,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     rounds = given.rounds if given.rounds is not None else _QUICK_ROUNDS if given.quick else _ROUNDS
     if rounds < 1 or any(size is not None and size < 1 for size in (given.megabytes, given.throttled_megabytes)):
         parser.error("--rounds and sizes begin at 1")
+    if (given.plot or given.readme) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot and --readme need matplotlib: pip install --no-deps -r benchmarks/requirements.txt")
     standard = _QUICK if given.quick else _FULL
     sizes = Sizes(given.megabytes or standard.files, given.throttled_megabytes or standard.throttled, standard.small)
     return Options(
@@ -118,8 +127,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         sizes,
         given.directory,
         given.json,
-        given.plot,
+        given.plot or (_README.with_name("results.svg") if given.readme else None),
         given.markdown,
+        given.readme,
     )
 
 
@@ -217,6 +227,15 @@ def facts(options: Options, machine: Mapping[str, str]) -> str:
     )
 
 
+def write_readme(measured: str, found: Sequence[Table]) -> None:
+    """Put the tables where the last ones were."""
+    text = _README.read_text()
+    before, after = text.partition(_BEGIN)[0], text.partition(_END)[2]
+    lines = "\n".join(f"> {line}  " for line in measured.splitlines())
+    body = "\n".join(markdown(table) for table in found)
+    _README.write_text(f"{before}{_BEGIN}\n{lines}\n\n{body}\n{_END}{after}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 where something loaded is not what was saved."""
     options = parse_options(arguments)
@@ -239,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(table)
     if options.json:
         options.json.write_text(json.dumps(report(options, machine, results), indent=2) + os.linesep)
+    if options.readme:
+        write_readme(facts(options, machine), tables(results))
     if options.plot:
         from benchmarks.plot import draw
 
