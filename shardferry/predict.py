@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from shardferry.decode import HEAD_BYTES, ItemLayout
 from shardferry.extents import JoinLimits, join, whole_items
 from shardferry.item_format import KnownValue, RawItem, TransformedItem
 from shardferry.items import USUAL_RAW_START, TensorItem, tensor_item, usual_layout
-from shardferry.plan import LoadPlan, ReadItem
+from shardferry.plan import LoadPlan, PlannedObject, ReadItem
 from shardferry.region import Region, row_major_strides
 from shardferry.requests import Gather, Request, brings_head, requests_for
 from shardferry.sharing import SharedPlan, SharedRead
@@ -37,7 +38,7 @@ def predict_reads(
     chunks = [_Chunk(_item(catalog, chunk, reads[0]), tuple(reads)) for chunk, reads in by_chunk.items()]
     chunks.sort(key=lambda chunk: (chunk.item.path, chunk.item.byte_offset))
     extents, alone = join(chunks, limits)
-    num_requests, nbytes = _objects(plan, catalog, limits)
+    nbytes, num_requests = predict_objects(plan.objects, catalog, limits)
     num_requests += len(extents)
     nbytes += sum(extent.stop - extent.start for extent in extents)
     for chunk in alone:
@@ -51,13 +52,14 @@ def predict_reads(
     return nbytes, num_requests
 
 
-def _objects(plan: LoadPlan, catalog: Catalog, limits: JoinLimits) -> tuple[int, int]:
-    """Requests and bytes of what this rank reads whole."""
-    tensors = [planned.nbytes for planned in plan.objects if planned.key not in catalog.objects]
-    items = whole_items(catalog, [planned.key for planned in plan.objects if planned.key in catalog.objects])
+def predict_objects(objects: Iterable[PlannedObject], catalog: Catalog, limits: JoinLimits) -> tuple[int, int]:
+    """Bytes and requests of what is read whole, by one rank."""
+    keys = {planned.key: planned.nbytes for planned in objects}
+    tensors = [nbytes for key, nbytes in keys.items() if key not in catalog.objects]
+    items = whole_items(catalog, [key for key in keys if key in catalog.objects])
     extents, alone = join([one for one in items if not isinstance(one.item.format, KnownValue)], limits)
     lengths = [extent.stop - extent.start for extent in extents] + [one.item.byte_length for one in alone] + tensors
-    return len(lengths), sum(lengths)
+    return sum(lengths), len(lengths)
 
 
 def _ranged(chunk: _Chunk, limits: JoinLimits) -> tuple[int, int]:
