@@ -150,6 +150,7 @@ class _CatalogBuilder:
             first = int(outside[0])
             raise _outside(source, tensors[tensor[first]], offsets.row(first), sizes.row(first))
         corner = shapes.corners(tensor, offsets)
+        end = shapes.corners(tensor, Ragged(offsets.flat + sizes.flat, offsets.lengths))
         item = _items_of(numbers, shapes, tensor, corner, items)
         for chunk in np.flatnonzero((item == _NO_ITEM) & (counts[tensor] == 1)).tolist():
             item[chunk] = of_objects.get(tensors[tensor[chunk]].number, _NO_ITEM)
@@ -162,7 +163,7 @@ class _CatalogBuilder:
                 (items.format, 0),
             )
         )
-        return ChunkColumns(rows[tensor], corner, offsets, sizes, *stored)
+        return ChunkColumns(rows[tensor], corner, end, offsets, sizes, *stored)
 
     def finish(self) -> Catalog:
         keys = list(self._tensors)

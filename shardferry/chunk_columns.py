@@ -69,7 +69,8 @@ class ChunkColumns:
     """Some saved chunks: one row a chunk in each column."""
 
     tensor: np.ndarray  # int64, a number for each tensor
-    corner: np.ndarray  # int64, see Shapes.corners
+    corner: np.ndarray  # int64, where its box begins; see Shapes.corners
+    end: np.ndarray  # int64, where its box ends, alike
     offsets: Ragged  # elements
     sizes: Ragged  # elements
     path: np.ndarray  # int64, a number for each path of a file, or NO_FILE
@@ -95,24 +96,16 @@ class ChunkColumns:
 
     def without_replicas(self) -> ChunkColumns:
         """Of equal boxes of a tensor one: in the place of the first, stored as the first that is stored."""
-        suspects = self._with_equal_corners().tolist()
-        if not suspects:
+        order = np.lexsort((self.end, self.corner, self.tensor))  # stable: equal boxes stay in their order
+        is_replica = _is_as_before(self.tensor[order], self.corner[order], self.end[order])
+        if not is_replica.any():
             return self
-        first_of: dict[Any, int] = {}
-        kept, stored = np.ones(len(self.tensor), dtype=bool), np.arange(len(self.tensor))
-        for row in suspects:
-            first = first_of.setdefault((int(self.tensor[row]), self.offsets.row(row), self.sizes.row(row)), row)
-            kept[row] = first == row
-            if self.path[stored[first]] == NO_FILE:
-                stored[first] = row
-        return self.take(stored[kept])
-
-    def _with_equal_corners(self) -> np.ndarray:
-        """Rows whose box begins where another of the same tensor does, ascending."""
-        order = np.lexsort((self.corner, self.tensor))
-        equal = _is_as_before(self.tensor[order]) & _is_as_before(self.corner[order])
-        equal[:-1] |= equal[1:]
-        return np.sort(order[equal])
+        first = order[~is_replica]
+        is_stored = self.path[order] != NO_FILE
+        box, rows = (np.cumsum(~is_replica) - 1)[is_stored], order[is_stored]
+        chosen = first.copy()
+        chosen[box[::-1]] = rows[::-1]  # of several values for one place the last stays
+        return self.take(chosen[np.argsort(first)])
 
 
 def items_at(tensor: np.ndarray, corner: np.ndarray, item_tensor: np.ndarray, item_corner: np.ndarray) -> np.ndarray:
@@ -121,12 +114,16 @@ def items_at(tensor: np.ndarray, corner: np.ndarray, item_tensor: np.ndarray, it
     tensors, corners = np.concatenate([tensor, item_tensor]), np.concatenate([corner, item_corner])
     order = np.lexsort((corners, tensors))
     place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.cumsum(~(_is_as_before(tensors[order]) & _is_as_before(corners[order])))
+    place[order] = np.cumsum(~_is_as_before(tensors[order], corners[order]))
     item_at = np.full(len(order) + 1, -1, dtype=np.int64)
     item_at[place[num_chunks:]] = np.arange(len(item_tensor))
     return item_at[place[:num_chunks]]
 
 
-def _is_as_before(column: np.ndarray) -> np.ndarray:
-    """For each entry, whether it is equal to the one before; the first is not."""
-    return np.concatenate([np.zeros(min(1, len(column)), dtype=bool), column[1:] == column[:-1]])
+def _is_as_before(*columns: np.ndarray) -> np.ndarray:
+    """For each row, whether it is equal to the one before, in all columns; the first is not."""
+    equal = np.ones(len(columns[0]), dtype=bool)
+    equal[:1] = False
+    for column in columns:
+        equal[1:] &= column[1:] == column[:-1]
+    return equal

@@ -208,6 +208,7 @@ ROWS = st.lists(st.lists(st.integers(-(2**60), 2**60), max_size=3).map(tuple), m
 
 
 @given(ROWS, st.data())
+@settings(deadline=None)
 def test_ragged_rows(rows: list[tuple[int, ...]], data: st.DataObject) -> None:
     ragged = Ragged.of(rows)
     assert [ragged.row(index) for index in range(len(ragged))] == rows
