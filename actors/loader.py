@@ -22,6 +22,7 @@ from actors.rendezvous import Meeting, join_meeting, open_meeting
 from schemas.stage_report import RankReport, Span
 from shardferry.agreement import Agreement
 from shardferry.catalog import Catalog
+from shardferry.catalog_cache import CacheChoice
 from shardferry.checkpoint import open_checkpoint
 from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import RankLayout
@@ -94,10 +95,10 @@ class Loader:
             self._agreement = Agreement(dist.group.WORLD)
         return os.getpid()
 
-    def open_catalog(self, location: str, storage_options: Mapping[str, Any]) -> Catalog:
+    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheChoice) -> Catalog:
         """On rank 0: read the checkpoint's metadata for all."""
         with self._span("catalog"):
-            return open_checkpoint(location, storage_options=storage_options)
+            return open_checkpoint(location, storage_options=storage_options, cache=cache)
 
     def load(
         self, catalog: Catalog, target: SpecLayout | Reception, request: LoadRequest, read: ReadOptions, _joined: int
@@ -174,7 +175,10 @@ class Loader:
             transport=transport,
             strategy=loaded.strategy.name,
             strategy_reason=loaded.strategy.reason,
-            host_copy_bandwidth=host_copy_bandwidth(),
+            host_copy_bandwidth=copy_bandwidth(torch.device("cpu")),
+            device_copy_bandwidth=copy_bandwidth(self._device) if self._device.type == "cuda" else None,
+            bytes_forwarded=loaded.bytes_forwarded,
+            busy=dict(loaded.counters.busy.seconds),
             missing=list(loaded.plan.missing),
             unexpected=list(loaded.unexpected),
             phases=phases | loaded.seconds,
@@ -182,12 +186,14 @@ class Loader:
         )
 
 
-def host_copy_bandwidth(nbytes: int = 16 * 1024 * 1024) -> float:
-    """Bytes a second that this process copies in host memory, now: the best of three short copies."""
-    source, target = bytearray(nbytes), bytearray(nbytes)
+def copy_bandwidth(device: torch.device, nbytes: int = 16 * 1024 * 1024) -> float:
+    """Bytes a second that this process copies from host memory to a device (the host is one), now: the best of three copies."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     best = 0.0
     for _ in range(3):
         start = time.perf_counter()
-        target[:] = source
+        target.copy_(source)  # to a GPU too it has arrived when this returns
         best = max(best, nbytes / (time.perf_counter() - start))
     return best

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.models import NUM_SMALL
 from shardferry.layout import AxisCut, TensorLayout, sharded
 from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.spec_layout import Rule, SpecLayout
@@ -14,19 +15,31 @@ COPIES, AXIS = "copies", "dp"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Saved by FSDP2 on some ranks (rows), wanted on others."""
+    """A model saved by FSDP2 on some ranks (rows), wanted on others.
+
+    Of many small tensors there are 64 shares: each of 4 processes wants 16 that lie side by side, and reads what 16 ranks
+    of an unchanged topology would read.
+    """
 
     name: str
     saved_by: int  # ranks
     ranks: int
     cut: Literal["rows", "columns"]
     copies: int = 1  # HSDP: as many groups of ranks hold the same
+    model: Literal["gpt", "small"] = "gpt"
 
     @property
     def title(self) -> str:
         change = "" if self.cut == "rows" else ", rows → columns"
         target = f"{self.ranks}" if self.copies == 1 else f"{self.copies} × {self.ranks // self.copies}"
+        if self.model == "small":
+            return f"{self.saved_by} ranks × {NUM_SMALL} small tensors"
         return f"{self.saved_by} → {target}{change}"
+
+    @property
+    def checkpoint(self) -> tuple[str, int]:
+        """Model and saving ranks: cases that have these in common load the same checkpoint."""
+        return self.model, self.saved_by
 
     @property
     def mesh_shape(self) -> tuple[int, int]:
@@ -59,10 +72,12 @@ CASES = (
     Case("4-4", 4, 4, "rows"),
     Case("4-2", 4, 2, "rows"),
     Case("4-3", 4, 3, "rows"),
+    Case("4-6", 4, 6, "rows"),
     Case("4-8", 4, 8, "rows"),
     Case("1-4", 1, 4, "rows"),
     Case("rows-columns-2", 4, 2, "columns"),
     Case("rows-columns-4", 4, 4, "columns"),
     Case("rows-columns-8", 4, 8, "columns"),
     Case("hsdp-2x2", 4, 4, "rows", copies=2),
+    Case("64-small", 64, 4, "rows", model="small"),
 )

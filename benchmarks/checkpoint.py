@@ -19,14 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from benchmarks.gpt import LEARNING_RATE, STATES, STEP, GptSize, fill_box
+from benchmarks.models import LEARNING_RATE, STATES, STEP, Shapes, fill_box
 from shardferry.region import Region
 
 OPTIMIZER_KEY = "optim"
-_READ_BYTES = 8 * 1024 * 1024
 
 
-def make_model(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+def make_model(shapes: Shapes) -> nn.Module:
     """A module tree with parameters of these names and shapes, on the meta device."""
     root = nn.Module()
     for fqn, shape in shapes.items():
@@ -40,11 +39,11 @@ def make_model(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
     return root
 
 
-def shard_model(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+def shard_model(shapes: Shapes) -> nn.Module:
     """The model under FSDP2 over all ranks of the process group: each block on its own, then the rest. Not filled."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = make_model(shapes)
-    for block in model.get_submodule("h").children():
+    for block in getattr(model, "h", nn.Module()).children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model.to_empty(device="cpu")
@@ -59,9 +58,16 @@ def adamw(parameters: Mapping[str, torch.Tensor]) -> torch.optim.AdamW:
     )
 
 
-def save_checkpoint(path: str, size: GptSize) -> None:
+def save_checkpoint(path: str, shapes: Shapes) -> None:
     """On each rank: make the sharded model and its AdamW state, and let stock torch save both."""
-    model = shard_model(size.shapes())
+    model, optimizer = sharded_state(shapes)
+    state_dict = {"model": get_model_state_dict(model), OPTIMIZER_KEY: get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state_dict, checkpoint_id=path)
+
+
+def sharded_state(shapes: Shapes) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """On each rank: the sharded model and its optimizer, filled."""
+    model = shard_model(shapes)
     parameters = dict(model.named_parameters())
     optimizer = adamw(parameters)
     for fqn, parameter in parameters.items():
@@ -71,8 +77,7 @@ def save_checkpoint(path: str, size: GptSize) -> None:
             state[name] = torch.empty_like(parameter, requires_grad=False)
             _fill(state[name], fqn, name)
         optimizer.state[parameter] = state
-    state_dict = {"model": get_model_state_dict(model), OPTIMIZER_KEY: get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state_dict, checkpoint_id=path)
+    return model, optimizer
 
 
 def _fill(tensor: torch.Tensor, fqn: str, name: str) -> None:
@@ -84,15 +89,6 @@ def _fill(tensor: torch.Tensor, fqn: str, name: str) -> None:
 def data_files(path: str) -> list[Path]:
     """The checkpoint's data files, sorted."""
     return sorted(Path(path).glob("*.distcp"))
-
-
-def warm_page_cache(path: str) -> None:
-    """Read every file once, so that the kernel holds all of them."""
-    buffer = bytearray(_READ_BYTES)
-    for file in [*data_files(path), Path(path, ".metadata")]:
-        with file.open("rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
 
 
 def disk_directory(wanted: str | None, needed_bytes: int) -> str:

@@ -1,41 +1,66 @@
-"""Measure loading: Shardferry, stock ``dcp.load``, stock ``load_sharded_optimizer_state_dict``, and the floor.
+"""Measure loading: Shardferry, stock torch, other systems, and the floor; from a page cache, a disk and an object store.
 
-A checkpoint of a GPT's AdamW state is written once by real FSDP2 ranks with stock ``dcp.save``; then every case runs on
-live ranks, contenders interleaved. Each loaded element is compared with what was saved. Speed never fails a run.
+Checkpoints of AdamW state are written once by real FSDP2 ranks with stock ``dcp.save``; then every case runs on live
+ranks, contenders interleaved. Each loaded element is compared with what was saved. Speed never fails a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, Case
-from benchmarks.checkpoint import disk_directory, file_system, save_checkpoint, warm_page_cache
-from benchmarks.gpt import GptSize, gpt_of
+from benchmarks.checkpoint import disk_directory, file_system, save_checkpoint
+from benchmarks.contenders import CONTENDERS, contenders_of
 from benchmarks.limits import verdicts
 from benchmarks.machine import describe
+from benchmarks.many_ranks import save_as_many
+from benchmarks.models import Shapes, gpt_of, small_tensors, state_bytes
 from benchmarks.ranks import RankFailed, RankPool
 from benchmarks.run import Figures, run_case, summarize
-from benchmarks.table import Results, markdown, show, tables
+from benchmarks.stores import Store, StoreKind, object_store, warm_page_cache
+from benchmarks.table import Results, Table, markdown, show, tables
 
-_DEFAULT_MEGABYTES = 1500
-_QUICK_MEGABYTES = 200
 _MODEL_SHARE = 1.5  # a checkpoint holds the weights too: half as much as two moments
 
 _EXAMPLES = """\
 examples:
-  python -m benchmarks.load --quick                             a first look, 200 MB
-  python -m benchmarks.load --cases 4-4,rows-columns-2          two of the cases, full size
-  python -m benchmarks.load --rounds 9 --json load.json         all samples and figures in a file
-  python -m benchmarks.load --markdown > table.md               a table to paste
+  python -m benchmarks.load --quick                              a first look at every store
+  python -m benchmarks.load --store warm --cases 4-4,1-4         two of the cases with a warm page cache, full size
+  python -m benchmarks.load --rounds 9 --json load.json          all samples and figures in a file
+  python -m benchmarks.load --readme                             all, into benchmarks/README.md and benchmarks/results.svg
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Optimizer state to load, in 10**6 bytes."""
+
+    files: int
+    throttled: int  # the line has 400 of them a second
+    small: int  # the case of many small tensors, everywhere
+
+    def shapes(self, case: Case, kind: StoreKind) -> Shapes:
+        """Of the parameters of a case's model."""
+        if case.model == "small":
+            return small_tensors(self.small)
+        return gpt_of(self.throttled if kind is StoreKind.THROTTLED else self.files)
+
+
+_FULL, _QUICK = Sizes(400, 200, 80), Sizes(60, 40, 10)
+_QUICK_CASES = ("4-4", "rows-columns-4", "hsdp-2x2")
+_ROUNDS, _QUICK_ROUNDS = 5, 2
+_README = Path(__file__).with_name("README.md")
+_BEGIN, _END = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +68,14 @@ class Options:
     """What the command line says."""
 
     cases: Sequence[Case]
+    stores: Sequence[StoreKind]
     rounds: int
-    megabytes: int
+    sizes: Sizes
     directory: str | None
     json: Path | None
+    plot: Path | None
     markdown: bool
+    readme: bool
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -58,92 +86,184 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    kinds = [kind.value for kind in StoreKind]
     parser.add_argument(
-        "--quick", action="store_true", help=f"{_QUICK_MEGABYTES} MB of state instead of {_DEFAULT_MEGABYTES}"
+        "--quick",
+        action="store_true",
+        help=f"small checkpoints, {_QUICK_ROUNDS} rounds, cases {','.join(_QUICK_CASES)}",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds, one more goes before (default: 5)")
-    parser.add_argument("--megabytes", type=int, help="optimizer state to load, in 10**6 bytes")
+    parser.add_argument("--store", choices=kinds, action="append", help="again for another one (default: all)")
+    parser.add_argument("--rounds", type=int, help=f"counted rounds, one more goes before (default: {_ROUNDS})")
+    parser.add_argument("--megabytes", type=int, help=f"state in files, in 10**6 bytes (default: {_FULL.files})")
+    parser.add_argument(
+        "--throttled-megabytes", type=int, help=f"state in the object store (default: {_FULL.throttled})"
+    )
     parser.add_argument("--cases", help=f"some of {','.join(case.name for case in CASES)} (default: all)")
     parser.add_argument(
         "--directory", help="where checkpoints are written, on a disk (default: the temporary directory)"
     )
-    parser.add_argument("--json", type=Path, help="write machine, figures and limits to this file")
+    parser.add_argument("--json", type=Path, help="write machine, samples, figures and limits to this file")
+    parser.add_argument("--plot", type=Path, help="draw times and bytes into this file (.svg); needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument(
+        "--readme", action="store_true", help=f"write the tables into {_README.name} and the plot beside it"
+    )
     given = parser.parse_args(arguments)
     by_name = {case.name: case for case in CASES}
-    names = given.cases.split(",") if given.cases else list(by_name)
+    names = given.cases.split(",") if given.cases else list(_QUICK_CASES if given.quick else by_name)
     if unknown := [name for name in names if name not in by_name]:
         parser.error(f"--cases: no case {unknown[0]!r}; there are {', '.join(by_name)}")
-    if given.rounds < 1 or (given.megabytes is not None and given.megabytes < 1):
-        parser.error("--rounds and --megabytes begin at 1")
-    megabytes = given.megabytes or (_QUICK_MEGABYTES if given.quick else _DEFAULT_MEGABYTES)
+    rounds = given.rounds if given.rounds is not None else _QUICK_ROUNDS if given.quick else _ROUNDS
+    if rounds < 1 or any(size is not None and size < 1 for size in (given.megabytes, given.throttled_megabytes)):
+        parser.error("--rounds and sizes begin at 1")
+    if (given.plot or given.readme) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot and --readme need matplotlib: pip install --no-deps -r benchmarks/requirements.txt")
+    standard = _QUICK if given.quick else _FULL
+    sizes = Sizes(given.megabytes or standard.files, given.throttled_megabytes or standard.throttled, standard.small)
     return Options(
-        [by_name[name] for name in names], given.rounds, megabytes, given.directory, given.json, given.markdown
+        [by_name[name] for name in names],
+        [StoreKind(kind) for kind in dict.fromkeys(given.store or kinds)],
+        rounds,
+        sizes,
+        given.directory,
+        given.json,
+        given.plot or (_README.with_name("results.svg") if given.readme else None),
+        given.markdown,
+        given.readme,
     )
 
 
-def measure(options: Options, size: GptSize, directory: str) -> Results:
+def measure(options: Options, directory: str) -> Results:
     """Write the checkpoints and run the cases. Raises RankFailed where a result is wrong."""
-    shapes = size.shapes()
-    results: dict[Case, Mapping[str, Figures]] = {}
+    results: dict[StoreKind, Mapping[Case, Mapping[str, Figures]]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory) as folder,
-        RankPool(max(max(case.ranks, case.saved_by) for case in options.cases)) as pool,
+        object_store(folder) if StoreKind.THROTTLED in options.stores else nullcontext("") as url,
+        RankPool() as pool,
     ):
-        paths = {ranks: str(Path(folder, f"saved-by-{ranks}")) for ranks in {case.saved_by for case in options.cases}}
-        for ranks, path in paths.items():
-            _say(f"{ranks} FSDP2 ranks save {size.state_bytes / 1e6:.0f} MB of AdamW state and the weights")
-            pool.run(ranks, save_checkpoint, path, size)
-        for case in options.cases:
-            _say(f"{case.title}: {options.rounds} rounds")
-            path = paths[case.saved_by]
-            warm_page_cache(path)
-            results[case] = summarize(case, pool.run(case.ranks, run_case, case, path, shapes, options.rounds))
+        for kind in options.stores:
+            root = url if kind is StoreKind.THROTTLED else folder
+            results[kind] = {case: _measure_case(case, kind, folder, root, options, pool) for case in options.cases}
     return results
 
 
-def report(options: Options, size: GptSize, machine: Mapping[str, str], results: Results) -> dict[str, Any]:
+def _measure_case(
+    case: Case, kind: StoreKind, folder: str, root: str, options: Options, pool: RankPool
+) -> Mapping[str, Figures]:
+    shapes = options.sizes.shapes(case, kind)
+    name = f"{case.model}-{state_bytes(shapes)}-saved-by-{case.saved_by}"
+    store = Store(kind, f"{folder}/{name}", f"{root}/{name}")
+    _save_missing(case, store, shapes, pool)
+    _say(f"{kind.value}, {case.title}: {options.rounds} rounds")
+    return summarize(pool.run(case.ranks, run_case, case, store, shapes, options.rounds))
+
+
+def _save_missing(case: Case, store: Store, shapes: Shapes, pool: RankPool) -> None:
+    """Write the checkpoint, in every format that is read there, and have all of it in the page cache."""
+    size = f"{state_bytes(shapes) / 1e6:.0f} MB of AdamW state"
+    if not Path(store.directory).exists():
+        if case.model == "small":
+            _say(f"one process writes {size} as {case.saved_by} ranks would")
+            pool.run(1, save_as_many, store.directory, shapes, case.saved_by)
+        else:
+            _say(f"{case.saved_by} FSDP2 ranks save {size} and the weights")
+            pool.run(case.saved_by, save_checkpoint, store.directory, shapes)
+    warm_page_cache(store.directory)
+    for contender in contenders_of(case, store.kind):
+        if not contender.own_format:
+            continue
+        directory = store.sibling(contender.own_format).directory
+        if not Path(directory).exists():
+            _say(f"{case.saved_by} FSDP2 ranks save {size} with {contender.name}")
+            pool.run(case.saved_by, contender.save, directory, shapes)
+        warm_page_cache(directory)
+
+
+def needed_bytes(options: Options) -> int:
+    """Of disk: all checkpoints, in every format."""
+    formats: dict[tuple[object, ...], int] = {}
+    for kind in options.stores:
+        for case in options.cases:
+            nbytes = state_bytes(options.sizes.shapes(case, kind))
+            formats[case.checkpoint, nbytes, "stock"] = int(_MODEL_SHARE * nbytes)
+            for contender in contenders_of(case, kind):
+                if contender.own_format:
+                    formats[case.checkpoint, nbytes, contender.own_format] = nbytes
+    return sum(formats.values())
+
+
+def report(options: Options, machine: Mapping[str, str], results: Results) -> dict[str, Any]:
     """All of a run as plain data, for ``--json``."""
     return {
         "machine": dict(machine),
-        "model": {**asdict(size), "num_parameters": len(size.shapes()), "state_bytes": size.state_bytes},
         "rounds": options.rounds,
-        "cases": {
-            case.name: {
-                "contenders": {name: asdict(found) for name, found in figures.items()},
-                "limits": [asdict(verdict) for verdict in verdicts(figures)],
+        "stores": {
+            kind.value: {
+                case.name: {
+                    "state_bytes": state_bytes(options.sizes.shapes(case, kind)),
+                    "contenders": {name: asdict(found) for name, found in figures.items()},
+                    "left_out": {c.name: why for c in CONTENDERS if (why := c.why_not(case, kind))},
+                    "limits": [asdict(verdict) for verdict in verdicts(kind, figures)],
+                }
+                for case, figures in cases.items()
             }
-            for case, figures in results.items()
+            for kind, cases in results.items()
         },
     }
+
+
+def facts(options: Options, machine: Mapping[str, str]) -> str:
+    """Machine, versions and data, in a few lines."""
+    sizes = {
+        f"{state_bytes(options.sizes.shapes(case, kind)) / 1e6:.0f} MB of {case.model} state ({kind.value})": None
+        for kind in options.stores
+        for case in options.cases
+    }
+    return "\n".join(
+        [
+            ", ".join(f"{what} {value}" for what, value in machine.items()),
+            f"{', '.join(sizes)}; medians of {options.rounds} interleaved rounds; every load compared bit for bit",
+        ]
+    )
+
+
+def write_readme(measured: str, found: Sequence[Table]) -> None:
+    """Put the tables where the last ones were."""
+    text = _README.read_text()
+    before, after = text.partition(_BEGIN)[0], text.partition(_END)[2]
+    lines = "\n".join(f"> {line}  " for line in measured.splitlines())
+    body = "\n".join(markdown(table) for table in found)
+    _README.write_text(f"{before}{_BEGIN}\n{lines}\n\n{body}\n{_END}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 where something loaded is not what was saved."""
     options = parse_options(arguments)
-    size = gpt_of(options.megabytes)
     try:
-        needed = len({case.saved_by for case in options.cases}) * int(_MODEL_SHARE * size.state_bytes)
-        directory = disk_directory(options.directory, needed)
+        directory = disk_directory(options.directory, needed_bytes(options))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     machine = describe(file_system(directory))
     try:
-        results = measure(options, size, directory)
+        results = measure(options, directory)
     except RankFailed as error:
         print(error, file=sys.stderr)
         return 1
-    facts = ", ".join(f"{what} {value}" for what, value in machine.items())
-    state = f"{size.state_bytes / 1e6:.0f} MB of AdamW state in {2 * len(size.shapes())} tensors"
-    print(f"{facts}\n{state}; medians of {options.rounds} interleaved rounds; every load compared bit for bit\n")
+    print(facts(options, machine) + "\n")
     for table in tables(results):
         if options.markdown:
             print(markdown(table))
         else:
             show(table)
     if options.json:
-        options.json.write_text(json.dumps(report(options, size, machine, results), indent=2) + os.linesep)
+        options.json.write_text(json.dumps(report(options, machine, results), indent=2) + os.linesep)
+    if options.readme:
+        write_readme(facts(options, machine), tables(results))
+    if options.plot:
+        from benchmarks.plot import draw
+
+        draw(results, options.plot)
     return 0
 
 

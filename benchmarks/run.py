@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from benchmarks.cases import Case
-from benchmarks.contenders import Contender, Task, contenders_of
+from benchmarks.contenders import contenders_of
 from benchmarks.meter import Spent, spend
+from benchmarks.models import Shapes
+from benchmarks.stores import Store, StoreKind
+from benchmarks.task import Contender, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +21,10 @@ class Sample:
     contender: str
     fresh: bool  # the destination was allocated by the load, not before
     spent: Spent
-    bytes_asked: int
+    bytes_asked: int  # of the storage; where a server counts, rank 0 has those of all ranks
     requests: int
+    peak_over_shard: int  # bytes of resident memory beyond the destination
+    warm_share: float  # of the files: in the page cache before the load, where nothing should be
     phases: Mapping[str, float]  # seconds
 
 
@@ -38,81 +43,102 @@ class Figures:
 
     wall_s: float  # from the first rank's start to the last one's end; destinations touched
     cpu_s: float  # of all ranks
-    fresh_wall_s: float  # the same with destinations allocated by the load
-    fresh_cpu_s: float
+    fresh_wall_s: float | None  # the same with destinations allocated by the load; None where that was not measured
+    fresh_cpu_s: float | None
     bytes_asked: int  # of all ranks
     unique_bytes: int  # what all ranks need, each byte once
-    worst_rank_ratio: float  # bytes asked over bytes needed, of the rank where it is highest
     requests: int  # of all ranks
     peak_over_shard: int  # bytes of resident memory beyond the shard, of the rank where it is highest
+    warm_share: float  # the largest of all rounds
     phases: Mapping[str, float]  # seconds, of the rank that took longest in each
     walls_s: Sequence[float]  # of each round
+    fresh_walls_s: Sequence[float]
+
+    @property
+    def bytes_ratio(self) -> float:
+        return self.bytes_asked / self.unique_bytes
 
 
-def run_case(case: Case, path: str, shapes: Mapping[str, tuple[int, ...]], rounds: int) -> RankRun:
+def variants(case: Case, kind: StoreKind) -> tuple[bool, ...]:
+    """Whether destinations are fresh: both, where the page cache is warm, so that touching memory is to be seen."""
+    return (False, True) if kind is StoreKind.WARM and case.model == "gpt" else (False,)
+
+
+def run_case(case: Case, store: Store, shapes: Shapes, rounds: int) -> RankRun:
     """On each rank: all rounds of a case. Contenders alternate, and another one begins each round.
 
-    Each round loads into touched destinations, for the time, and into fresh ones, for the time and the peak memory. The
-    first round is not counted: it pays for imports and first calls.
+    The first round is not counted: it pays for imports and first calls.
 
     Raises:
         WrongResult: a contender's result is not what was saved.
     """
-    task = Task.of_this_rank(case, path, shapes)
-    contenders = [kind(task) for kind in contenders_of(case)]
+    task = Task.of_this_rank(case, store, shapes)
+    contenders = [kind(task) for kind in contenders_of(case, store.kind)]
     samples: list[Sample] = []
     for turn in range(rounds + 1):
         first = turn % len(contenders)
-        for fresh in (False, True):
+        for fresh in variants(case, store.kind):
             for contender in contenders[first:] + contenders[:first]:
-                sample = _load(contender, fresh=fresh)
+                sample = _load(contender, task, fresh=fresh)
                 if turn:
                     samples.append(sample)
     return RankRun(task.shard_bytes, task.needed_bytes, samples)
 
 
-def _load(contender: Contender, *, fresh: bool) -> Sample:
+def _load(contender: Contender, task: Task, *, fresh: bool) -> Sample:
     if not fresh:
         contender.prepare()
-    spent = spend(contender.load)
+    store, leads = task.store, task.rank == 0
+    files = store.sibling(contender.own_format) if contender.own_format else store
+    warm_share = files.make_ready() if leads else 0.0
+    served_before = store.asked() if leads else None
+    spent = spend(contender.load)  # between two barriers
+    served = store.asked() if leads else None
     contender.check()
     contender.release()
-    asked, requests = contender.asked_of_storage(spent)
-    return Sample(contender.name, fresh, spent, asked, requests, dict(contender.phases()))
+    allocated = task.shard_bytes if fresh or contender.allocates else 0
+    sample = Sample(
+        contender.name,
+        fresh,
+        spent,
+        *contender.asked_of_storage(spent),
+        max(spent.peak_bytes - allocated, 0),
+        warm_share,
+        dict(contender.phases()),
+    )
+    if not store.is_remote:
+        return sample
+    if served is None or served_before is None:
+        return replace(sample, bytes_asked=0, requests=0)
+    num_bytes, requests = (now - before for now, before in zip(served, served_before, strict=True))
+    return replace(sample, bytes_asked=num_bytes, requests=requests)
 
 
-def summarize(case: Case, runs: Sequence[RankRun]) -> dict[str, Figures]:
+def summarize(runs: Sequence[RankRun]) -> dict[str, Figures]:
     """Figures of each contender, by name, from the samples of all ranks."""
-    return {kind.name: _figures(kind.name, runs) for kind in contenders_of(case)}
+    names = dict.fromkeys(sample.contender for sample in runs[0].samples)
+    return {name: _figures(name, runs) for name in names}
 
 
 def _figures(name: str, runs: Sequence[RankRun]) -> Figures:
     touched, fresh = _rounds(name, runs, fresh=False), _rounds(name, runs, fresh=True)
-    needed = [run.shard_bytes for run in runs]
-    walls = [_wall(samples) for samples in touched]
+    walls, fresh_walls = [_wall(samples) for samples in touched], [_wall(samples) for samples in fresh]
     return Figures(
         wall_s=median(walls),
         cpu_s=median(_cpu(samples) for samples in touched),
-        fresh_wall_s=median(_wall(samples) for samples in fresh),
-        fresh_cpu_s=median(_cpu(samples) for samples in fresh),
+        fresh_wall_s=median(fresh_walls) if fresh else None,
+        fresh_cpu_s=median(_cpu(samples) for samples in fresh) if fresh else None,
         bytes_asked=round(median(sum(s.bytes_asked for s in samples) for samples in touched)),
         unique_bytes=runs[0].unique_bytes,
-        worst_rank_ratio=median(
-            max(s.bytes_asked / rank_bytes for s, rank_bytes in zip(samples, needed, strict=True))
-            for samples in touched
-        ),
         requests=round(median(sum(s.requests for s in samples) for samples in touched)),
-        peak_over_shard=round(
-            median(
-                max(s.spent.peak_bytes - rank_bytes for s, rank_bytes in zip(samples, needed, strict=True))
-                for samples in fresh
-            )
-        ),
+        peak_over_shard=round(median(max(s.peak_over_shard for s in samples) for samples in fresh or touched)),
+        warm_share=max(s.warm_share for samples in touched for s in samples),
         phases={
             phase: median(max(s.phases[phase] for s in samples) for samples in touched)
             for phase in touched[0][0].phases
         },
         walls_s=walls,
+        fresh_walls_s=fresh_walls,
     )
 
 

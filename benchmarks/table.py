@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.cases import Case
-from benchmarks.contenders import Floor, StockLoad, StockShardedLoad
+from benchmarks.contenders import CONTENDERS
+from benchmarks.floor import Floor
 from benchmarks.limits import verdicts
+from benchmarks.ours import Shardferry
 from benchmarks.run import Figures
+from benchmarks.stock import StockLoad
+from benchmarks.stores import StoreKind
 
-Results = Mapping[Case, Mapping[str, Figures]]  # figures of each contender, by case
+CaseResults = Mapping[Case, Mapping[str, Figures]]  # figures of each contender, by case
+Results = Mapping[StoreKind, CaseResults]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,83 +28,94 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """All tables of a run."""
-    return [limits_table(results), time_table(results), reading_table(results), phases_table(results)]
+    found = []
+    for kind, cases in results.items():
+        found += [limits_table(kind, cases), time_table(kind, cases)]
+        if kind is StoreKind.WARM:
+            found.append(fresh_table(kind, cases))
+        found += [reading_table(kind, cases), costs_table(kind, cases), phases_table(kind, cases)]
+    return found
 
 
-def limits_table(results: Results) -> Table:
+def limits_table(kind: StoreKind, cases: CaseResults) -> Table:
     """Shardferry against the project's limits."""
-    judged = {case: verdicts(figures) for case, figures in results.items()}
+    judged = {case: verdicts(kind, figures) for case, figures in cases.items()}
     first = next(iter(judged.values()))
     header = ["case", *(f"{verdict.what} ({verdict.wanted})" for verdict in first)]
     rows = [[case.title, *map(str, found)] for case, found in judged.items()]
-    return Table("Shardferry against its limits (page cache warm, destinations touched)", header, rows)
+    return Table(f"Shardferry against its limits: {kind.title}", header, rows)
 
 
-def time_table(results: Results) -> Table:
-    """Seconds of wall and CPU of each contender, and their ratios to the floor and to stock."""
-    header = [
-        "case",
-        "who",
-        "wall s",
-        "x floor",
-        "stock/this",
-        "CPU s",
-        "x floor",
-        "fresh wall s",
-        "x floor",
-        "fresh CPU s",
-    ]
-    rows: list[Sequence[str]] = []
-    for case, figures in results.items():
-        floor, stock = figures[Floor.name], figures[StockLoad.name]
-        for name, found in figures.items():
-            rows.append(
-                [
-                    case.title,
-                    name,
-                    f"{found.wall_s:.3f}",
-                    f"{found.wall_s / floor.wall_s:.2f}",
-                    f"{stock.wall_s / found.wall_s:.2f}",
-                    f"{found.cpu_s:.2f}",
-                    f"{found.cpu_s / floor.cpu_s:.2f}",
-                    f"{found.fresh_wall_s:.3f}",
-                    f"{found.fresh_wall_s / floor.fresh_wall_s:.2f}",
-                    f"{found.fresh_cpu_s:.2f}",
-                ]
-            )
-        if StockShardedLoad.name not in figures:
-            rows.append([case.title, StockShardedLoad.name, "can't cut columns", *[""] * (len(header) - 3)])
-    return Table("Time: medians; destinations touched before the clock, and fresh ones", header, rows)
+def time_table(kind: StoreKind, cases: CaseResults) -> Table:
+    """Seconds of wall time of each contender, and their ratios to the floor."""
+    title = f"{_TIMES}: {kind.title}{_disk_rate(kind, cases)}, destinations touched"
+    return _by_contender(title, cases, lambda found, floor: _over(found.wall_s, floor.wall_s))
 
 
-def reading_table(results: Results) -> Table:
-    """What each contender asks of storage, and how much memory it takes."""
-    header = ["case", "who", "bytes/unique", "worst rank/needed", "requests", "peak over shard MiB"]
-    rows = [
-        [
-            case.title,
-            name,
-            f"{found.bytes_asked / found.unique_bytes:.3f}",
-            f"{found.worst_rank_ratio:.3f}",
-            f"{found.requests}",
-            f"{max(found.peak_over_shard, 0) / 2**20:.0f}",
-        ]
-        for case, figures in results.items()
-        for name, found in figures.items()
-    ]
-    return Table(
-        "Bytes asked of storage, all ranks over the unique needed ones; peak with fresh destinations", header, rows
+def fresh_table(kind: StoreKind, cases: CaseResults) -> Table:
+    """The same where the load allocates its destinations."""
+    measured = {case: figures for case, figures in cases.items() if figures[Floor.name].fresh_wall_s}
+    title = f"{_TIMES}: {kind.title}, destinations fresh"
+    return _by_contender(title, measured, lambda found, floor: _over(found.fresh_wall_s or 0, floor.fresh_wall_s or 1))
+
+
+def reading_table(kind: StoreKind, cases: CaseResults) -> Table:
+    """What each contender asks of storage."""
+    title = f"Bytes asked of storage by all ranks over the unique needed ones, and requests: {kind.title}"
+    return _by_contender(title, cases, lambda found, _: f"{found.bytes_ratio:.3f} / {found.requests}")
+
+
+def costs_table(kind: StoreKind, cases: CaseResults) -> Table:
+    """Processor time and memory."""
+    title = f"CPU s of all ranks (x floor), peak MiB over the shard of the rank where it is highest: {kind.title}"
+    return _by_contender(
+        title,
+        cases,
+        lambda found, floor: f"{_over(found.cpu_s, floor.cpu_s)}, {found.peak_over_shard / 2**20:.0f}",
     )
 
 
-def phases_table(results: Results) -> Table:
-    """Where Shardferry's time goes."""
-    parts = {
-        case: next(found.phases for found in figures.values() if found.phases) for case, figures in results.items()
-    }
+def phases_table(kind: StoreKind, cases: CaseResults) -> Table:
+    """Where Shardferry's time goes, and stock's over it."""
+    parts = {case: figures[Shardferry.name].phases for case, figures in cases.items()}
     names = list(next(iter(parts.values())))
-    rows = [[case.title, *(f"{1000 * phases[name]:.0f}" for name in names)] for case, phases in parts.items()]
-    return Table("Shardferry by phase, ms, slowest rank", ["case", *names], rows)
+    rows = []
+    for case, figures in cases.items():
+        ours, stock = figures[Shardferry.name], figures[StockLoad.name]
+        milliseconds = [f"{1000 * ours.phases.get(name, 0):.0f}" for name in names]
+        rows.append([case.title, *milliseconds, f"{stock.cpu_s / ours.cpu_s:.2f}"])
+    title = f"Shardferry by phase, ms, slowest rank; stock's CPU time over its: {kind.title}"
+    return Table(title, ["case", *names, "stock CPU/ours"], rows)
+
+
+_TIMES = "Seconds (x floor)"
+
+
+def _by_contender(title: str, cases: CaseResults, cell: Callable[[Figures, Figures], str]) -> Table:
+    """A column for each contender that was measured; of the others the reason."""
+    shown = [kind for kind in CONTENDERS if any(kind.name in figures for figures in cases.values())]
+    rows = [
+        [
+            case.title,
+            *(cell(figures[kind.name], figures[Floor.name]) if kind.name in figures else "-" for kind in shown),
+        ]
+        for case, figures in cases.items()
+    ]
+    return Table(title, ["case", *(kind.name for kind in shown)], rows)
+
+
+def _over(seconds: float, floor_s: float) -> str:
+    return f"{seconds:.3f} ({seconds / floor_s:.2f})"
+
+
+def _disk_rate(kind: StoreKind, cases: CaseResults) -> str:
+    """What the disk gives the floor, and whether it was the disk that gave it."""
+    if kind is not StoreKind.COLD:
+        return ""
+    rates = [figures[Floor.name].unique_bytes / figures[Floor.name].wall_s for figures in cases.values()]
+    warm = max(found.warm_share for figures in cases.values() for found in figures.values())
+    warning = f"; up to {100 * warm:.0f} % of the files could NOT be dropped from the page cache" if warm > 0.01 else ""
+    return f" (the disk gives the floor {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s{warning})"
 
 
 def markdown(table: Table) -> str:

@@ -190,7 +190,7 @@ def _catalog_of(config: StageConfig, location: str | None) -> Catalog:
     where = location or config.checkpoint.location
     if where is None:
         raise SpecError("checkpoint.location: missing; give it in the spec or with --location")
-    return open_checkpoint(where, storage_options=config.checkpoint.storage_options)
+    return open_checkpoint(where, storage_options=config.checkpoint.storage_options, cache=config.checkpoint.cache)
 
 
 def _check_writable(*paths: Path | None) -> None:

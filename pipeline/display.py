@@ -173,6 +173,8 @@ def print_stage(report: StageReport) -> None:
     ]
     print_table(f"{report.location}: {report.optimizer_key!r} loaded on {report.world_size} ranks", header, rows)
     print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
+    if report.busy:
+        print("busy reading: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.busy.items()))
     print(
         f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_read)} "
         f"({report.read_amplification:.3f} x); lower bound {report.lower_bound_s:.4f} s, reached {report.ratio_to_lower_bound:.1f} x"

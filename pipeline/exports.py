@@ -38,6 +38,8 @@ def html_page(report: StageReport) -> str:
         "lower bound, s": f"{report.lower_bound_s:.4f}",
         "over the lower bound": f"{report.ratio_to_lower_bound:.2f}",
         **{f"{name}, s": f"{seconds:.4f}" for name, seconds in report.phases.items()},
+        **{f"busy with {name}, s": f"{seconds:.4f}" for name, seconds in report.busy.items()},
+        **{f"at least, by {name}, s": f"{seconds:.4f}" for name, seconds in report.lower_bound_terms.items()},
     }
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in totals.items()

@@ -21,7 +21,7 @@ from shardferry.errors import StorageError
 from shardferry.extents import JoinLimits
 from shardferry.neighbours import slab_bytes
 from shardferry.plan import LoadPlan, plan_load, planned_objects
-from shardferry.predict import predict_reads
+from shardferry.predict import predict_objects, predict_reads
 from shardferry.probe import answers_from_memory
 from shardferry.sharing import share_reads
 from shardferry.spec_layout import SpecLayout
@@ -66,8 +66,9 @@ def forecast(
     reads = _reads(config, catalog, plans, SpecWants(layout, range(layout.world_size)) if is_cooperative else None)
     places = np.searchsorted(chosen, kinds, side="right") - 1  # of its kind, else the nearest before it
     ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
-    nbytes = [planned.nbytes for planned in planned_objects(catalog, request)]
-    ranks[0] = _with_objects(ranks[0], sum(nbytes), len(nbytes))
+    objects = planned_objects(catalog, request)
+    bytes_read, num_requests = predict_objects(objects, catalog, join_limits(config, catalog))
+    ranks[0] = _with_objects(ranks[0], sum(planned.nbytes for planned in objects), bytes_read, num_requests)
     return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != kinds).any()))
 
 
@@ -80,7 +81,7 @@ def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
 
 def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wants: SpecWants | None) -> list[_Reads]:
     """Of each plan's rank; it reads for itself where there are no wants of others."""
-    limits, max_slab_bytes = _limits(config, catalog), slab_bytes(catalog)
+    limits, max_slab_bytes = join_limits(config, catalog), slab_bytes(catalog)
     found = []
     for plan in plans:
         shared = None if wants is None else share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes)
@@ -101,11 +102,15 @@ def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
         storage.close()
 
 
-def _limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
+def join_limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
+    """How the spec, or else the kind of storage, wants reads joined and split."""
     options, storage = config.read.options(config.timeouts.load_s), storage_of(catalog)
     try:
         return JoinLimits.of(
-            storage.traits, max_gap_bytes=options.max_gap_bytes, max_request_bytes=options.max_request_bytes
+            storage.traits,
+            max_gap_bytes=options.max_gap_bytes,
+            max_over_read=options.max_over_read,
+            max_request_bytes=options.max_request_bytes,
         )
     finally:
         storage.close()
@@ -130,12 +135,12 @@ def _scaled(rank: int, demand: Demand, like: _Reads) -> RankPlan:
     )
 
 
-def _with_objects(rank: RankPlan, nbytes: int, count: int) -> RankPlan:
+def _with_objects(rank: RankPlan, bytes_needed: int, bytes_read: int, num_requests: int) -> RankPlan:
     """Rank 0 reads the Python objects for all."""
     return rank.model_copy(
         update={
-            "bytes_needed": rank.bytes_needed + nbytes,
-            "bytes_read": rank.bytes_read + nbytes,
-            "num_requests": rank.num_requests + count,
+            "bytes_needed": rank.bytes_needed + bytes_needed,
+            "bytes_read": rank.bytes_read + bytes_read,
+            "num_requests": rank.num_requests + num_requests,
         }
     )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.forecast import forecast
+from pipeline.forecast import forecast, join_limits
 from schemas.plan_report import Balance, PlanReport
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
@@ -19,7 +19,6 @@ from shardferry.plan import check_cover, plan_load, planned_objects, saved_weigh
 from shardferry.reader import check_files
 from shardferry.region import Region, union_numel
 from shardferry.request import LoadRequest
-from shardferry.requests import MAX_REQUEST
 from shardferry.spec_layout import SpecLayout
 
 
@@ -78,6 +77,7 @@ def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: flo
     unique = demand.unique + object_bytes(catalog, request)
     planned = sum(rank.bytes_read for rank in found.ranks)
     options = config.read.options(config.timeouts.load_s)
+    in_flight = min(options.memory_budget_bytes, options.concurrency * join_limits(config, catalog).max_request_bytes)
     waits = -(-max(rank.num_requests for rank in found.ranks) // options.concurrency)
     bandwidth = config.read.storage_bandwidth
     return PlanReport(
@@ -90,7 +90,7 @@ def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: flo
         storage_bytes_planned=planned,
         read_amplification=amplification(planned, unique),
         num_requests=sum(rank.num_requests for rank in found.ranks),
-        peak_memory_bytes=max(rank.arena_bytes for rank in found.ranks) + options.concurrency * MAX_REQUEST,
+        peak_memory_bytes=max(rank.arena_bytes for rank in found.ranks) + in_flight,
         strategy="cooperative" if found.is_cooperative else "direct",
         ranks_planned=found.ranks_planned,
         estimated=found.estimated,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.planning import amplification, unique_bytes
 from schemas.stage_config import StageConfig
@@ -26,9 +26,10 @@ def build_report(
     values = None if config.topology is not None else read_values(catalog, request)
     unique = unique_bytes(catalog, layouts, request, values)
     read = sum(rank.bytes_read for rank in ranks)
-    phases = driver_phases | _slowest(ranks)
+    phases = driver_phases | _longest(rank.phases for rank in ranks)
     planning = phases.get("catalog", 0.0) + phases.get("plan", 0.0)
-    bound = lower_bound_s(config, unique, ranks) + planning
+    terms = lower_bound_terms(config, unique, ranks)
+    bound = max(terms.values(), default=0.0) + planning
     reached = planning + phases.get("allocate", 0.0) + phases.get("read", 0.0)
     return StageReport(
         location=catalog.location,
@@ -43,29 +44,41 @@ def build_report(
         missing=sorted({fqn for rank in ranks for fqn in rank.missing}),
         unexpected=sorted({fqn for rank in ranks for fqn in rank.unexpected}),
         phases=phases,
+        busy=_longest(rank.busy for rank in ranks),
         lower_bound_s=bound,
+        lower_bound_terms=terms,
         ratio_to_lower_bound=reached / bound if bound else 1.0,
         ranks=list(ranks),
     )
 
 
-def _slowest(ranks: Sequence[RankReport]) -> dict[str, float]:
-    phases: dict[str, float] = {}
+def _longest(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
     for rank in ranks:
-        for name, seconds in rank.phases.items():
-            phases[name] = max(phases.get(name, 0.0), seconds)
-    return phases
+        for name, spent in rank.items():
+            seconds[name] = max(seconds.get(name, 0.0), spent)
+    return seconds
 
 
-def lower_bound_s(config: StageConfig, unique: int, ranks: Sequence[RankReport]) -> float:
-    """No load can be faster than storage gives the unique bytes, nor than a node's memory takes its ranks' bytes.
+def lower_bound_terms(config: StageConfig, unique: int, ranks: Sequence[RankReport]) -> dict[str, float]:
+    """Seconds that a load can't be quicker than, by what limits it.
 
-    The storage's bandwidth counts where the spec states it; the memory's was measured by the ranks.
+    What the storage gives to the job, and to one node, and what ranks can send to each other, count where the spec states it; what
+    memory and GPUs take was measured by the ranks.
     """
-    storage = unique / config.read.storage_bandwidth if config.read.storage_bandwidth else 0.0
-    needed: dict[str, int] = defaultdict(int)
-    bandwidth: dict[str, float] = defaultdict(float)
+    of_nodes: dict[str, list[RankReport]] = defaultdict(list)
     for rank in ranks:
-        needed[rank.node] += rank.bytes_needed
-        bandwidth[rank.node] += rank.host_copy_bandwidth
-    return max([storage, *(needed[node] / bandwidth[node] for node in needed)])
+        of_nodes[rank.node].append(rank)
+    read, terms = config.read, {"host memory": max(map(_memory_s, of_nodes.values()), default=0.0)}
+    if read.storage_bandwidth:
+        terms["storage"] = unique / read.storage_bandwidth
+    if read.node_bandwidth:
+        terms["storage to a node"] = unique / (len(of_nodes) * read.node_bandwidth)
+    if read.exchange_bandwidth:
+        terms["exchange"] = sum(rank.bytes_forwarded for rank in ranks) / (len(ranks) * read.exchange_bandwidth)
+    to_device = [rank.bytes_needed / rank.device_copy_bandwidth for rank in ranks if rank.device_copy_bandwidth]
+    return terms | ({"device copy": max(to_device)} if to_device else {})
+
+
+def _memory_s(node: Sequence[RankReport]) -> float:
+    return sum(rank.bytes_needed for rank in node) / sum(rank.host_copy_bandwidth for rank in node)

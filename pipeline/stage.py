@@ -85,10 +85,10 @@ class OptimizerLoadStage:
             raise SpecError("checkpoint.location: missing; give it in the spec, or to submit() or run()")
         layout = self._spec_layout(trainers)
         world_size = len(trainers) if trainers is not None else layout.world_size if layout else 0
-        options = self.config.checkpoint.storage_options
-        catalog = (
-            None if isinstance(where, ray.ObjectRef) else open_checkpoint(os.fspath(where), storage_options=options)
-        )
+        options, cache = self.config.checkpoint.storage_options, self.config.checkpoint.cache
+        catalog = None
+        if not isinstance(where, ray.ObjectRef):
+            catalog = open_checkpoint(os.fspath(where), storage_options=options, cache=cache)
         if catalog is not None:
             check_checkpoint(catalog, self.config.checkpoint.request())
             if layout is not None:
@@ -96,7 +96,9 @@ class OptimizerLoadStage:
         if not ray.is_initialized():
             ray.init()
         group = start_loaders(self.config, world_size)
-        catalog_ref = group.loaders[0].open_catalog.remote(where, options) if catalog is None else ray.put(catalog)
+        catalog_ref = (
+            group.loaders[0].open_catalog.remote(where, options, cache) if catalog is None else ray.put(catalog)
+        )
         return Loading(
             self.config, group, self._promise(where, catalog_ref, group, trainers, layout, exclusive), layout
         )

@@ -24,11 +24,11 @@ from shardferry.errors import LayoutError, SpecError
 from shardferry.mesh import Mesh, Placement, parse_placement
 from shardferry.reader import ReadOptions
 from shardferry.request import DtypePolicy, KeyPolicy, LoadRequest, Selection, can_convert
-from shardferry.requests import MAX_REQUEST
 from shardferry.spec_layout import HeldBy, Rule, SpecLayout
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 _MAX_RANKS = 1 << 20
+_LEAST_BUDGET = 8 << 20  # bytes
 _FOUND = reprlib.Repr()  # a few lines of YAML can stand for gigabytes
 _FOUND.maxstring = _FOUND.maxother = 200
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,6 +49,10 @@ class CheckpointSpec(Spec):
         description="the optimizer's key in the state dict that was saved; dots lead into nested ones, '' is all of it",
     )
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
+    cache: bool | Annotated[str, Field(min_length=1)] = Field(
+        True,
+        description="keep catalogs of large checkpoints on disk: true, false, or in which directory; see docs/scale.md",
+    )
     model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")
     include: tuple[str, ...] = Field((), description="globs over the FQNs here; none: all")
@@ -175,7 +179,10 @@ class ActorsSpec(Spec):
 class ReadSpec(Spec):
     """How each rank reads."""
 
-    memory_budget: ByteSize = Field(ByteSize(1 << 30), description="bytes of reads in flight, each rank")
+    memory_budget: ByteSize = Field(
+        ByteSize(1 << 30),
+        description="bytes of buffers beside the arena, each rank; reads that land in place take none",
+    )
     concurrency: int = Field(16, ge=1, le=1024, description="requests in flight, each rank")
     strategy: Literal["auto", "direct", "cooperative"] = Field(
         "auto",
@@ -185,33 +192,43 @@ class ReadSpec(Spec):
     max_gap: ByteSize | None = Field(
         None, description="bytes that may be read in vain to join two reads; default: by the kind of storage"
     )
+    max_over_read: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="bytes of one request that may be read in vain, over the wanted ones; gaps below 4 KiB aren't "
+        "counted; default: by the kind of storage",
+    )
     max_request: ByteSize | None = Field(
-        None, gt=0, description="bytes of joined reads; default: by the kind of storage"
+        None, gt=0, description="bytes of one request; default: by the kind of storage"
     )
     max_attempts: int = Field(5, ge=1, le=100, description="of each request that fails in passing: a timeout, a 503")
     storage_bandwidth: ByteSize | None = Field(
         None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
     )
+    node_bandwidth: ByteSize | None = Field(None, gt=0, description="the same to one node")
+    exchange_bandwidth: ByteSize | None = Field(
+        None, gt=0, description="bytes a second that a rank can send to other nodes, for the lower bound in reports"
+    )
 
     @field_validator("memory_budget")
     @classmethod
     def _holds_one_request(cls, value: ByteSize) -> ByteSize:
-        if value < MAX_REQUEST:
-            raise ValueError(f"{value} bytes hold no request; the least is {MAX_REQUEST} bytes (8MiB)")
+        if value < _LEAST_BUDGET:
+            raise ValueError(f"{value} bytes hold no request; the least is {_LEAST_BUDGET} bytes (8MiB)")
         return value
 
     def options(self, timeout_s: float) -> ReadOptions:
-        """The same in the core's terms: as many requests in flight as the budget holds."""
-        in_flight = max(MAX_REQUEST, self.max_request or 0)
-        concurrency = max(1, min(self.concurrency, self.memory_budget // in_flight))
+        """The same in the core's terms."""
         return ReadOptions(
-            concurrency,
+            self.concurrency,
             timeout_s,
             self.strategy,
             self.max_gap,
             self.max_request,
-            self.memory_budget,
             self.max_attempts,
+            max_over_read=self.max_over_read,
+            memory_budget_bytes=self.memory_budget,
         )
 
 

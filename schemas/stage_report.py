@@ -35,9 +35,12 @@ class RankReport(BaseModel):
     strategy: str
     strategy_reason: str
     host_copy_bandwidth: float  # bytes a second, measured after the load; for the lower bound
+    device_copy_bandwidth: float | None = None  # the same to the GPU; None where the arena is on the host
+    bytes_forwarded: int = 0  # to ranks that share no memory with this one
     missing: list[str] = []  # FQNs that the rank wants and the checkpoint hasn't, where that is allowed
     unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants, where that is allowed
-    phases: dict[str, float]  # seconds
+    phases: dict[str, float]  # seconds, one after the other
+    busy: dict[str, float] = {}  # seconds of the phase "read" in which the rank was at each kind of work; they overlap
     spans: list[Span]
 
 
@@ -58,6 +61,8 @@ class StageReport(BaseModel):
     missing: list[str] = []  # FQNs that some rank wants and the checkpoint hasn't
     unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants
     phases: dict[str, float]  # seconds; of the slowest rank where ranks work side by side
+    busy: dict[str, float] = {}  # alike: what the phase "read" is made of
     lower_bound_s: float
+    lower_bound_terms: dict[str, float] = {}  # seconds that each limit alone would take; the longest counts
     ratio_to_lower_bound: float  # seconds of planning and reading over the lower bound
     ranks: list[RankReport]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -41,26 +42,27 @@ class Agreement:
         """
         value, error = _outcome(work)
         if self._group is not None and self._somebody_failed(error is not None):
-            failures = self._failures(error)
-            raise _error_for_all(step, failures, error)
+            _raise_failures(step, self._gather(_Answer(None, None if error is None else _words(error))), error)
         if error is not None:
             raise error
         return cast(T, value)
 
     def share(self, step: str, work: Callable[[], T]) -> list[T]:
         """Like `attempt`, for results that are small: returns every rank's, by rank."""
-        value = self.attempt(step, work)
-        return self._gather(value)
+        value, error = _outcome(work)
+        answers = self._gather(_Answer(value, None if error is None else _words(error)))
+        _raise_failures(step, answers, error)
+        return [cast(T, answer.value) for answer in answers]
 
     def from_first(self, step: str, work: Callable[[], T]) -> T:
         """Like `attempt`, for what one rank does for all: rank 0 works, and every rank gets its result."""
-        own: T | None = self.attempt(step, work if self.rank == 0 else lambda: cast(T, None))
-        if self._group is None:
-            return cast(T, own)
-        found: list[Any] = [own]
-        with paused_gc():
-            dist.broadcast_object_list(found, group=self._group, group_src=0)
-        return cast(T, found[0])
+        value, error = _outcome(work) if self.rank == 0 else (None, None)
+        found: list[Any] = [_Answer(value, None if error is None else _words(error))]
+        if self._group is not None:
+            with paused_gc():
+                dist.broadcast_object_list(found, group=self._group, group_src=0)
+        _raise_failures(step, found, error)
+        return cast(T, found[0].value)
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each place, whether some rank has it set. All ranks give as many."""
@@ -76,16 +78,26 @@ class Agreement:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
 
-    def _failures(self, error: Exception | None) -> dict[int, str]:
-        messages = self._gather(None if error is None else _words(error))
-        return {rank: message for rank, message in enumerate(messages) if message is not None}
-
     def _gather(self, value: T) -> list[T]:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a rank made, or why it could not."""
+
+    value: Any
+    failure: str | None
+
+
+def _raise_failures(step: str, answers: Sequence[_Answer], own: Exception | None) -> None:
+    failures = {rank: answer.failure for rank, answer in enumerate(answers) if answer.failure is not None}
+    if failures:
+        raise _error_for_all(step, failures, own)
 
 
 def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

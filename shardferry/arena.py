@@ -170,6 +170,10 @@ class DeviceArena:
             self._buffers.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._buffers.stream):
             yield buffer[:nbytes]
+        self.wait_for_copies()
+
+    def wait_for_copies(self) -> None:
+        """Until what this thread has copied to the device has arrived."""
         self._buffers.stream.synchronize()
 
     def close(self) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardferry.catalog import Catalog, build_catalog
+from shardferry.catalog import Catalog
+from shardferry.catalog_builder import build_catalog
+from shardferry.catalog_cache import CacheChoice, CatalogCache
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.megatron import COMMON_FILE, with_common_values
-from shardferry.metadata import parse_metadata
+from shardferry.metadata_files import MetadataFiles
 from shardferry.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -27,7 +29,9 @@ METADATA_FILE = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
 
 
-def open_checkpoint(location: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> Catalog:
+def open_checkpoint(
+    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheChoice = True
+) -> Catalog:
     """What the checkpoint at ``location`` holds.
 
     Args:
@@ -35,6 +39,8 @@ def open_checkpoint(location: str | Path, *, storage_options: Mapping[str, Any] 
             server, or of anything else that fsspec can open.
         storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
             reads.
+        cache: a directory that keeps the catalogs of large checkpoints, by the digest of their metadata. True: the user's
+            own, ``$XDG_CACHE_HOME/shardferry`` (docs/scale.md). False: none.
 
     Raises:
         CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
@@ -43,7 +49,8 @@ def open_checkpoint(location: str | Path, *, storage_options: Mapping[str, Any] 
     """
     storage = open_storage(location, storage_options)
     try:
-        return dataclasses.replace(read_catalog(storage), storage_options=dict(storage_options or {}))
+        catalog = read_catalog(storage, cache=CatalogCache.of(cache))
+        return dataclasses.replace(catalog, storage_options=dict(storage_options or {}))
     finally:
         storage.close()
 
@@ -58,25 +65,38 @@ def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeRe
     return storage
 
 
-def read_catalog(storage: RangeReader) -> Catalog:
+def read_catalog(storage: RangeReader, *, cache: CatalogCache | None) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
     listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
-    names, versions = list(listing), storage.versions()
-    sources = _metadata_files(storage.location, names)
-    if not sources and is_safetensors(names):
-        parts = {storage.location: read_safetensors(storage, names)}
-        return build_catalog(parts, location=storage.location, listing=listing, versions=versions)
-    if not sources:
-        raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
-    parts = {}
-    for name in sources:
-        source = f"{storage.location}/{name}"
-        parts[source] = parse_metadata(read_file(storage, name), source=source)
-    catalog = with_safetensors_positions(
-        build_catalog(parts, location=storage.location, listing=listing, versions=versions), storage
+    versions = storage.versions()
+    catalog = _of_metadata(storage, list(listing), cache)
+    catalog = dataclasses.replace(
+        catalog,
+        file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
+        file_versions={file: versions[file] for file in catalog.files if file in versions},
     )
     if COMMON_FILE in listing:
         return with_common_values(catalog, read_file(storage, COMMON_FILE))
+    return catalog
+
+
+def _of_metadata(storage: RangeReader, names: list[str], cache: CatalogCache | None) -> Catalog:
+    sources = _metadata_files(storage.location, names)
+    if not sources and is_safetensors(names):
+        return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
+    if not sources:
+        raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
+    return with_safetensors_positions(_cached(MetadataFiles.read(storage, sources), storage.location, cache), storage)
+
+
+def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> Catalog:
+    """What the metadata files alone say; only that is cached."""
+    if cache is None or files.nbytes < cache.min_metadata_bytes:
+        return build_catalog(files.parsed(location), location=location)
+    catalog = cache.get(files.digest, location=location)
+    if catalog is None:
+        catalog = build_catalog(files.parsed(location), location=location)
+        cache.put(files.digest, catalog)
     return catalog
 
 

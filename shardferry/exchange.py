@@ -27,13 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shardferry.busy import BusyTimes
 from shardferry.errors import StorageError
 from shardferry.sharing import Relayed, SharedPlan
 
 MESSAGE_BYTES = (
     8 << 20
 )  # a message is sent when the next box doesn't fit any more; small ones cost as much as one of 1 MiB
-LEAST_MESSAGE_BYTES = 256 << 10  # where many relays share the budget
+LEAST_MESSAGE_BYTES = 64 << 10  # where many relays share the budget
 MAX_IN_FLIGHT = 8  # messages of one rank, each way
 _MAX_BOXES = 256  # of a message
 _HEADER_TAG, _BYTES_TAG = 0x5FE0, 0x5FE1  # of the process group's messages
@@ -72,6 +73,7 @@ class Channel:
 
     process_group: dist.ProcessGroup
     deadline: Deadline
+    busy: BusyTimes = field(default_factory=BusyTimes)
 
     def send(self, world_rank: int, header: torch.Tensor, data: torch.Tensor | None) -> list[dist.Work]:
         """Post a message; it is sent when the works are done."""
@@ -157,8 +159,9 @@ class Outbox:
 
     def _wait(self, relay: int, works: Sequence[dist.Work], message: _Message) -> None:
         try:
-            for work in works:
-                self._channel.deadline.wait(work, relay)
+            with self._channel.busy.at("exchange"):
+                for work in works:
+                    self._channel.deadline.wait(work, relay)
         except StorageError as error:
             self._failure = error
         finally:
@@ -250,7 +253,8 @@ class Inbox:
                 return
             num_left -= num_boxes
             with self._buffers.lent(nbytes) as buffer:
-                self._channel.receive(reader, buffer[:nbytes], _BYTES_TAG)
+                with self._channel.busy.at("exchange"):
+                    self._channel.receive(reader, buffer[:nbytes], _BYTES_TAG)
                 try:
                     if failure is None:
                         self._deliver_all([boxes[index] for index in indices[:num_boxes]], buffer.numpy().data)
@@ -268,12 +272,17 @@ class Inbox:
 
 
 class Exchange:
-    """Both directions, as long as a ``with`` lasts: leaving it, everything has gone out and has come in."""
+    """Both directions, as long as a ``with`` lasts: leaving it, everything has gone out and has come in.
+
+    Args:
+        memory_budget_bytes: of all messages that are being packed, sent and taken; many relays share it.
+    """
 
     def __init__(self, channel: Channel, plan: SharedPlan, deliver: Deliver, *, memory_budget_bytes: int) -> None:
         relays = sorted(plan.relays)
-        share = memory_budget_bytes // (2 * (len(relays) + 2 * MAX_IN_FLIGHT))
-        message_bytes = min(MESSAGE_BYTES, max(LEAST_MESSAGE_BYTES, share))
+        num_messages = len(relays) + 2 * MAX_IN_FLIGHT
+        message_bytes = min(MESSAGE_BYTES, max(LEAST_MESSAGE_BYTES, memory_budget_bytes // num_messages))
+        self.buffer_bytes = num_messages * message_bytes
         self.outbox = Outbox(channel, relays, message_bytes)
         self._inbox = Inbox(channel, plan.relayed, deliver, message_bytes)
 

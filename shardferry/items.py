@@ -9,6 +9,7 @@ However a writer laid an item down, the reader asks the same two questions:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 from shardferry.catalog import NO_FILE, Catalog
 from shardferry.decode import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 from shardferry.errors import DecodeError
-from shardferry.item_format import ItemFormat, KnownValue, RawItem, TransformedItem
+from shardferry.item_format import ItemFormat, KnownValue, RawItem, TransformedItem, ZipItem
 from shardferry.region import row_major_strides
-from shardferry.storage.base import ByteSource
+from shardferry.storage.base import ByteReader
 from shardferry.transforms import undo_transforms
 
 
@@ -37,7 +38,7 @@ class StoredItem:
     @property
     def is_ranged(self) -> bool:
         """Whether parts of it can be read without the rest."""
-        return not isinstance(self.format, TransformedItem)
+        return not isinstance(self.format, TransformedItem | KnownValue)
 
     @property
     def byte_stop(self) -> int:
@@ -88,10 +89,29 @@ def items_of(catalog: Catalog, key: str) -> Iterator[StoredItem]:
             yield tensor_item(catalog, key, saved.dtype, tuple(sizes[chunk - saved.chunks.start]), chunk)
 
 
+USUAL_RAW_START = 704  # bytes; where torch.save puts a tensor's data
+_USUAL_TAIL = range(768, 1024)  # bytes; what it writes behind the data
+
+
+def usual_layout(item: TensorItem) -> ItemLayout | None:
+    """How an item most probably lies, by its length; only its own head says for sure. None: nothing can be said."""
+    if not isinstance(item.format, ZipItem):
+        return raw_layout(item) if isinstance(item.format, RawItem) else None
+    nbytes = math.prod(item.shape) * item.dtype.itemsize
+    if item.byte_length - USUAL_RAW_START - nbytes not in _USUAL_TAIL:
+        return None
+    return ItemLayout(USUAL_RAW_START, item.dtype, item.shape, row_major_strides(item.shape), 0)
+
+
+def raw_layout(item: TensorItem) -> ItemLayout:
+    """Of a tensor's raw bytes and nothing else."""
+    return ItemLayout(0, item.dtype, item.shape, row_major_strides(item.shape), 0)
+
+
 class ItemReader:
     """Looks into items. Equal heads (same shape, same dtype) are parsed once."""
 
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: ByteReader) -> None:
         self._source = source
         self._parsed: dict[bytes, ItemLayout] = {}
         self._head_lengths: set[int] = set()
@@ -99,13 +119,21 @@ class ItemReader:
 
     def layout(self, item: TensorItem) -> ItemLayout:
         """Where the elements of a ranged item are, from its start. Raises StorageError, DecodeError."""
-        return self._checked(item, lambda num_bytes: self._read(item, num_bytes), item.byte_length)
+        return self._checked(item, lambda num_bytes: bytes(self._read(item, num_bytes)), item.byte_length)
+
+    def is_as_expected(self, item: TensorItem, expected: ItemLayout, head: memoryview) -> bool:
+        """Whether an item's head, which ends where the data is expected, says so too."""
+        try:
+            found = self._parse(bytes(head))
+        except (HeadTooShort, DecodeError):  # whoever reads it again finds out
+            return False
+        return found == expected or _lie_alike(found, expected)
 
     def content(self, item: StoredItem) -> bytes:
         """The whole item as ``torch.save`` wrote it. Raises StorageError, DecodeError."""
         data = self._read(item, item.byte_length)
         if not isinstance(item.format, TransformedItem):
-            return data
+            return bytes(data)
         try:
             return undo_transforms(data, item.format.descriptors)
         except DecodeError as error:
@@ -116,10 +144,7 @@ class ItemReader:
         return self._checked(item, lambda num_bytes: bytes(content[:num_bytes]), len(content))
 
     def _checked(self, item: TensorItem, head_of: Callable[[int], bytes], num_bytes: int) -> ItemLayout:
-        if isinstance(item.format, RawItem):
-            layout = ItemLayout(0, item.dtype, item.shape, row_major_strides(item.shape), 0)
-        else:
-            layout = self._layout(item, head_of, num_bytes)
+        layout = raw_layout(item) if isinstance(item.format, RawItem) else self._layout(item, head_of, num_bytes)
         _check_layout(item, layout, num_bytes)
         return layout
 
@@ -127,16 +152,19 @@ class ItemReader:
         """A saved Python object. Raises StorageError, DecodeError."""
         if isinstance(item.format, KnownValue):
             return copy.deepcopy(item.format.value)  # an optimizer counts its steps in place
-        content = self.content(item)
+        return self.value_in(self.content(item), item)
+
+    def value_in(self, content: bytes | memoryview, item: StoredItem) -> Any:
+        """A saved Python object, out of its item's content. Raises DecodeError."""
         try:
-            return decode_object(content)
+            return decode_object(bytes(content))
         except DecodeError as error:
             raise DecodeError(f"{item.key}: {item.path} at byte {item.byte_offset}: {error}") from error
 
-    def _read(self, item: StoredItem, num_bytes: int) -> bytes:
+    def _read(self, item: StoredItem, num_bytes: int) -> bytearray:
         data = bytearray(num_bytes)
         self._source.read_into(item.path, item.byte_offset, memoryview(data))
-        return bytes(data)
+        return data
 
     def _layout(self, item: StoredItem, head_of: Callable[[int], bytes], num_bytes: int) -> ItemLayout:
         wanted = self._head_bytes
@@ -162,6 +190,16 @@ class ItemReader:
         self._parsed[head[: layout.raw_start]] = layout
         self._head_lengths = self._head_lengths | {layout.raw_start}  # a new set: other threads may be iterating
         return layout
+
+
+def _lie_alike(one: ItemLayout, other: ItemLayout) -> bool:
+    """Whether each element is at the same place: the stride of a dimension of size 1 says nothing."""
+    strides = zip(one.shape, one.strides, other.strides, strict=True)
+    return (
+        (one.raw_start, one.storage_offset) == (other.raw_start, other.storage_offset)
+        and (one.dtype, one.shape) == (other.dtype, other.shape)
+        and all(size == 1 or a == b for size, a, b in strides)
+    )
 
 
 def _check_layout(item: TensorItem, layout: ItemLayout, num_bytes: int) -> None:

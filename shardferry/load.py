@@ -27,7 +27,7 @@ from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
-from shardferry.neighbours import Neighbours, Strategy, meet_neighbours
+from shardferry.neighbours import Neighbours, Strategy, Word, word_of
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan, read_strategy
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
@@ -126,6 +126,7 @@ def load_rank(
     counters: Counters | None = None,
     announce: Callable[[LoadPlan], None] = lambda _: None,
     arena: Arena | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> LoadedShard:
     """Load one rank's share. All ranks of the agreement must call it; where one fails, all raise.
 
@@ -133,6 +134,7 @@ def load_rank(
         counters: grows while the rank reads.
         announce: called once with the plan, before anything is read.
         arena: to be filled, with room for the plan (see `arena_for`); default: a new one.
+        values: where one rank has read them for all already, see `open_for_all`.
 
     Raises:
         ShardferryError: this rank's own failure.
@@ -140,17 +142,25 @@ def load_rank(
     """
     counters = counters or Counters()
     clock = PhaseClock()
-    with clock.phase("values"):
-        values = agreement.from_first(
-            "reading the param groups", lambda: read_values(job.catalog, job.request, job.read, counters)
-        )
+    if values is None:
+        with clock.phase("values"):
+            values = agreement.from_first(
+                "reading the param groups", lambda: read_values(job.catalog, job.request, job.read, counters)
+            )
     with clock.phase("plan"):
-        plan = agreement.attempt("planning", lambda: plan_load(job.catalog, job.layout, job.request, values))
+        made_here: list[tuple[LoadPlan, Arena | None]] = []
+
+        def plan_and_tell() -> Word:
+            plan = plan_load(job.catalog, job.layout, job.request, values)
+            reserved = arena or _reserve(job, plan)
+            made_here.append((plan, reserved))
+            return word_of(job, plan, reserved if isinstance(reserved, HostArena) else None, agreement, counters)
+
+        words = agreement.share("planning", plan_and_tell)
+        [(plan, reserved)] = made_here
         unexpected = _check_claims(plan, job, agreement)
         announce(plan)
-        reserved = arena or _reserve(job, plan)
-        on_host = reserved if isinstance(reserved, HostArena) else None
-        neighbours = meet_neighbours(job, plan, on_host, agreement, counters)
+        neighbours = Neighbours.of(job, words, agreement)
         strategy = neighbours.strategy(job, plan, agreement)
     with clock.phase("allocate"):
         made = agreement.attempt("allocating the arena", lambda: _allocate(job, plan, reserved, neighbours))
@@ -191,11 +201,10 @@ def _read_whole(
 
 def _check_claims(plan: LoadPlan, job: LoadJob, agreement: Agreement) -> tuple[str, ...]:
     """Names that are saved and wanted by no rank. All ranks find the same; all raise where these are not ignored."""
-    unexpected: tuple[str, ...] = ()
-    for claims in (plan.state_claims, plan.weight_claims):
-        taken = agreement.any_of(claims.taken)
-        unexpected += claims.check(taken, job.request, job.catalog.location)
-    return unexpected
+    state, weights = plan.state_claims, plan.weight_claims
+    taken = agreement.any_of([*state.taken, *weights.taken])
+    unexpected = state.check(taken[: len(state.taken)], job.request, job.catalog.location)
+    return unexpected + weights.check(taken[len(state.taken) :], job.request, job.catalog.location)
 
 
 def rows_of(catalog: Catalog) -> dict[str, int]:
@@ -230,7 +239,7 @@ def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters, togeth
         if together is None:
             read_plan(plan, job.catalog, storage, arena, job.read, counters)
             return
-        with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes) as sharing:
+        with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes, counters.busy) as sharing:
             read_plan(plan, job.catalog, storage, arena, job.read, counters, sharing)
     finally:
         storage.close()
@@ -310,12 +319,31 @@ def load_optimizer_state(
         return request, layout, live.device, ReadOptions(concurrency, strategy=read_strategy(strategy))
 
     request, layout, device, options = agreement.attempt("reading the model's layout", prepare)
-    catalog = catalog_of_all(location, agreement, storage_options)
-    loaded = load_rank(LoadJob(catalog, layout, request, device, options), agreement)
+    counters = Counters()
+    catalog, values = open_for_all(location, agreement, request, options, counters, storage_options)
+    job = LoadJob(catalog, layout, request, device, options)
+    loaded = load_rank(job, agreement, counters=counters, values=values)
     shard = loaded.handle("in_process", exclusive=True).open()
     install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
     agreement.attempt("installing the state", install)
     return KeyReport(loaded.plan.missing, loaded.unexpected)
+
+
+def open_for_all(
+    location: str | Path,
+    agreement: Agreement,
+    request: LoadRequest,
+    options: ReadOptions,
+    counters: Counters,
+    storage_options: Mapping[str, Any] | None = None,
+) -> tuple[Catalog, dict[str, Any]]:
+    """Rank 0 reads the metadata, and all that is no sharded tensor; the others get both from it, in one go."""
+
+    def read() -> tuple[Catalog, dict[str, Any]]:
+        catalog = open_checkpoint(os.fspath(location), storage_options=storage_options)
+        return catalog, read_values(catalog, request, options, counters)
+
+    return agreement.from_first("opening the checkpoint", read)
 
 
 def catalog_of_all(

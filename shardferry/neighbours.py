@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 
@@ -51,7 +51,7 @@ class Strategy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Word:
+class Word:
     """What each rank says of itself."""
 
     node: str
@@ -69,9 +69,14 @@ class Neighbours:
     """All ranks of the job, and what this one can do with them."""
 
     world_rank: int
-    words: list[_Word]  # by world rank
+    words: Sequence[Word]  # by world rank
     spec: SpecLayout | None
     is_connected: bool  # the process group carries host memory from island to island
+
+    @classmethod
+    def of(cls, job: Job, words: Sequence[Word], agreement: Agreement) -> Self:
+        """From every rank's word."""
+        return cls(agreement.rank, words, job.layout.spec, agreement.host_group is not None)
 
     @property
     def islands(self) -> dict[int, str]:
@@ -146,34 +151,30 @@ def slab_bytes(catalog: Catalog) -> int:
         storage.close()
 
 
-def meet_neighbours(
-    job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement, counters: Counters
-) -> Neighbours:
-    """Hear of every rank where it runs and how much memory it will take; all ranks must call it.
+def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement, counters: Counters) -> Word:
+    """What this rank tells the others.
 
     Args:
         arena: this rank's, reserved; None where it will be on a GPU.
         counters: of what is asked of storage to learn how quick it is.
+
+    Raises:
+        StorageError: a file that the plan reads is missing.
     """
-    spec, node = job.layout.spec, job.read.node or node_identity()
-    is_connected = agreement.host_group is not None
-
-    def say() -> _Word:
-        because = _alone_because(job, agreement.size)
-        asks = not because and job.read.strategy == "auto"
-        in_memory = asks and _is_in_memory(job, plan)
-        return _Word(
-            node,
-            node if arena is not None else f"{node}, rank {agreement.rank}",
-            0 if arena is None else plan.arena_bytes,
-            None if arena is None else ArenaAddress.of(arena),
-            because,
-            in_memory,
-            _rates(job, plan, counters) if asks and not in_memory else None,
-            told(plan) if not because and spec is None else None,
-        )
-
-    return Neighbours(agreement.rank, agreement.share("planning", say), spec, is_connected)
+    node = job.read.node or node_identity()
+    because = _alone_because(job, agreement)
+    asks = not because and job.read.strategy == "auto"
+    in_memory = asks and _is_in_memory(job, plan)
+    return Word(
+        node,
+        node if arena is not None else f"{node}, rank {agreement.rank}",
+        0 if arena is None else plan.arena_bytes,
+        None if arena is None else ArenaAddress.of(arena),
+        because,
+        in_memory,
+        _rates(job, plan, counters) if asks and not in_memory else None,
+        told(plan) if not because and job.layout.spec is None else None,
+    )
 
 
 def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
@@ -192,11 +193,13 @@ def _rates(job: Job, plan: LoadPlan, counters: Counters) -> StorageRates:
         storage.close()
 
 
-def _alone_because(job: Job, world_size: int) -> str:
+def _alone_because(job: Job, agreement: Agreement) -> str:
     if job.read.strategy == "direct":
         return "read.strategy is direct"
-    if world_size < 2:
+    if agreement.size < 2:
         return "there is no other rank"
-    if job.layout.spec is None and world_size > MAX_TOLD_RANKS:
+    if job.device.type != "cpu" and agreement.host_group is None:
+        return "arenas are on GPUs, and the process group carries no host memory: it has no gloo beside its NCCL"
+    if job.layout.spec is None and agreement.size > MAX_TOLD_RANKS:
         return f"of more than {MAX_TOLD_RANKS} live models each rank knows its own alone"
     return ""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from shardferry.catalog import Catalog
 from shardferry.decode import HEAD_BYTES, ItemLayout
-from shardferry.extents import JoinLimits, join
-from shardferry.item_format import TransformedItem, ZipItem
-from shardferry.items import TensorItem, tensor_item
-from shardferry.plan import LoadPlan, ReadItem
+from shardferry.extents import JoinLimits, join, whole_items
+from shardferry.item_format import KnownValue, RawItem, TransformedItem
+from shardferry.items import USUAL_RAW_START, TensorItem, tensor_item, usual_layout
+from shardferry.plan import LoadPlan, PlannedObject, ReadItem
 from shardferry.region import Region, row_major_strides
-from shardferry.requests import Request, requests_for
+from shardferry.requests import Gather, Request, brings_head, requests_for
 from shardferry.sharing import SharedPlan, SharedRead
-
-_USUAL_RAW_START = 704  # bytes; where torch.save puts a tensor's data. Only an item's own header says for sure.
 
 
 def predict_reads(
@@ -25,7 +24,7 @@ def predict_reads(
 ) -> tuple[int, int]:
     """Bytes and requests of one rank's reads.
 
-    Exact where saved chunks are row-major, on a local disk. Strides stand only in the data files, which aren't looked at.
+    Exact where saved chunks are row-major. Strides stand only in the data files, which aren't looked at.
 
     Args:
         limits: of joined reads.
@@ -39,20 +38,53 @@ def predict_reads(
     chunks = [_Chunk(_item(catalog, chunk, reads[0]), tuple(reads)) for chunk, reads in by_chunk.items()]
     chunks.sort(key=lambda chunk: (chunk.item.path, chunk.item.byte_offset))
     extents, alone = join(chunks, limits)
-    num_requests = len(plan.objects) + len(extents)
-    nbytes = sum(planned.nbytes for planned in plan.objects) + sum(e.stop - e.start for e in extents)
+    nbytes, num_requests = predict_objects(plan.objects, catalog, limits)
+    num_requests += len(extents)
+    nbytes += sum(extent.stop - extent.start for extent in extents)
     for chunk in alone:
         if isinstance(chunk.item.format, TransformedItem):  # whole
             num_requests += 1
             nbytes += chunk.item.byte_length
-            continue
-        if isinstance(chunk.item.format, ZipItem):  # its head
-            num_requests += 1
-            nbytes += min(HEAD_BYTES, chunk.item.byte_length)
-        requests = [request for one in chunk.reads for request in one.requests()]
-        num_requests += len(requests)
-        nbytes += sum(request.nbytes for request in requests)
+        else:
+            asked, length = _ranged(chunk, limits)
+            num_requests += asked
+            nbytes += length
     return nbytes, num_requests
+
+
+def predict_objects(objects: Iterable[PlannedObject], catalog: Catalog, limits: JoinLimits) -> tuple[int, int]:
+    """Bytes and requests of what is read whole, by one rank."""
+    keys = {planned.key: planned.nbytes for planned in objects}
+    tensors = [nbytes for key, nbytes in keys.items() if key not in catalog.objects]
+    items = whole_items(catalog, [key for key in keys if key in catalog.objects])
+    extents, alone = join([one for one in items if not isinstance(one.item.format, KnownValue)], limits)
+    lengths = [extent.stop - extent.start for extent in extents] + [one.item.byte_length for one in alone] + tensors
+    return sum(lengths), len(lengths)
+
+
+def _ranged(chunk: _Chunk, limits: JoinLimits) -> tuple[int, int]:
+    """Requests and bytes of a chunk that is read in ranges."""
+    guess = usual_layout(chunk.item)
+    layout = guess or ItemLayout(
+        USUAL_RAW_START, chunk.item.dtype, chunk.item.shape, row_major_strides(chunk.item.shape), 0
+    )
+    requests = [request for one in chunk.reads for request in one.requests(layout, limits)]
+    nbytes = sum(_asked_bytes(request, limits) for request in requests)
+    if isinstance(chunk.item.format, RawItem):
+        return len(requests), nbytes
+    first = min(requests, key=lambda request: request.byte_offset)
+    if guess is None:  # its head is read before
+        return len(requests) + 1, nbytes + min(HEAD_BYTES, chunk.item.byte_length)
+    if not brings_head(first, layout.raw_start, limits):
+        return len(requests) + 1, nbytes + layout.raw_start
+    is_mapped = isinstance(first, Gather) and limits.maps_files
+    return len(requests), nbytes + (layout.raw_start if is_mapped else first.byte_offset)
+
+
+def _asked_bytes(request: Request, limits: JoinLimits) -> int:
+    if isinstance(request, Gather) and not limits.maps_files:
+        return request.window_bytes
+    return request.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +113,15 @@ class _Read:
     strides: tuple[int, ...]  # elements, of the place
     dtype: torch.dtype
 
-    def requests(self) -> list[Request]:
-        layout = ItemLayout(_USUAL_RAW_START, self.dtype, self.chunk_shape, row_major_strides(self.chunk_shape), 0)
-        offsets, sizes = self.box.offsets, self.box.sizes
-        return requests_for(layout, source_offsets=offsets, sizes=sizes, arena_offset=0, strides=self.strides)
+    def requests(self, layout: ItemLayout, limits: JoinLimits) -> list[Request]:
+        return requests_for(
+            layout,
+            source_offsets=self.box.offsets,
+            sizes=self.box.sizes,
+            arena_offset=0,
+            strides=self.strides,
+            limits=limits,
+        )
 
 
 def _read(plan: LoadPlan, read: ReadItem | SharedRead, box: Region, strides: tuple[int, ...]) -> _Read:

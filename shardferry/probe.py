@@ -11,7 +11,7 @@ import numpy as np
 from shardferry.catalog import Catalog
 from shardferry.costs import StorageRates
 from shardferry.plan import LoadPlan
-from shardferry.reader import CountedSource, Counters
+from shardferry.source import Counters
 from shardferry.storage.base import RangeReader
 from shardferry.storage.traits import StorageTraits
 
@@ -56,10 +56,10 @@ def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counte
     places = _large_places(plan, catalog)
     if len(places) < _NUM_LARGE or plan.bytes_needed < _WORTH_ASKING * _NUM_LARGE * _LARGE_BYTES:
         return usual
-    source = CountedSource(storage, counters)
 
     def read(place: tuple[str, int], nbytes: int) -> None:
-        source.read_into(place[0], place[1], memoryview(bytearray(nbytes)))
+        counters.asked(num_requests=1, nbytes=nbytes)
+        storage.read_into(place[0], place[1], memoryview(bytearray(nbytes)))
 
     latency_s = min(_seconds(lambda place=place: read(place, _SMALL_BYTES)) for place in places[:2])  # type: ignore[misc]
     with ThreadPoolExecutor(_NUM_LARGE, thread_name_prefix="shardferry-probe") as pool:

@@ -1,37 +1,39 @@
 """Carry out the reads of a load plan: ranged, concurrent, straight into the arena.
 
-First the heads of all needed items are read and parsed; they say where the raw bytes are and how they are strided. Then
-the data: contiguous runs by positioned reads into place, strided boxes by a gather through a window. An item that can't be
-read in ranges is read whole, by one thread, and the same requests are carried out on its content.
+Small items that lie side by side are read in one request. Of the others each has its head and its first data in one: the head
+says whether the data is where it was looked for. What isn't as it was guessed, and what can't be, is read in a second turn,
+heads first. An item that can't be read in ranges is read whole, by one thread.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 from shardferry.arena import Arena, HostArena
+from shardferry.budget import Budget
+from shardferry.carrier import Carrier
 from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
-from shardferry.decode import ItemLayout
 from shardferry.errors import SpecError, StorageError
-from shardferry.extents import Extent, JoinLimits, join
-from shardferry.items import ItemReader, StoredItem, TensorItem, items_of, object_item, tensor_item
-from shardferry.plan import LoadPlan, ReadItem
-from shardferry.requests import Request, requests_for
-from shardferry.sharing import SharedPlan, SharedRead
-from shardferry.sinks import Courier, PlacedRequest, PlacedSlab, make_sink
-from shardferry.storage.base import ByteSource, RangeReader, Window
-from shardferry.storage.memory import MemorySource
-from shardferry.storage.runs import Runs
+from shardferry.extents import Extent, JoinLimits, WholeItem, join, whole_items
+from shardferry.items import ItemReader, StoredItem, items_of, object_item
+from shardferry.plan import LoadPlan
+from shardferry.sharing import SharedPlan
+from shardferry.sinks import Ways
+from shardferry.source import Counters as Counters
+from shardferry.source import StorageSource
+from shardferry.storage.base import RangeReader
+from shardferry.works import SmallChunks, Work, chunks_in_reading_order
 
 T = TypeVar("T")
 Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself
 _BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
 _BATCH_HEADS = 64
+_FIRST_REMOTE = 8  # requests in flight, before it is known whether more bring more
 
 
 def read_strategy(name: str) -> Strategy:
@@ -42,44 +44,6 @@ def read_strategy(name: str) -> Strategy:
     return known[name]
 
 
-class Counters:
-    """What a rank has asked of storage so far; read by progress displays while it grows."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.num_requests = 0
-        self.bytes_requested = 0
-        self.bytes_done = 0  # of the needed ones
-
-    def asked(self, *, num_requests: int, nbytes: int) -> None:
-        """Storage was asked."""
-        with self._lock:
-            self.num_requests += num_requests
-            self.bytes_requested += nbytes
-
-    def done(self, nbytes: int) -> None:
-        """Needed bytes are where they belong."""
-        with self._lock:
-            self.bytes_done += nbytes
-
-
-class CountedSource:
-    """A storage whose requests are counted as they are made."""
-
-    def __init__(self, source: ByteSource, counters: Counters) -> None:
-        self._source = source
-        self._counters = counters
-
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        self._counters.asked(num_requests=1, nbytes=len(buffer))
-        self._source.read_into(path, byte_offset, buffer)
-
-    def window(self, path: str, runs: Runs) -> Window:
-        window = self._source.window(path, runs)
-        self._counters.asked(num_requests=window.num_requests, nbytes=window.bytes_requested)
-        return window
-
-
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """Knobs of reading. Their defaults for users stand in the stage's spec."""
@@ -88,57 +52,11 @@ class ReadOptions:
     timeout_s: float | None = None  # for all reads of this rank
     strategy: Strategy = "auto"
     max_gap_bytes: int | None = None  # that may be read in vain between two items; None: as the storage likes it
-    max_request_bytes: int | None = None  # of joined reads; None: as the storage likes it
-    memory_budget_bytes: int = 1 << 30  # of reads in flight, and of messages to other ranks
+    max_request_bytes: int | None = None  # of any request; None: as the storage likes it
     max_attempts: int = 5  # of a request that fails in passing
     node: str | None = None  # ranks with the same name share memory; None: found out
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A read item and where its first element goes."""
-
-    item: ReadItem
-    arena_offset: int  # bytes
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """A saved chunk of which this rank wants something."""
-
-    item: TensorItem
-    row: int  # of the catalog's tensors
-    pieces: list[_Piece] = field(default_factory=list)
-    shared: list[SharedRead] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted of it."""
-        own = sum(piece.item.source.numel for piece in self.pieces)
-        delivered = sum(read.numel_wanted for read in self.shared)
-        return (own + delivered) * self.item.dtype.itemsize
-
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of it that are read, without its head: a replica's are wanted twice and read once."""
-        own = sum(piece.item.source.numel for piece in self.pieces)
-        return (own + sum(read.region.numel for read in self.shared)) * self.item.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class _SmallChunks:
-    """Chunks whose items are read in one request."""
-
-    extent: Extent[_Chunk]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted."""
-        return sum(chunk.nbytes for chunk in self.extent.members)
-
-
-# What one thread does in one go; a chunk where its item has to be read whole.
-_Work = PlacedRequest | PlacedSlab | _Chunk | _SmallChunks
+    max_over_read: float | None = None  # bytes read in vain over wanted ones; None: as the storage likes it
+    memory_budget_bytes: int = 1 << 30  # of buffers of this rank, beside the arena
 
 
 @dataclass(frozen=True)
@@ -146,8 +64,9 @@ class Sharing:
     """What a rank reads for other ranks, and how that reaches them."""
 
     plan: SharedPlan
-    courier: Courier
     rows: Mapping[str, int]  # of the catalog's tensors, by key
+    ways: Ways
+    reserved_bytes: int  # of the memory budget, for messages
 
 
 def read_plan(
@@ -168,53 +87,67 @@ def read_plan(
         StorageError: a file is missing, short, or not the one that the catalog was made of.
         DecodeError: an item is damaged or not what the metadata says.
     """
-    chunks = _chunks_in_reading_order(plan, catalog, sharing)
-    _check_ends((chunk.item for chunk in chunks), catalog, storage)
-    source = CountedSource(storage, counters)
-    placer, sink = _Placer(ItemReader(source)), make_sink(arena)
-    courier = None if sharing is None else sharing.courier
-
-    def carry_out_whole(chunk: _Chunk, content: bytes | memoryview) -> None:
-        layout, memory = placer.layout_in(content, chunk.item), MemorySource(content)
-        for request in placer.placed(chunk, layout, 0):
-            sink.carry_out(request, memory)
-        for slab in placer.slabs(chunk, layout):
-            assert courier is not None
-            courier.carry_out(slab, 0, memory)
-
-    def carry_out(batch: Sequence[_Work]) -> None:
-        for work in batch:
-            if isinstance(work, _Chunk):
-                carry_out_whole(work, placer.content(work.item))
-            elif isinstance(work, _SmallChunks):
-                for chunk, content in read_extent(work.extent, source):
-                    carry_out_whole(chunk, content)
-            elif isinstance(work, PlacedSlab):
-                assert courier is not None
-                courier.carry_out(work, work.item.byte_offset, source)
-            else:
-                sink.carry_out(work, source)
-        counters.done(sum(work.nbytes for work in batch))
-
+    chunks = chunks_in_reading_order(
+        plan, catalog, None if sharing is None else sharing.plan, {} if sharing is None else sharing.rows
+    )
+    limits = _limits(storage, options)
+    reserved_bytes = 0 if sharing is None else sharing.reserved_bytes
+    budget = Budget(options.memory_budget_bytes - reserved_bytes, timeout_s=options.timeout_s)
+    ways = None if sharing is None else sharing.ways
+    carrier = Carrier(storage, arena, limits, budget, counters, ways)
+    batches = _batches if storage.traits.is_local else _one_by_one
     # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
-    with Crew(options.concurrency, timeout_s=options.timeout_s, alone=alone) as crew:
-        with paused_gc():
-            limits = JoinLimits.of(
-                storage.traits, max_gap_bytes=options.max_gap_bytes, max_request_bytes=options.max_request_bytes
-            )
-            extents, alone_chunks = join(chunks, limits)
-            works: list[_Work] = [_SmallChunks(extent) for extent in extents]
-            works += [work for part in crew.run(placer.works, alone_chunks, _groups) for work in part]
-        crew.run(carry_out, works, _batches)
+    try:
+        with _crew(storage, options, alone=alone) as crew:
+            _check_ends([chunk.item for chunk in chunks], catalog, storage, crew)
+            with paused_gc():
+                extents, alone_chunks = join(chunks, limits)
+                works: list[Work] = [SmallChunks(extent) for extent in extents]
+                works += carrier.guess(alone_chunks)
+                if not storage.traits.is_local:
+                    works = _mixed(works)
+            crew.run(carrier.carry_out, works, batches, _nbytes)
+            works, unknown = carrier.left()
+            works += [work for part in crew.run(carrier.look, unknown, _groups) for work in part]
+            crew.run(carrier.carry_out, works, batches, _nbytes)
+    finally:
+        counters.held(budget.most_held_bytes)
 
 
 def read_objects(
     keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
 ) -> dict[str, Any]:
-    """Some saved Python objects, by key. Raises StorageError, DecodeError."""
-    with Crew(options.concurrency, timeout_s=options.timeout_s, alone=True) as crew:
-        parts = crew.run(lambda part: {k: read_object(catalog, k, storage, counters) for k in part}, keys, _groups)
+    """Some saved Python objects, by key; those that lie side by side are read in one request.
+
+    Raises:
+        StorageError: a file is missing, short, or not the one that the catalog was made of.
+        DecodeError: an item is damaged.
+    """
+    budget = Budget(options.memory_budget_bytes, timeout_s=options.timeout_s)
+    source = StorageSource(storage, counters, budget)
+    items = ItemReader(source)
+
+    def values_of(units: Sequence[Extent[WholeItem] | WholeItem]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for unit in units:
+            if isinstance(unit, WholeItem):
+                with budget.claim(2 * unit.item.byte_length):
+                    found[unit.item.key] = items.value(unit.item)
+                counters.done(unit.item.byte_length)
+                continue
+            with budget.lease(unit.stop - unit.start) as data:
+                source.read_into(unit.path, unit.start, data)
+                for member in unit.members:
+                    found[member.item.key] = items.value_in(data[unit.place_of(member)], member.item)
+                    counters.done(member.item.byte_length)
+        return found
+
+    extents, alone = join(whole_items(catalog, keys), _limits(storage, options))
+    with _crew(storage, options, alone=True) as crew:
+        _check_ends([object_item(catalog, key) for key in keys], catalog, storage, crew)
+        units: list[Extent[WholeItem] | WholeItem] = [*extents, *alone]
+        parts = crew.run(values_of, units, _one_by_one)
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -222,33 +155,10 @@ def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Coun
     """One saved Python object. Raises StorageError, DecodeError."""
     item = object_item(catalog, key)
     _check_inside(item, catalog, storage)
-    value = ItemReader(CountedSource(storage, counters)).value(item)
+    budget = Budget(item.byte_length, timeout_s=None)
+    value = ItemReader(StorageSource(storage, counters, budget)).value(item)
     counters.done(item.byte_length)
     return value
-
-
-def _chunks_in_reading_order(plan: LoadPlan, catalog: Catalog, sharing: Sharing | None) -> list[_Chunk]:
-    """By file and position; each rank starts at another file, so that ranks don't queue for the same one."""
-    chunks: dict[int, _Chunk] = {}
-
-    def chunk_of(read: ReadItem | SharedRead) -> _Chunk:
-        found = chunks.get(read.chunk)
-        if found is None:
-            tensor = plan.tensors[read.tensor]
-            item = tensor_item(catalog, tensor.key, tensor.dtype, read.chunk_shape, read.chunk)
-            row = -1 if sharing is None else sharing.rows[tensor.key]
-            found = chunks[read.chunk] = _Chunk(item, row)
-        return found
-
-    for read in plan.reads if sharing is None else sharing.plan.own:
-        tensor = plan.tensors[read.tensor]
-        chunk_of(read).pieces.append(_Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
-    for shared in () if sharing is None else sharing.plan.shared:
-        chunk_of(shared).shared.append(shared)
-    paths = sorted({chunk.item.path for chunk in chunks.values()})
-    first = plan.world_rank * len(paths) // max(plan.world_size, 1)
-    turn = {path: (place - first) % len(paths) for place, path in enumerate(paths)}
-    return sorted(chunks.values(), key=lambda chunk: (turn[chunk.item.path], chunk.item.byte_offset))
 
 
 def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> None:
@@ -257,17 +167,22 @@ def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> 
     Raises:
         StorageError: names the key, the file, and both lengths.
     """
-    _check_ends((item for key in keys for item in items_of(catalog, key)), catalog, storage)
+    with _crew(storage, ReadOptions(), alone=True) as crew:
+        _check_ends([item for key in keys for item in items_of(catalog, key)], catalog, storage, crew)
 
 
-def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader) -> None:
+def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader, crew: Crew) -> None:
     """Check the last item of each file."""
     last: dict[str, StoredItem] = {}
     for item in items:
         if item.path not in last or item.byte_stop > last[item.path].byte_stop:
             last[item.path] = item
-    for item in last.values():
-        _check_inside(item, catalog, storage)
+
+    def check(some: Sequence[StoredItem]) -> None:
+        for item in some:
+            _check_inside(item, catalog, storage)
+
+    crew.run(check, list(last.values()), _one_by_one)
 
 
 def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
@@ -288,75 +203,42 @@ def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> N
         )
 
 
-class _Placer:
-    """Turns chunks into requests with their places in files and in the arena."""
-
-    def __init__(self, items: ItemReader) -> None:
-        self._items = items
-        self._known_requests: dict[tuple[object, ...], Sequence[Request]] = {}  # most pieces look like some other
-
-    def works(self, chunks: Sequence[_Chunk]) -> list[_Work]:
-        """The requests of all chunks that can be read in ranges, and the others as they are."""
-        works: list[_Work] = []
-        for chunk in chunks:
-            if chunk.item.is_ranged:
-                layout = self._items.layout(chunk.item)
-                works += self.placed(chunk, layout, chunk.item.byte_offset)
-                works += self.slabs(chunk, layout)
-            else:
-                works.append(chunk)
-        return works
-
-    def content(self, item: TensorItem) -> bytes:
-        """The whole content of an item."""
-        return self._items.content(item)
-
-    def layout_in(self, content: bytes | memoryview, item: TensorItem) -> ItemLayout:
-        """How an item's elements lie in its content."""
-        return self._items.layout_in(content, item)
-
-    def slabs(self, chunk: _Chunk, layout: ItemLayout) -> list[PlacedSlab]:
-        """What is read of a chunk for several ranks."""
-        return [PlacedSlab(chunk.item, chunk.row, layout, read) for read in chunk.shared]
-
-    def placed(self, chunk: _Chunk, layout: ItemLayout, item_offset: int) -> list[PlacedRequest]:
-        return [
-            PlacedRequest(chunk.item.path, item_offset, piece.arena_offset, request)
-            for piece in chunk.pieces
-            for request in self._requests_of(piece.item, layout)
-        ]
-
-    def _requests_of(self, item: ReadItem, layout: ItemLayout) -> Sequence[Request]:
-        """Of one piece; where they go is counted from the piece's place in the arena."""
-        alike = (layout, item.source, item.strides)
-        requests = self._known_requests.get(alike)
-        if requests is None:
-            requests = requests_for(
-                layout,
-                source_offsets=item.source.offsets,
-                sizes=item.source.sizes,
-                arena_offset=0,
-                strides=item.strides,
-            )
-            self._known_requests[alike] = requests
-        return requests
-
-
-def read_extent(extent: Extent[_Chunk], source: ByteSource) -> Iterator[tuple[_Chunk, memoryview]]:
-    """Each chunk of an extent with its item's bytes, out of one request."""
-    data = memoryview(bytearray(extent.stop - extent.start))
-    source.read_into(extent.path, extent.start, data)
-    for chunk in extent.members:
-        start = chunk.item.byte_offset - extent.start
-        yield chunk, data[start : start + chunk.item.byte_length]
-
-
 def _groups(units: Sequence[T]) -> list[Sequence[T]]:
     return [units[start : start + _BATCH_HEADS] for start in range(0, len(units), _BATCH_HEADS)]
 
 
-def _batches(works: Sequence[_Work]) -> Iterator[list[_Work]]:
-    batch: list[_Work] = []
+def _crew(storage: RangeReader, options: ReadOptions, *, alone: bool) -> Crew:
+    first = cores() if storage.traits.is_local else _FIRST_REMOTE
+    return Crew(options.concurrency, first_threads=first, timeout_s=options.timeout_s, alone=alone)
+
+
+def _nbytes(works: Sequence[Work]) -> int:
+    return sum(work.nbytes for work in works)
+
+
+def _mixed(works: Sequence[Work]) -> list[Work]:
+    """Long and short ones in turn, so that the line is full while short ones wait for their first bytes."""
+    ordered = sorted(works, key=lambda work: -work.nbytes)
+    half = len(ordered) // 2
+    pairs = zip_longest(ordered[: len(ordered) - half], reversed(ordered[len(ordered) - half :]))
+    return [work for pair in pairs for work in pair if work is not None]
+
+
+def _limits(storage: RangeReader, options: ReadOptions) -> JoinLimits:
+    return JoinLimits.of(
+        storage.traits,
+        max_gap_bytes=options.max_gap_bytes,
+        max_over_read=options.max_over_read,
+        max_request_bytes=options.max_request_bytes,
+    )
+
+
+def _one_by_one(units: Sequence[T]) -> list[Sequence[T]]:
+    return [units[place : place + 1] for place in range(len(units))]
+
+
+def _batches(works: Sequence[Work]) -> Iterator[list[Work]]:
+    batch: list[Work] = []
     nbytes = 0
     for work in works:
         batch.append(work)

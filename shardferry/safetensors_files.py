@@ -101,21 +101,15 @@ def _tensor_metadata(boxes: Sequence[RawTensor], location: str) -> TensorStorage
 
 
 def _chunk(box: RawTensor) -> ChunkStorageMetadata:
-    chunk = ChunkStorageMetadata()
-    chunk.offsets, chunk.sizes = box.offsets, box.sizes
-    return chunk
+    return ChunkStorageMetadata([{"offsets": box.offsets, "sizes": box.sizes}])
 
 
 def _index(box: RawTensor) -> MetadataIndex:
-    index = MetadataIndex()
-    index.fqn, index.offset = box.key, box.offsets
-    return index
+    return MetadataIndex([{"fqn": box.key, "offset": box.offsets}])
 
 
 def _storage_info(box: RawTensor) -> StorageInfo:
-    info = StorageInfo()
-    info.relative_path, info.offset, info.length, info.is_raw = box.path, box.byte_offset, box.nbytes, True
-    return info
+    return StorageInfo([{"relative_path": box.path, "offset": box.byte_offset, "length": box.nbytes, "is_raw": True}])
 
 
 def with_safetensors_positions(catalog: Catalog, storage: RangeReader) -> Catalog:

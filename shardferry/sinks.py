@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,12 +10,13 @@ import numpy as np
 import torch
 
 from shardferry.arena import Arena, DeviceArena, HostArena
-from shardferry.decode import ItemLayout
+from shardferry.budget import Budget
+from shardferry.busy import BusyTimes
 from shardferry.exchange import Outbox
 from shardferry.items import TensorItem
 from shardferry.peers import Places
 from shardferry.region import Region, row_major_strides
-from shardferry.requests import InPlaceRead, Request, requests_for
+from shardferry.requests import InPlaceRead, Request
 from shardferry.sharing import Delivery, SharedRead
 from shardferry.storage.base import ByteSource
 
@@ -42,8 +42,8 @@ class PlacedSlab:
 
     item: TensorItem
     row: int  # of the catalog's tensors
-    layout: ItemLayout
     read: SharedRead
+    requests: Sequence[Request]  # that fill the slab, row-major
 
     @property
     def nbytes(self) -> int:
@@ -57,8 +57,8 @@ class Sink(Protocol):
     def carry_out(self, placed: PlacedRequest, source: ByteSource) -> None: ...
 
 
-def make_sink(arena: Arena) -> Sink:
-    return HostSink(arena.memory) if isinstance(arena, HostArena) else DeviceSink(arena)
+def make_sink(arena: Arena, busy: BusyTimes) -> Sink:
+    return HostSink(arena.memory) if isinstance(arena, HostArena) else DeviceSink(arena, busy)
 
 
 class HostSink:
@@ -71,40 +71,50 @@ class HostSink:
             place = self._memory[arena_offset : arena_offset + request.nbytes]
             source.read_into(placed.path, placed.item_offset + request.byte_offset, place)
             return
-        window = source.window(placed.path, request.runs(placed.item_offset))
         target = _strided(self._memory, arena_offset, request.sizes, request.strides, request.itemsize)
-        target[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
+        with source.window(placed.path, request.runs(placed.item_offset)) as view:
+            target[...] = _strided(view, 0, request.sizes, request.source_strides, request.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How boxes reach other ranks."""
+
+    places: Places  # on this island
+    outbox: Outbox | None  # to other islands; None where there are none
+    busy: BusyTimes
 
 
 class Courier:
-    """Reads slabs into a buffer of each thread, and brings their boxes to the ranks that want them.
+    """Reads slabs into buffers, and brings their boxes to the ranks that want them."""
 
-    Args:
-        outbox: to other islands; None where there are none.
-    """
-
-    def __init__(self, places: Places, outbox: Outbox | None) -> None:
-        self._places = places
-        self._outbox = outbox
-        self._buffers = threading.local()
+    def __init__(self, ways: Ways, budget: Budget) -> None:
+        self._places = ways.places
+        self._outbox = ways.outbox
+        self._busy = ways.busy
+        self._budget = budget
 
     def carry_out(self, slab: PlacedSlab, item_offset: int, source: ByteSource) -> None:
-        region, itemsize = slab.read.region, slab.item.dtype.itemsize
-        strides = row_major_strides(region.sizes)
-        buffer = self._own_place(slab, strides)
-        in_place = buffer is not None
-        buffer = buffer or self._buffer(region.numel * itemsize)
+        own = self._own_place(slab, row_major_strides(slab.read.region.sizes))
+        if own is not None:
+            self._deliver(slab, item_offset, source, own, is_own=True)
+            return
+        with self._budget.lease(slab.read.numel * slab.item.dtype.itemsize) as buffer:
+            self._deliver(slab, item_offset, source, buffer, is_own=False)
+
+    def _deliver(
+        self, slab: PlacedSlab, item_offset: int, source: ByteSource, buffer: memoryview, *, is_own: bool
+    ) -> None:
         sink = HostSink(buffer)
-        for request in requests_for(
-            slab.layout, source_offsets=region.offsets, sizes=region.sizes, arena_offset=0, strides=strides
-        ):
+        for request in slab.requests:
             sink.carry_out(PlacedRequest(slab.item.path, item_offset, 0, request), source)
-        block = Block(buffer, region, itemsize)
+        block = Block(buffer, slab.read.region, slab.item.dtype.itemsize)
         for forward in slab.read.forwards:
             assert self._outbox is not None
             self._outbox.put(forward.relay, forward.index, block.part(forward.box))
-        others = [d for d in slab.read.deliveries if not in_place or d.world_rank != self._places.world_rank]
-        deliver(block, others, slab.row, self._places)
+        others = [d for d in slab.read.deliveries if not is_own or d.world_rank != self._places.world_rank]
+        with self._busy.at("deliver"):
+            deliver(block, others, slab.row, self._places)
 
     def _own_place(self, slab: PlacedSlab, strides: tuple[int, ...]) -> memoryview | None:
         """Where this rank wants the whole slab as it is: then it is read there."""
@@ -114,12 +124,6 @@ class Courier:
             if delivery.world_rank == self._places.world_rank and as_it_is:
                 return self._places.memory_at(slab.row, delivery.offset * itemsize, slab.read.numel * itemsize)
         return None
-
-    def _buffer(self, nbytes: int) -> memoryview:
-        buffer: bytearray | None = getattr(self._buffers, "bytes", None)
-        if buffer is None or len(buffer) < nbytes:
-            buffer = self._buffers.bytes = bytearray(nbytes)
-        return memoryview(buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +202,33 @@ def _scatter(arena: DeviceArena, where: _Scatter, staging: torch.Tensor) -> None
 
 
 class DeviceSink:
-    def __init__(self, arena: DeviceArena) -> None:
+    def __init__(self, arena: DeviceArena, busy: BusyTimes) -> None:
         self._arena = arena
+        self._busy = busy
 
     def carry_out(self, placed: PlacedRequest, source: ByteSource) -> None:
+        with self._arena.staging(placed.nbytes) as staging:
+            self._fill(staging, placed, source)
+            with self._busy.at("device copy"):
+                self._copy(staging, placed)
+                self._arena.wait_for_copies()
+
+    @staticmethod
+    def _fill(staging: torch.Tensor, placed: PlacedRequest, source: ByteSource) -> None:
+        request = placed.request
+        if isinstance(request, InPlaceRead):
+            source.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
+            return
+        packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
+        with source.window(placed.path, request.runs(placed.item_offset)) as view:
+            packed[...] = _strided(view, 0, request.sizes, request.source_strides, request.itemsize)
+
+    def _copy(self, staging: torch.Tensor, placed: PlacedRequest) -> None:
         request, arena_offset = placed.request, placed.arena_offset + placed.request.arena_offset
-        with self._arena.staging(request.nbytes) as staging:
-            if isinstance(request, InPlaceRead):
-                source.read_into(placed.path, placed.item_offset + request.byte_offset, staging.numpy().data)
-                self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
-                return
-            packed: np.ndarray[Any, Any] = staging.numpy().view(_ELEMENT[request.itemsize]).reshape(request.sizes)
-            window = source.window(placed.path, request.runs(placed.item_offset))
-            packed[...] = _strided(window.view, 0, request.sizes, request.source_strides, request.itemsize)
-            _scatter(self._arena, _Scatter(arena_offset, request.sizes, request.strides, request.itemsize), staging)
+        if isinstance(request, InPlaceRead):
+            self._arena.tensor(arena_offset, (request.nbytes,), torch.uint8).copy_(staging, non_blocking=True)
+            return
+        _scatter(self._arena, _Scatter(arena_offset, request.sizes, request.strides, request.itemsize), staging)
 
 
 _ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}

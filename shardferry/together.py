@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardferry.arena import Arena, HostArena
+from shardferry.busy import BusyTimes
 from shardferry.exchange import Channel, Exchange
 from shardferry.peers import ArenaAddress, PeerArenas, Places
 from shardferry.plan import LoadPlan
 from shardferry.reader import Sharing
 from shardferry.sharing import Relayed, SharedPlan
-from shardferry.sinks import Block, Courier, DevicePlace, deliver
+from shardferry.sinks import Block, DevicePlace, Ways, deliver
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Together:
 
     @contextmanager
     def begin(
-        self, plan: LoadPlan, arena: Arena, rows: Mapping[str, int], memory_budget_bytes: int
+        self, plan: LoadPlan, arena: Arena, rows: Mapping[str, int], memory_budget_bytes: int, busy: BusyTimes
     ) -> Iterator[Sharing]:
         """What the reader needs; on leaving, everything has gone to other islands and has come from them.
 
         Args:
             rows: of the catalog's tensors, by key.
-            memory_budget_bytes: of which a part goes to messages.
+            memory_budget_bytes: of which up to a half goes to messages.
 
         Raises:
             StorageError: another rank's arena is gone, or a message didn't come through in time.
@@ -41,13 +42,17 @@ class Together:
 
             def take(relayed: Relayed, memory: memoryview) -> None:
                 row = rows[plan.tensors[relayed.tensor].key]
-                deliver(Block(memory, relayed.box, relayed.itemsize), relayed.deliveries, row, places)
+                with busy.at("deliver"):
+                    deliver(Block(memory, relayed.box, relayed.itemsize), relayed.deliveries, row, places)
 
-            outbox = None
-            if self.channel is not None and (self.shared.relays or self.shared.relayed):
-                exchange = Exchange(self.channel, self.shared, take, memory_budget_bytes=memory_budget_bytes)
-                outbox = stack.enter_context(exchange).outbox
-            yield Sharing(self.shared, Courier(places, outbox), rows)
+            if self.channel is None or not (self.shared.relays or self.shared.relayed):
+                yield Sharing(self.shared, rows, Ways(places, None, busy), reserved_bytes=0)
+                return
+            exchange = Exchange(
+                replace(self.channel, busy=busy), self.shared, take, memory_budget_bytes=memory_budget_bytes // 2
+            )
+            outbox = stack.enter_context(exchange).outbox
+            yield Sharing(self.shared, rows, Ways(places, outbox, busy), exchange.buffer_bytes)
 
     def _places(self, plan: LoadPlan, arena: Arena, rows: Mapping[str, int], stack: ExitStack) -> Places:
         if isinstance(arena, HostArena):

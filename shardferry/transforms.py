@@ -16,7 +16,7 @@ ZSTANDARD = "stream.zstd"
 _PACKAGES = ("zstandard", "pyzstd")
 
 
-def undo_transforms(data: bytes, descriptors: Sequence[str]) -> bytes:
+def undo_transforms(data: bytes | bytearray, descriptors: Sequence[str]) -> bytes:
     """An item as it was before it was transformed.
 
     Raises:
@@ -30,10 +30,10 @@ def undo_transforms(data: bytes, descriptors: Sequence[str]) -> bytes:
                 "here); save without this extension"
             )
         data = _decompressed(data)
-    return data
+    return bytes(data)
 
 
-def _decompressed(data: bytes) -> bytes:
+def _decompressed(data: bytes | bytearray) -> bytes:
     decompressor = _decompressor()
     try:
         content = bytes(decompressor.decompress(data))

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import StorageReader
 from shardferry.agreement import Agreement
 from shardferry.arena import allocate_arena
 from shardferry.catalog import Catalog, KeyPath
+from shardferry.catalog_cache import CatalogCache
 from shardferry.checkpoint import read_catalog
 from shardferry.collector import paused_gc
 from shardferry.dcp.groups import device_of
@@ -43,7 +44,7 @@ def _catalog_of_all(storage: RangeReader, group: dist.ProcessGroup, agreement: A
     """The first rank reads the metadata; the others get the catalog from it."""
 
     def read() -> Catalog | None:
-        return read_catalog(storage) if agreement.rank == 0 else None
+        return read_catalog(storage, cache=CatalogCache.of(True)) if agreement.rank == 0 else None
 
     found = [agreement.attempt("reading the metadata", read)]
     with paused_gc():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from shardferry.storage.retrying import RetryPolicy
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A part of a file, of which only some runs may be looked at, and what it cost."""
-
-    view: memoryview  # to read from, as long as it is held; from the first run's start to the last one's stop
-    num_requests: int
-    bytes_requested: int
-
-
-class ByteSource(Protocol):
+class ByteReader(Protocol):
     """Reads byte ranges of files. Safe to use from several threads."""
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from ``byte_offset`` on. Raises StorageError where the file has fewer bytes."""
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        """Fill the buffers, one after the other, from ``byte_offset`` on, with one request.
 
-    def window(self, path: str, runs: Runs) -> Window:
-        """The bytes of some runs, in place. Raises StorageError where the file has fewer bytes.
-
-        Where the storage can, nothing is fetched before it is looked at. Else the runs are fetched, with the gaps between
-        them as far as these are small.
+        Raises:
+            StorageError: the file has fewer bytes.
         """
 
 
-class RangeReader(ByteSource, Protocol):
+class ByteSource(ByteReader, Protocol):
+    """Reads byte ranges, and has a place for those that are looked at on their way."""
+
+    def window(self, path: str, runs: Runs) -> AbstractContextManager[memoryview]:
+        """The bytes from the first run's start to the last one's stop; of some storages only those of the runs, and what is
+        near them, are ever fetched. It may be looked at inside the ``with`` alone.
+
+        Raises:
+            StorageError: the file has fewer bytes.
+        """
+
+
+class RangeReader(ByteReader, Protocol):
     """The files of one checkpoint."""
 
     location: str
@@ -66,6 +66,13 @@ class RangeReader(ByteSource, Protocol):
 
     def size(self, path: str) -> int:
         """Bytes of a file. Raises MissingFile, StorageError."""
+
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        """Bytes of a file in place: nothing is fetched before it is looked at. Only where ``traits.maps_files`` says so.
+
+        Raises:
+            StorageError: the file has fewer bytes, or can't be mapped.
+        """
 
     def is_in_memory(self, path: str, byte_offset: int) -> bool:
         """Whether a byte can be had without asking a disk or a network; never asks them itself. Raises StorageError."""
@@ -118,25 +125,17 @@ def read_file(storage: RangeReader, path: str) -> bytes:
     return bytes(data)
 
 
-def fetch_window(
-    storage: RangeReader,
-    path: str,
-    runs: Runs,
-    *,
-    run_all: Callable[[Callable[[tuple[int, int]], None], Iterable[tuple[int, int]]], Iterable[None]] = map,
-) -> Window:
-    """The window of a storage whose bytes have to be fetched: some requests, run by ``run_all``."""
-    ranges = runs.ranges(max_gap_bytes=storage.traits.max_gap_bytes)
-    # Pages between the ranges are never touched, and so cost no memory.
-    memory = np.empty(runs.stop - runs.start, dtype=np.uint8).data
+def spread(data: memoryview, buffers: Sequence[memoryview]) -> None:
+    """Copy what one request brought to the buffers, one after the other, as far as it goes."""
+    done = 0
+    for buffer in buffers:
+        count = min(len(buffer), len(data) - done)
+        copy_bytes(buffer[:count], data[done : done + count])
+        done += count
 
-    def fetch(place: tuple[int, int]) -> None:
-        start, stop = place
-        storage.read_into(path, start, memory[start - runs.start : stop - runs.start])
 
-    for _ in run_all(fetch, ranges) if len(ranges) > 1 else map(fetch, ranges):
-        pass
-    return Window(memory, num_requests=len(ranges), bytes_requested=sum(stop - start for start, stop in ranges))
+def not_mapped(location: str) -> StorageError:
+    return StorageError(f"{location}: its files can't be mapped into memory; their bytes have to be read")
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:

@@ -11,9 +11,10 @@ import logging
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
-from shardferry.storage.base import copy_bytes
+from shardferry.storage.base import spread
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +49,18 @@ def open_direct(path: Path) -> int | None:
     return descriptor
 
 
-def pread_direct(descriptor: int, buffer: memoryview, byte_offset: int) -> int:
-    """Fill the start of the buffer; how many bytes. None are left in the file where it is 0."""
+def pread_direct(descriptor: int, buffers: Sequence[memoryview], byte_offset: int) -> int:
+    """Fill the buffers from the first on; how many bytes. None are left in the file where it is 0."""
     start = byte_offset - byte_offset % ALIGNMENT
     skipped = byte_offset - start
-    length = min(BOUNCE_BYTES, -(-(skipped + len(buffer)) // ALIGNMENT) * ALIGNMENT)
+    wanted = sum(map(len, buffers))
+    length = min(BOUNCE_BYTES, -(-(skipped + wanted) // ALIGNMENT) * ALIGNMENT)
     bounce = _bounce()
     found = os.preadv(descriptor, [bounce[:length]], start)
-    count = min(found - skipped, len(buffer))
+    count = min(found - skipped, wanted)
     if count <= 0:
         return 0
-    copy_bytes(buffer[:count], bounce[skipped : skipped + count])
+    spread(bounce[skipped : skipped + count], buffers)
     return count
 
 

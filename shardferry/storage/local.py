@@ -6,16 +6,15 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
-from shardferry.storage.base import Window, fetch_window, missing_file, written_again
+from shardferry.storage.base import missing_file, not_mapped, written_again
 from shardferry.storage.direct import open_direct, pread_direct
-from shardferry.storage.runs import Runs
 from shardferry.storage.traits import LOCAL_FILES, StorageTraits
 from shardferry.storage.transient import TransientStorageError, is_transient
 
@@ -62,8 +61,6 @@ class _File:
 class LocalReader:
     """Files of a directory. Each file is opened once and stays open until ``close``."""
 
-    traits: StorageTraits = LOCAL_FILES
-
     def __init__(self, directory: Path, options: LocalOptions | None = None) -> None:
         if not directory.is_dir():
             what = "is a file, not a directory" if directory.exists() else "no such directory"
@@ -71,6 +68,8 @@ class LocalReader:
         self.location = str(directory)
         self._directory = directory
         self._options = options or LocalOptions()
+        # A mapping goes through the page cache, and fills it.
+        self.traits: StorageTraits = replace(LOCAL_FILES, maps_files=self._options == LocalOptions())
         self._files: dict[str, _File] = {}
         self._retired: list[int] = []  # descriptors that went stale, which another thread may still read from
         self._versions: dict[str, str] = {}
@@ -92,37 +91,41 @@ class LocalReader:
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        file = self._checked(path)
-        if self._options.page_cache is PageCache.READ_AHEAD:
-            os.posix_fadvise(file.descriptor, byte_offset, len(buffer), os.POSIX_FADV_WILLNEED)
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        file, nbytes = self._checked(path), sum(map(len, buffers))
+        advice = self._options.page_cache
+        if advice is PageCache.READ_AHEAD:
+            os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_WILLNEED)
+        left: Sequence[memoryview] = buffers
         done = 0
-        while done < len(buffer):
+        while done < nbytes:
             try:
-                count = _pread(file, buffer[done:], byte_offset + done)
+                count = _pread(file, left, byte_offset + done)
             except OSError as error:
                 raise self._failed(path, f"reading at byte {byte_offset + done} failed", error) from error
             if count == 0:
                 raise StorageError(
                     f"{self.location}/{path}: ends at byte {self.size(path)}, "
-                    f"but bytes {byte_offset} to {byte_offset + len(buffer)} are needed; the file is cut"
+                    f"but bytes {byte_offset} to {byte_offset + nbytes} are needed; the file is cut"
                 )
             done += count
-        if self._options.page_cache is PageCache.DROP:
-            os.posix_fadvise(file.descriptor, byte_offset, len(buffer), os.POSIX_FADV_DONTNEED)
+            if done < nbytes:
+                left = _rest(buffers, done)
+        if advice is PageCache.DROP:
+            os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def window(self, path: str, runs: Runs) -> Window:
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        if not self.traits.maps_files:
+            raise not_mapped(self.location)
         # A page beyond the file's end would kill the process (SIGBUS): look at the size first.
-        file, start, stop, size = self._checked(path), runs.start, runs.stop, self.size(path)
+        file, size = self._checked(path), self.size(path)
         if stop > size:
             raise StorageError(f"{self.location}/{path}: has {size} bytes, but bytes {start} to {stop} are needed")
-        if self._options != LocalOptions():  # a mapping goes through the page cache, and fills it
-            return fetch_window(self, path, runs)
         first_page = start - start % mmap.ALLOCATIONGRANULARITY
         # The mapping goes with its last view: closing it by hand would fail while an array still looks at it.
         pages = mmap.mmap(file.descriptor, stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
         # Only the pages that are looked at are read, once each.
-        return Window(memoryview(pages)[start - first_page :], num_requests=1, bytes_requested=runs.nbytes)
+        return memoryview(pages)[start - first_page :]
 
     def is_in_memory(self, path: str, byte_offset: int) -> bool:
         file = self._file(path)
@@ -179,10 +182,19 @@ class LocalReader:
         return kind(f"{self.location}/{path}: {what}: {error}")
 
 
-def _pread(file: _File, buffer: memoryview, byte_offset: int) -> int:
+def _pread(file: _File, buffers: Sequence[memoryview], byte_offset: int) -> int:
     if file.is_direct:
-        return pread_direct(file.descriptor, buffer, byte_offset)
-    return os.preadv(file.descriptor, [buffer], byte_offset)
+        return pread_direct(file.descriptor, buffers, byte_offset)
+    return os.preadv(file.descriptor, buffers, byte_offset)
+
+
+def _rest(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
+    """What is to be filled yet, where ``done`` bytes are."""
+    place = 0
+    while done >= len(buffers[place]):
+        done -= len(buffers[place])
+        place += 1
+    return [buffers[place][done:], *buffers[place + 1 :]]
 
 
 def _version(status: os.stat_result) -> str:

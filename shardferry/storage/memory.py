@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from shardferry.errors import StorageError
-from shardferry.storage.base import Window
 from shardferry.storage.runs import Runs
 
 
@@ -13,11 +15,14 @@ class MemorySource:
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = memoryview(data)
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        buffer[:] = self._part(path, byte_offset, byte_offset + len(buffer))
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        for buffer in buffers:
+            buffer[:] = self._part(path, byte_offset, byte_offset + len(buffer))
+            byte_offset += len(buffer)
 
-    def window(self, path: str, runs: Runs) -> Window:
-        return Window(self._part(path, runs.start, runs.stop), num_requests=0, bytes_requested=0)
+    @contextmanager
+    def window(self, path: str, runs: Runs) -> Iterator[memoryview]:
+        yield self._part(path, runs.start, runs.stop)
 
     def _part(self, path: str, start: int, stop: int) -> memoryview:
         if stop > len(self._data):

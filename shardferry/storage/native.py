@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, StorageError
-from shardferry.storage.base import Window, copy_bytes, fetch_window, missing_file, written_again
+from shardferry.storage.base import copy_bytes, missing_file, not_mapped, written_again
 from shardferry.storage.native_errors import storage_error
 from shardferry.storage.native_options import StoreOptions, StorePlace, place_of, split_options
-from shardferry.storage.runs import Runs
 from shardferry.storage.traits import OBJECT_STORE, WEB_SERVER, StorageTraits
 
 if TYPE_CHECKING:
@@ -71,14 +70,13 @@ class NativeReader:
                 known = self._found.setdefault(path, known)
         return known["size"]
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        if len(buffer):
-            stop = byte_offset + len(buffer)
-            what = f"reading bytes {byte_offset} to {stop} failed"
-            self._call(lambda: self._fill(path, byte_offset, buffer), path, what)
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        if nbytes := sum(map(len, buffers)):
+            what = f"reading bytes {byte_offset} to {byte_offset + nbytes} failed"
+            self._call(lambda: self._fill(path, byte_offset, buffers, nbytes), path, what)
 
-    def window(self, path: str, runs: Runs) -> Window:
-        return fetch_window(self, path, runs)
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        raise not_mapped(self.location)
 
     def is_in_memory(self, path: str, byte_offset: int) -> bool:
         return False
@@ -86,16 +84,16 @@ class NativeReader:
     def close(self) -> None:
         """Connections go with the store, when nobody holds it."""
 
-    def _fill(self, path: str, byte_offset: int, buffer: memoryview) -> None:
+    def _fill(self, path: str, byte_offset: int, buffers: Sequence[memoryview], nbytes: int) -> None:
         import obstore
 
-        stop = byte_offset + len(buffer)
+        stop = byte_offset + nbytes
         options: GetOptions = {"range": (byte_offset, stop)}
         if (version := self._version_to_read(path)) is not None:
             options["if_match"] = version
         result = obstore.get(self._store, path, options=options)
-        done = _copied(result, buffer)
-        if done != len(buffer):
+        done = _copied(result, buffers, nbytes)
+        if done != nbytes:
             raise StorageError(
                 f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {done} bytes came; "
                 "the file is cut, or the storage doesn't serve ranges"
@@ -174,14 +172,21 @@ def _store(place: StorePlace, options: StoreOptions) -> ObjectStore:
     return store
 
 
-def _copied(result: GetResult, buffer: memoryview) -> int:
+def _copied(result: GetResult, buffers: Sequence[memoryview], nbytes: int) -> int:
     """Bytes of a body, put where they belong. More than were asked for are counted as far as they fit, and one more."""
-    done = 0
-    for piece in result.stream(min_chunk_size=_PIECE_BYTES):
-        if done + len(piece) > len(buffer):
+    done, left = 0, list(reversed(buffers))
+    for body in result.stream(min_chunk_size=_PIECE_BYTES):
+        piece = memoryview(body)
+        if done + len(piece) > nbytes:
             return done + len(piece)
-        copy_bytes(buffer[done : done + len(piece)], memoryview(piece))
         done += len(piece)
+        while piece:
+            buffer = left.pop()
+            count = min(len(buffer), len(piece))
+            copy_bytes(buffer[:count], piece[:count])
+            piece = piece[count:]
+            if count < len(buffer):
+                left.append(buffer[count:])
     return done
 
 

@@ -6,13 +6,13 @@ times the bytes where a checkpoint's items are looked at here and there.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.storage.base import Window, copy_bytes, fetch_window, missing_file, written_again
-from shardferry.storage.runs import Runs
+from shardferry.storage.base import missing_file, not_mapped, spread, written_again
 from shardferry.storage.traits import OBJECT_STORE, StorageTraits
 from shardferry.storage.transient import TransientStorageError, is_transient
 
@@ -34,7 +34,8 @@ class RemoteReader:
         root: the directory's path in it, with or without the protocol.
     """
 
-    traits: StorageTraits = OBJECT_STORE
+    # fsspec gives a request's bytes as one object.
+    traits: StorageTraits = dataclasses.replace(OBJECT_STORE, holds_bodies=True)
 
     def __init__(self, filesystem: AbstractFileSystem, root: str) -> None:
         self._filesystem = filesystem
@@ -77,10 +78,11 @@ class RemoteReader:
         with self._lock:
             return self._sizes.setdefault(path, int(found))
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        if not len(buffer):
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        nbytes = sum(map(len, buffers))
+        if not nbytes:
             return
-        stop = byte_offset + len(buffer)
+        stop = byte_offset + nbytes
         what = f"reading bytes {byte_offset} to {stop} failed"
         try:
             self._check_version(path)
@@ -89,15 +91,15 @@ class RemoteReader:
             raise
         except Exception as error:
             raise self._failed(path, what, error) from error
-        if len(data) != len(buffer):
+        if len(data) != nbytes:
             raise StorageError(
                 f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {len(data)} bytes came; "
                 "the file is cut, or the storage doesn't serve ranges"
             )
-        copy_bytes(buffer, memoryview(data))
+        spread(memoryview(data), buffers)
 
-    def window(self, path: str, runs: Runs) -> Window:
-        return fetch_window(self, path, runs)
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        raise not_mapped(self.location)
 
     def is_in_memory(self, path: str, byte_offset: int) -> bool:
         return False

@@ -12,13 +12,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from shardferry.errors import StorageError
-from shardferry.storage.base import RangeReader, Window, fetch_window
-from shardferry.storage.runs import Runs
+from shardferry.storage.base import RangeReader
 from shardferry.storage.traits import StorageTraits
 from shardferry.storage.transient import TransientStorageError
 
@@ -26,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_WINDOW_REQUESTS = 8  # of one window, side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,6 @@ class RetryingReader:
         self._policy = policy or RetryPolicy()
         self._clock = clock or Clock()
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
 
     @property
     def traits(self) -> StorageTraits:
@@ -89,29 +84,17 @@ class RetryingReader:
     def size(self, path: str) -> int:
         return self._try(self._storage.size, path)
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        self._try(self._storage.read_into, path, byte_offset, buffer)
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        self._try(self._storage.read_into, path, byte_offset, *buffers)
 
-    def window(self, path: str, runs: Runs) -> Window:
-        if self.traits.is_local:
-            return self._try(self._storage.window, path, runs)
-        return fetch_window(self, path, runs, run_all=self._requests().map)
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        return self._try(self._storage.mapped, path, start, stop)
 
     def is_in_memory(self, path: str, byte_offset: int) -> bool:
         return self._storage.is_in_memory(path, byte_offset)
 
     def close(self) -> None:
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
         self._storage.close()
-
-    def _requests(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_WINDOW_REQUESTS, thread_name_prefix="shardferry-window")
-            return self._pool
 
     def _try(self, request: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         started_s = self._clock.now_s()

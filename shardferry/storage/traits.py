@@ -21,16 +21,24 @@ class StorageTraits:
     """The defaults for reading one kind of storage; whoever reads may be told otherwise."""
 
     max_gap_bytes: int  # between two runs: fewer bytes than this cost less than another request
+    max_over_read: float  # bytes of a request that nobody wants, over the wanted ones
     max_request_bytes: int  # more than this is asked for in several requests
     latency: Latency
-    is_local: bool  # its windows fetch nothing before it is looked at
+    is_local: bool
+    maps_files: bool = False  # their bytes can be looked at in place: nothing is fetched before
+    holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
     has_listing: bool = True
 
 
 LOCAL_FILES = StorageTraits(
-    max_gap_bytes=16 * KIB, max_request_bytes=4 * MIB, latency=Latency.MICROSECONDS, is_local=True
+    max_gap_bytes=16 * KIB,
+    max_over_read=0.25,
+    max_request_bytes=8 * MIB,
+    latency=Latency.MICROSECONDS,
+    is_local=True,
+    maps_files=True,
 )
 OBJECT_STORE = StorageTraits(
-    max_gap_bytes=64 * KIB, max_request_bytes=16 * MIB, latency=Latency.MILLISECONDS, is_local=False
+    max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, latency=Latency.MILLISECONDS, is_local=False
 )
 WEB_SERVER = dataclasses.replace(OBJECT_STORE, has_listing=False)

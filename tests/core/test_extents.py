@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from shardferry.plan import plan_load
 from shardferry.reader import Counters, ReadOptions, read_plan
 from shardferry.request import LoadRequest
 from shardferry.spec_layout import SpecLayout
+from shardferry.storage import runs
 from shardferry.storage.local import LocalReader
 from tests.core.test_reader import SMALL, check, save
 
@@ -28,6 +30,10 @@ from tests.core.test_reader import SMALL, check, save
 class Wanted:
     item: StoredItem
     bytes_to_read: int
+
+    @property
+    def unwanted(self) -> int:
+        return self.item.byte_length - self.bytes_to_read
 
 
 @st.composite
@@ -45,23 +51,28 @@ def files(draw: st.DrawFn) -> list[Wanted]:
 
 
 @settings(deadline=None, max_examples=500)
-@given(files(), st.integers(0, 5), st.integers(1, 40), st.integers(1, 12))
-def test_joined_reads_keep_their_limits(wanted: Sequence[Wanted], gap: int, request: int, item: int) -> None:
-    limits = JoinLimits(gap, request, min(item, request))
-    extents, alone = join(wanted, limits)
+@given(files(), st.integers(0, 5), st.integers(1, 40), st.integers(1, 12), st.sampled_from([0.0, 0.2, 0.5, 3.0]))
+def test_joined_reads_keep_their_limits(
+    wanted: Sequence[Wanted], gap: int, request: int, item: int, over_read: float
+) -> None:
+    limits = JoinLimits(gap, over_read, request, min(item, request), maps_files=True)
+    with mock.patch.object(runs, "_LEAST_GAP", 3):
+        extents, alone = join(wanted, limits)
     joined = [member for extent in extents for member in extent.members]
     assert sorted(map(id, [*joined, *alone])) == sorted(map(id, wanted)), "each item once"
     assert [one for one in wanted if one in alone] == alone, "in their order"
     for extent in extents:
         assert extent.stop - extent.start <= request
         assert len(extent.members) > 1
-        end = extent.start
+        end, vain = extent.start, 0
         for member in extent.members:
             assert (member.item.path, member.item.byte_length <= limits.max_item_bytes) == (extent.path, True)
             assert 0 <= member.item.byte_offset - end <= gap
-            assert member.item.byte_length - member.bytes_to_read <= gap
+            assert member.unwanted <= gap
+            vain += sum(part for part in (member.item.byte_offset - end, member.unwanted) if part >= 3)
             end = member.item.byte_stop
         assert end == extent.stop
+        assert vain <= over_read * sum(member.bytes_to_read for member in extent.members)
 
 
 def asked(path: Path, options: ReadOptions) -> Counters:
@@ -82,5 +93,5 @@ def test_many_small_items_are_few_requests(tmp_path: Path) -> None:
     assert joined.num_requests == 1
     assert file_bytes // (64 * 1024) <= bounded.num_requests <= 2 * file_bytes // (64 * 1024)
     assert max(joined.bytes_requested, bounded.bytes_requested) <= file_bytes
-    apart = asked(path, ReadOptions(max_request_bytes=1))
-    assert apart.num_requests == 2 * len(SMALL), "a head and the data of each"
+    apart = asked(path, ReadOptions(max_gap_bytes=0))
+    assert apart.num_requests == len(SMALL), "the data of each with its head"

@@ -31,13 +31,14 @@ from shardferry.region import Region
 from shardferry.request import LoadRequest
 from shardferry.safetensors import parse_header
 from shardferry.spec_layout import SpecLayout
+from shardferry.storage.traits import LOCAL_FILES
 from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor, random_bits
 from tests.support.ranks import RankPool
 
-APART = JoinLimits(max_gap_bytes=0, max_request_bytes=1, max_item_bytes=1)  # nothing is joined
+APART = JoinLimits.of(LOCAL_FILES, max_gap_bytes=0, max_request_bytes=None)  # nothing is joined
 
 SHAPES = {"rows.weight": (10, 6), "columns.weight": (7, 9), "vector.bias": (5,)}
 CUTS = {"rows.weight": 0, "columns.weight": 1, "vector.bias": 0}

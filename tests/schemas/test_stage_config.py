@@ -189,6 +189,8 @@ def test_missing_file(tmp_path: Path) -> None:
         StageConfig.from_file(tmp_path / "stage.yaml")
 
 
-def test_requests_in_flight_fit_the_budget() -> None:
-    config = StageConfig.model_validate({"read": {"memory_budget": "20MiB", "concurrency": 16}})
-    assert config.read.options(10.0).concurrency == 2
+def test_how_to_read_in_the_cores_terms() -> None:
+    read = {"memory_budget": "20MiB", "concurrency": 12, "max_over_read": 0.5, "max_gap": "1KiB", "max_request": "2MiB"}
+    options = StageConfig.model_validate({"read": read}).read.options(10.0)
+    assert (options.concurrency, options.memory_budget_bytes, options.timeout_s) == (12, 20 << 20, 10.0)
+    assert (options.max_over_read, options.max_gap_bytes, options.max_request_bytes) == (0.5, 1024, 2 << 20)

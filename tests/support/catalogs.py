@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardferry.catalog import Catalog, build_catalog
+from shardferry.catalog import Catalog
+from shardferry.catalog_builder import build_catalog
 from shardferry.metadata import parse_metadata
 from shardferry.region import Region
 
@@ -33,4 +34,4 @@ def catalog_of(saved: Saved, *, name: str = "exp_avg") -> Catalog:
         for rank, region in enumerate(regions):
             storage[MetadataIndex(key, torch.Size(region.offsets))] = _StorageInfo(f"__{rank}_0.distcp", 0, 4096)
     metadata = Metadata(tensors, paths, storage)
-    return build_catalog({".metadata": parse_metadata(pickle.dumps(metadata), source=".metadata")}, location="ckpt")
+    return build_catalog([(".metadata", parse_metadata(pickle.dumps(metadata), source=".metadata"))], location="ckpt")

@@ -7,13 +7,14 @@ In a test::
     assert server.ranges == [("__0_0.distcp", 0, 100)]
 
 In a process of its own, for a benchmark: ``python -m tests.support.range_server DIRECTORY --bandwidth 400e6 --latency
-0.02`` prints its URL and serves until its standard input is closed.
+0.02`` prints its URL and serves until its standard input is closed; ``GET /.asked`` says how much it has served.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import socket
 import struct
@@ -28,6 +29,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ASKED_PATH = "/.asked"  # answers what was served so far; not throttled, not counted
 _SLICE_BYTES = 256 * 1024  # sent at once, before the bandwidth is asked for more
 
 
@@ -76,6 +78,7 @@ class RangeServer:
         self.faults = list(faults)
         self.serves_ranges = serves_ranges
         self.throttle = throttle
+        self.bytes_sent = 0  # of bodies
         self._lock = threading.Lock()
         self._free_at_s = 0.0  # when the line has sent all that it was given
         handler = functools.partial(_Handler, self, directory=str(directory))
@@ -106,9 +109,15 @@ class RangeServer:
             self.log.append(Asked(method, name, start, stop, fault))
         return fault
 
+    def asked(self) -> dict[str, int]:
+        """Requests for files and bytes of their bodies, so far."""
+        with self._lock:
+            return {"requests": len(self.log), "bytes": self.bytes_sent}
+
     def wait_for_line(self, nbytes: int) -> None:
         """Until the bytes that were sent before, by anybody, and these have gone through the line."""
         with self._lock:
+            self.bytes_sent += nbytes
             start_s = max(time.monotonic(), self._free_at_s)
             self._free_at_s = start_s + nbytes / self.throttle.bytes_per_s
             wait_s = self._free_at_s - time.monotonic()
@@ -136,7 +145,10 @@ class _Handler(SimpleHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        if self.path == ASKED_PATH:
+            self._say(json.dumps(self._served.asked()).encode())
+        else:
+            self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
         path = Path(self.translate_path(self.path))
@@ -194,6 +206,12 @@ class _Handler(SimpleHTTPRequestHandler):
                 count = min(_SLICE_BYTES, stop - place)
                 self._served.wait_for_line(count)
                 self.connection.sendfile(file, place, count)
+
+    def _say(self, text: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
 
     def _refuse(self, status: int) -> None:
         self.send_response(status)

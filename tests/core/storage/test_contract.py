@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from shardferry.budget import Budget
 from shardferry.checkpoint import open_checkpoint
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
+from shardferry.source import Counters, StorageSource
 from shardferry.storage import RangeReader, RemoteReader, RetryingReader, open_storage
 from shardferry.storage.runs import Runs
 from tests.support.range_server import served
@@ -146,22 +148,44 @@ def test_ranges(storage: RangeReader, start: int, stop: int) -> None:
     ],
 )
 def test_windows(storage: RangeReader, runs: Runs) -> None:
-    window = storage.window(BIG, runs)
-    assert len(window.view) == runs.stop - runs.start
-    for start, stop in runs.ranges(max_gap_bytes=0):
-        assert window.view[start - runs.start : stop - runs.start] == FILES[BIG][start:stop]
-    assert window.bytes_requested >= runs.nbytes
-    assert window.num_requests >= 1
-    storage.close()
-    assert window.view[: runs.run_bytes] == FILES[BIG][runs.start : runs.start + runs.run_bytes]
+    source, counters, _ = source_of(storage)
+    with source.window(BIG, runs) as view:
+        storage.close()
+        assert len(view) == runs.stop - runs.start
+        assert view == FILES[BIG][runs.start : runs.stop]
+    assert counters.num_requests == 1
+    assert counters.bytes_requested == (runs.nbytes if storage.traits.maps_files else len(view))
+
+
+def source_of(storage: RangeReader) -> tuple[StorageSource, Counters, Budget]:
+    counters, budget = Counters(), Budget(1 << 20, timeout_s=10)
+    return StorageSource(storage, counters, budget), counters, budget
+
+
+@pytest.mark.parametrize("sizes", [(5, 20), (0, 100, 0, 7), (1,) * 9, (4_096, 200_000, 1)], ids=str)
+def test_several_buffers_are_one_request(storage: RangeReader, sizes: tuple[int, ...]) -> None:
+    source, counters, _ = source_of(storage)
+    buffers = [bytearray(size) for size in sizes]
+    source.read_into(BIG, 1_001, *map(memoryview, buffers))
+    assert b"".join(buffers) == FILES[BIG][1_001 : 1_001 + sum(sizes)]
+    assert (counters.num_requests, counters.bytes_requested) == (1, sum(sizes))
+
+
+def test_files_are_mapped_or_not(storage: RangeReader) -> None:
+    if storage.traits.maps_files:
+        assert storage.mapped(BIG, 4_095, 9_000) == FILES[BIG][4_095:9_000]
+    else:
+        with pytest.raises(StorageError, match="its files can't be mapped into memory"):
+            storage.mapped(BIG, 4_095, 9_000)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(250, 257), (256, 260), (1_000, 1_010)])
 def test_a_file_that_ends_too_soon(storage: RangeReader, start: int, stop: int) -> None:
     with pytest.raises(StorageError, match=rf"__1_0\.distcp.*{start}.*{stop}"):
         read(storage, "__1_0.distcp", start, stop)
-    with pytest.raises(StorageError, match=rf"__1_0\.distcp.* bytes {start} to {stop}"):
-        storage.window("__1_0.distcp", Runs(start, 1, (stop - start,), (1,)))
+    window = source_of(storage)[0].window("__1_0.distcp", Runs(start, 1, (stop - start,), (1,)))
+    with pytest.raises(StorageError, match=rf"__1_0\.distcp.* bytes {start} to {stop}"), window:
+        pass
 
 
 def test_a_file_that_is_not_there(storage: RangeReader) -> None:
@@ -170,8 +194,8 @@ def test_a_file_that_is_not_there(storage: RangeReader) -> None:
         storage.size("__7_0.distcp")
     with pytest.raises(StorageError, match=says):
         read(storage, "__7_0.distcp", 0, 4)
-    with pytest.raises(StorageError, match=says):
-        storage.window("__7_0.distcp", Runs(0, 4, (), ()))
+    with pytest.raises(StorageError, match=says), source_of(storage)[0].window("__7_0.distcp", Runs(0, 4, (), ())):
+        pass
 
 
 def test_a_directory_that_is_not_there(place: Place) -> None:
@@ -191,9 +215,11 @@ def test_a_file_that_is_written_again(place: Place) -> None:
     place.write(BIG, changed)
     assert read(now, BIG, 5, 10) == changed[5:10]
     if BIG in versions:
-        for request in (lambda: read(before, BIG, 5, 10), lambda: before.window(BIG, Runs(0, 4, (2,), (9,)))):
-            with pytest.raises(StorageError, match=r"__0_0\.distcp: its version is .*it was written again since"):
-                request()
+        says = r"__0_0\.distcp: its version is .*it was written again since"
+        with pytest.raises(StorageError, match=says):
+            read(before, BIG, 5, 10)
+        with pytest.raises(StorageError, match=says), source_of(before)[0].window(BIG, Runs(0, 4, (2,), (9,))):
+            pass
     else:
         assert before.location.startswith("memory://") or place.options == {"client": "fsspec"}
     before.close()

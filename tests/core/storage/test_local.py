@@ -50,9 +50,9 @@ def test_nothing_is_left_after_the_end(file: Path) -> None:
     if descriptor is None:  # this file system refuses; the reads are aligned all the same
         descriptor = os.open(file, os.O_RDONLY)
     buffer = memoryview(bytearray(100))
-    assert pread_direct(descriptor, buffer, len(DATA) - 5) == 5
-    assert pread_direct(descriptor, buffer, len(DATA)) == 0
-    assert pread_direct(descriptor, buffer, len(DATA) + 10 * ALIGNMENT) == 0
+    assert pread_direct(descriptor, [buffer], len(DATA) - 5) == 5
+    assert pread_direct(descriptor, [buffer], len(DATA)) == 0
+    assert pread_direct(descriptor, [buffer], len(DATA) + 10 * ALIGNMENT) == 0
     os.close(descriptor)
 
 

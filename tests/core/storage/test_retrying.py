@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.storage.base import RangeReader, Window, fetch_window
+from shardferry.storage.base import RangeReader
 from shardferry.storage.native import open_url
 from shardferry.storage.retrying import Clock, RetryingReader, RetryPolicy
-from shardferry.storage.runs import Runs
 from shardferry.storage.traits import OBJECT_STORE, StorageTraits
 from shardferry.storage.transient import TransientStorageError, is_transient
 from tests.support.range_server import Fault, Throttle, served
@@ -64,13 +63,17 @@ class Flaky:
         self._fail()
         return len(DATA)
 
-    def read_into(self, path: str, byte_offset: int, buffer: memoryview) -> None:
-        self.asked.append((byte_offset, byte_offset + len(buffer)))
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        self.asked.append((byte_offset, byte_offset + sum(map(len, buffers))))
         self._fail()
-        buffer[:] = DATA[byte_offset : byte_offset + len(buffer)]
+        for buffer in buffers:
+            buffer[:] = DATA[byte_offset : byte_offset + len(buffer)]
+            byte_offset += len(buffer)
 
-    def window(self, path: str, runs: Runs) -> Window:
-        return fetch_window(self, path, runs)
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        self.asked.append((start, stop))
+        self._fail()
+        return memoryview(DATA)[start:stop]
 
     def close(self) -> None:
         """Nothing is held."""
@@ -134,16 +137,13 @@ def test_what_stays_is_an_error_at_once(error: StorageError) -> None:
     assert (time.slept, len(flaky.asked)) == ([], 1)
 
 
-def test_a_window_tries_the_request_again_that_failed_and_no_other() -> None:
-    time, flaky, runs = Time(), Flaky([BUSY]), Runs(10, 5, (3,), (300_000,))
+def test_a_mapping_and_a_read_of_several_buffers_are_tried_again() -> None:
+    time, flaky, buffers = Time(), Flaky([BUSY, BUSY]), [bytearray(3), bytearray(5)]
     storage = RetryingReader(flaky, None, time.clock())
-    window = storage.window("data", runs)
-    for start, stop in (ranges := runs.ranges(max_gap_bytes=0)):
-        assert window.view[start - runs.start : stop - runs.start] == DATA[start:stop]
-    storage.close()
-    failed = flaky.asked[0]
-    assert sorted(flaky.asked) == sorted([*ranges, failed])
-    assert (window.num_requests, window.bytes_requested) == (3, 15)
+    storage.read_into("data", 10, *map(memoryview, buffers))
+    assert b"".join(buffers) == DATA[10:18] == storage.mapped("data", 10, 18)
+    assert flaky.asked == [(10, 18)] * 4
+    assert storage.num_retries == 2
 
 
 def test_a_policy_of_no_attempts() -> None:

@@ -1,4 +1,4 @@
-"""A GPT's parameters and the their AdamW state: names, shapes, and values that anybody can recompute."""
+"""Models' parameters and their AdamW state: names, shapes, and values that anybody can recompute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from shardferry.region import Region, row_major_strides
 STATES = ("exp_avg", "exp_avg_sq")
 STEP = 7.0
 LEARNING_RATE = 0.125
+NUM_SMALL = 600  # tensors of the model of small ones
+_SMALL_ROWS = 128  # two of them for each of 64 ranks
 _EXACT = 2**24  # float32 holds every integer up to here
 _BLOCK = 1 << 22  # elements that are computed at once
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the parameters, by FQN, in the order of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +32,7 @@ class GptSize:
     vocabulary: int
     context: int
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter, by FQN, in the order of the model."""
+    def shapes(self) -> Shapes:
         width = self.width
         shapes: dict[str, tuple[int, ...]] = {
             "wte.weight": (self.vocabulary, width),
@@ -47,18 +51,27 @@ class GptSize:
                 shapes |= {f"{block}.{name}.weight": (outputs, inputs), f"{block}.{name}.bias": (outputs,)}
         return shapes | {"ln_f.weight": (width,), "ln_f.bias": (width,)}
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's state: two float32 moments an element."""
-        return 4 * len(STATES) * sum(math.prod(shape) for shape in self.shapes().values())
+
+def state_bytes(shapes: Shapes) -> int:
+    """Bytes of an optimizer's state: two float32 moments an element."""
+    return 4 * len(STATES) * sum(math.prod(shape) for shape in shapes.values())
 
 
-def gpt_of(megabytes: int) -> GptSize:
+def gpt_of(megabytes: int) -> Shapes:
     """The GPT whose AdamW state comes nearest to so many megabytes (10**6 bytes), by its number of layers."""
-    width = 1024 if megabytes >= 500 else 512
+    width = next(width for width, least in ((1024, 500), (512, 100), (256, 30), (64, 0)) if megabytes >= least)
     vocabulary = 32 * width
-    sizes = [GptSize(width, layers, vocabulary, 1024) for layers in range(1, max(2, megabytes // 8))]
-    return min(sizes, key=lambda size: abs(size.state_bytes - megabytes * 10**6))
+    gpts = [GptSize(width, layers, vocabulary, 1024).shapes() for layers in range(1, max(2, megabytes // 8))]
+    return min(gpts, key=lambda shapes: abs(state_bytes(shapes) - megabytes * 10**6))
+
+
+def small_tensors(megabytes: int) -> Shapes:
+    """A model of many small parameters, whose moments are `NUM_SMALL` tensors; 64 ranks hold a few KiB of each."""
+    width = max(1, megabytes * 10**6 // (NUM_SMALL * 4 * _SMALL_ROWS))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(NUM_SMALL // len(STATES) // 2):
+        shapes |= {f"blocks.{block}.weight": (_SMALL_ROWS, width), f"blocks.{block}.scale": (_SMALL_ROWS * width,)}
+    return shapes
 
 
 def fill_box(tensor: torch.Tensor, fqn: str, name: str, shape: Sequence[int], region: Region) -> None:

@@ -1,0 +1,138 @@
+"""The benchmark's cases, counted and not timed: a server's own log says how many bytes and requests each load took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.cases import CASES, Case
+from shardferry.agreement import Agreement
+from shardferry.layout import RankLayout
+from shardferry.load import LoadedShard, LoadJob, catalog_of_all, load_rank
+from shardferry.mesh import Mesh, Shard
+from shardferry.reader import ReadOptions, Strategy
+from shardferry.region import Region
+from shardferry.request import LoadRequest
+from shardferry.spec_layout import SpecLayout
+from tests.support.chunk_files import Chunk, write_chunks
+from tests.support.models import STATES, save_fsdp2
+from tests.support.oracle import full_tensor
+from tests.support.range_server import Asked, served
+from tests.support.ranks import RankPool
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+SHAPES: Shapes = {
+    "wide.weight": (640, 768),
+    "tall.weight": (1536, 320),
+    "odd.weight": (509, 701),
+    "tall.bias": (1536,),
+    "ln_1.weight": (768,),
+}
+MOST_REQUESTS = {  # of 40 or 10 saved items, 27 values of the param groups among them
+    "4-4": 36,
+    "4-2": 40,
+    "4-3": 84,
+    "4-6": 130,
+    "4-8": 130,
+    "1-4": 84,
+    "rows-columns-2": 36,
+    "rows-columns-4": 36,
+    "rows-columns-8": 64,
+    "hsdp-2x2": 44,
+}
+SMALL: Shapes = {f"block{number}.weight": (64, 512) for number in range(300)}  # 64 rows: one for each rank that saved
+SAVED_BY = 64
+
+
+def unique_bytes(shapes: Shapes) -> int:
+    return len(STATES) * 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def load(url: str, layout: RankLayout, shapes: Shapes, strategy: Strategy, agreement: Agreement) -> LoadedShard:
+    """Load and compare."""
+    options = ReadOptions(timeout_s=60, strategy=strategy, node="one")
+    job = LoadJob(catalog_of_all(url, agreement), layout, LoadRequest("optim"), torch.device("cpu"), options)
+    loaded = load_rank(job, agreement)
+    with loaded.handle("in_process", exclusive=True).open() as shard:
+        for fqn, entries in shard.state_dict()["state"].items():
+            for name in STATES:
+                full = full_tensor(fqn, name, shapes[fqn])
+                for whole, local in shard.regions(fqn, name):
+                    box = full[tuple(map(slice, whole.offsets, whole.ends))]
+                    assert torch.equal(entries[name][tuple(map(slice, local.offsets, local.ends))], box), fqn
+    return loaded
+
+
+def load_together(url: str, spec: SpecLayout, shapes: Shapes, strategy: Strategy) -> str:
+    """On each rank. Which strategy it was."""
+    layout = spec.rank(dist.get_rank())
+    return load(url, layout, shapes, strategy, Agreement(dist.group.WORLD)).strategy.name
+
+
+def data(log: Sequence[Asked]) -> list[Asked]:
+    """Requests for tensors and values, without those for the metadata."""
+    return [asked for asked in log if asked.method == "GET" and asked.name.endswith(".distcp")]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By the number of ranks that saved."""
+    folder = tmp_path_factory.mktemp("cases")
+    for num_ranks in (1, 4):
+        ranks.run(num_ranks, save_fsdp2, str(folder / str(num_ranks)), SHAPES)
+    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 4)}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.model == "gpt"], ids=lambda case: case.name)
+def test_each_case_takes_each_byte_once_out_of_storage(ranks: RankPool, saved: dict[int, Path], case: Case) -> None:
+    with served(saved[case.saved_by]) as server:
+        names = ranks.run(case.ranks, load_together, server.url, case.spec(), SHAPES, "cooperative")
+        asked = data(server.log)
+    assert names == ["cooperative"] * case.ranks
+    nbytes = sum(one.nbytes for one in asked)
+    assert unique_bytes(SHAPES) <= nbytes <= 1.02 * unique_bytes(SHAPES)
+    assert len(asked) <= MOST_REQUESTS[case.name]
+
+
+@pytest.fixture(scope="module")
+def many_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 tensors as 64 ranks save them: 38400 items in 64 files."""
+    path = tmp_path_factory.mktemp("small") / "ckpt"
+    saved = {}
+    for fqn, shape in SMALL.items():
+        for name in STATES:
+            full = full_tensor(fqn, name, shape)
+            rows = [Region((row, 0), (1, shape[1])) for row in range(SAVED_BY)]
+            chunks = [Chunk(rows[row], full[row : row + 1].clone(), file=row) for row in range(SAVED_BY)]
+            saved[f"optim.state.{fqn}.{name}"] = (shape, chunks)
+    write_chunks(path, saved)
+    return path
+
+
+def rows_over(num_ranks: int) -> SpecLayout:
+    return SpecLayout(Mesh((("dp", num_ranks),)), (), {"dp": Shard(0)})
+
+
+def test_many_small_tensors_in_the_same_topology(many_small: Path) -> None:
+    """Two of the 64 ranks, one after another: each reads its own file, in a few requests."""
+    with served(many_small) as server:
+        for rank in (0, 63):
+            before = len(server.log)
+            load(server.url, rows_over(SAVED_BY).rank(rank), SMALL, "auto", Agreement(None))
+            asked = data(server.log[before:])
+            assert {one.name for one in asked} == {f"__{rank}_0.distcp"}
+            assert len(asked) <= 4
+            assert sum(one.nbytes for one in asked) <= (many_small / f"__{rank}_0.distcp").stat().st_size
+
+
+def test_many_small_tensors_on_few_ranks(ranks: RankPool, many_small: Path) -> None:
+    with served(many_small) as server:
+        ranks.run(4, load_together, server.url, rows_over(4), SMALL, "cooperative")
+        asked = data(server.log)
+    assert len(asked) <= 2 * SAVED_BY, "of 38400 items"
+    assert sum(one.nbytes for one in asked) <= sum(file.stat().st_size for file in many_small.glob("*.distcp"))

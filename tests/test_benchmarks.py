@@ -1,0 +1,116 @@
+"""The benchmark itself, in small: every store is measured, what is counted is right, and a wrong result is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.checkpoint import disk_directory
+from benchmarks.limits import verdicts
+from benchmarks.load import main
+from benchmarks.models import fill_box, state_bytes
+from benchmarks.run import Figures
+from benchmarks.stores import Store, StoreKind, drop_page_cache, files_of, resident_share, warm_page_cache
+from benchmarks.task import Task, WrongResult
+from shardferry.region import Region
+
+OURS = ("Shardferry", "Shardferry, direct", "Shardferry, cooperative")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run of one case tells, by store. A result that isn't what was saved would have failed it."""
+    directory = tmp_path_factory.mktemp("bench")
+    file = directory / "all.json"
+    options = ["--megabytes", "3", "--throttled-megabytes", "3", "--cases", "4-3", "--rounds", "1"]
+    assert main([*options, "--directory", str(directory), "--json", str(file)]) == 0
+    stores: dict[str, Any] = json.loads(file.read_text())["stores"]
+    return stores
+
+
+def test_every_store_is_measured(measured: dict[str, Any]) -> None:
+    assert list(measured) == ["warm", "cold", "throttled"]
+    for cases in measured.values():
+        contenders = cases["4-3"]["contenders"]
+        assert {"floor", *OURS, "stock dcp.load"} <= set(contenders)
+        assert all(len(found["walls_s"]) == 1 for found in contenders.values())
+    assert {len(c["fresh_walls_s"]) for c in measured["warm"]["4-3"]["contenders"].values()} == {1}
+
+
+@pytest.mark.parametrize("store", ["warm", "cold", "throttled"])
+def test_bytes_and_requests_are_counted(measured: dict[str, Any], store: str) -> None:
+    contenders, unique = measured[store]["4-3"]["contenders"], measured[store]["4-3"]["state_bytes"]
+    floor, stock = contenders["floor"], contenders["stock dcp.load"]
+    slack = 128 * 1024  # metadata and heads of a checkpoint this small; in files the interpreter's own reads too
+    assert unique <= floor["bytes_asked"] <= unique + slack
+    for name in OURS:
+        assert unique <= contenders[name]["bytes_asked"] <= 2 * unique + slack, "small gaps are read in vain"
+    assert contenders["Shardferry, cooperative"]["bytes_asked"] <= 1.25 * unique + slack
+    assert stock["bytes_asked"] > 1.4 * unique, "some saved chunks are wanted by two of the three ranks"
+    assert all(found["requests"] > 0 for found in contenders.values())
+
+
+def test_a_cold_store_is_cold(measured: dict[str, Any]) -> None:
+    assert {found["warm_share"] for found in measured["cold"]["4-3"]["contenders"].values()} == {0.0}
+
+
+def test_the_page_cache_is_dropped_and_looked_at(tmp_path: Path) -> None:
+    folder = Path(disk_directory(str(tmp_path), 10**6)) / "files" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "data").write_bytes(bytes(300_000))
+    (folder / "empty").write_bytes(b"")
+    assert files_of(str(tmp_path)) == [folder / "data", folder / "empty"]
+    warm_page_cache(str(tmp_path))
+    assert resident_share(str(tmp_path)) == 1.0
+    drop_page_cache(str(tmp_path))
+    assert resident_share(str(tmp_path)) == 0.0
+
+
+def test_a_wrong_result_is_found() -> None:
+    shapes = {"a.weight": (4, 6)}
+    right = torch.empty(4, 6)
+    fill_box(right, "a.weight", "exp_avg", (4, 6), Region((0, 0), (4, 6)))
+    store = Store(StoreKind.WARM, "/nowhere", "/nowhere")
+    task = Task(CASES[0], store, shapes, state_bytes(shapes), 0, None, {("a.weight", "exp_avg"): right})  # type: ignore[arg-type]
+    task.check("somebody", "a.weight", "exp_avg", right.clone())
+    wrong = right.clone()
+    wrong[3, 5] += 1
+    with pytest.raises(WrongResult, match=r"somebody, 4-4, rank 0: a\.weight\.exp_avg is not what was saved"):
+        task.check("somebody", "a.weight", "exp_avg", wrong)
+
+
+FIGURES = Figures(
+    wall_s=1.0,
+    cpu_s=1.0,
+    fresh_wall_s=None,
+    fresh_cpu_s=None,
+    bytes_asked=100,
+    unique_bytes=100,
+    requests=1,
+    peak_over_shard=0,
+    warm_share=0.0,
+    phases={},
+    walls_s=[1.0],
+    fresh_walls_s=[],
+)
+
+
+def test_limits_of_the_throttled_store() -> None:
+    """Stock asks for four times the bytes and takes three times as long: 0.75 of what it should be behind."""
+    figures = dict.fromkeys(("floor", *OURS), FIGURES)
+    figures["stock dcp.load"] = dataclasses.replace(FIGURES, wall_s=3.0, bytes_asked=400)
+    figures["Shardferry"] = dataclasses.replace(FIGURES, wall_s=1.25)
+    assert [(v.what, v.found, v.met) for v in verdicts(StoreKind.THROTTLED, figures)] == [
+        ("x floor", "1.25", False),
+        ("stock/ours", "2.40", True),
+        ("of stock's bytes/ours", "0.60", False),
+        ("bytes/unique, cooperative", "1.000", True),
+        ("auto/better", "1.25", False),
+        ("peak over shard, MiB", "0", True),
+    ]
