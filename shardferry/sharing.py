@@ -27,6 +27,7 @@ from operator import itemgetter
 
 from shardferry.catalog import Catalog
 from shardferry.item_format import TransformedItem
+from shardferry.layout import TensorLayout
 from shardferry.plan import LoadPlan, PlannedTensor, ReadItem
 from shardferry.region import Region
 from shardferry.wants import Want, Wants
@@ -209,7 +210,7 @@ class _Sharer:
         alike = (id(wants), region, tensor.dtype.itemsize, ranged)  # whoever gives the wants keeps them
         slabs = self._known.get(alike)
         if slabs is None:
-            deliveries = [d for want in wants for d in _deliveries(want, region)]
+            deliveries = _deliveries(wants, region)
             cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes)
             # What can't be read in ranges is decoded by one rank for all.
             cuts = list(cutter.cuts(deliveries)) if ranged else [cutter.whole(deliveries)]
@@ -306,9 +307,19 @@ def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]
     return chunks
 
 
-def _deliveries(want: Want, chunk: Region) -> Iterator[Delivery]:
-    """What one rank wants of a chunk."""
-    world_rank, layout = want
+def _deliveries(wants: Sequence[Want], chunk: Region) -> list[Delivery]:
+    """What the ranks want of a chunk. Thousands may want the same: that is worked out once."""
+    known: dict[int, list[Delivery]] = {}  # by the layout's id: whoever gives the wants keeps them
+    found: list[Delivery] = []
+    for world_rank, layout in wants:
+        alike = known.get(id(layout))
+        if alike is None:
+            alike = known[id(layout)] = list(_delivery_of(world_rank, layout, chunk))
+        found += [Delivery(world_rank, d.source, d.offset, d.strides) for d in alike]
+    return found
+
+
+def _delivery_of(world_rank: int, layout: TensorLayout, chunk: Region) -> Iterator[Delivery]:
     for box in layout.boxes:
         common = chunk.intersect(box.region)
         if common is not None:

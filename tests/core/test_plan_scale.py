@@ -1,0 +1,161 @@
+"""What planning costs, counted: it grows with what one rank wants, not with how many ranks save or load."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.large import TransformerSize, synthetic_catalog, tp_fsdp
+from shardferry import demand, layout, plan, sharing, wants
+from shardferry.mesh import Mesh, Shard
+from shardferry.plan import check_cover, covering_chunks, plan_load
+from shardferry.region import Region
+from shardferry.request import LoadRequest
+from shardferry.sharing import share_reads
+from shardferry.spec_layout import Rule, SpecLayout
+from shardferry.wants import SpecWants
+from tests.support.simulation import simulate
+
+REQUEST = LoadRequest("optim")
+SMALL = TransformerSize(layers=3, hidden=32, ffn=80, kv=8, vocab=48)
+KINDS = 9
+SAVED = SpecLayout(Mesh((("dp_shard", 16),)), (), {"dp_shard": Shard(0)})
+
+
+def wanted(replicas: int, shards: int, tp: int) -> SpecLayout:
+    return tp_fsdp(Mesh((("dp_replicate", replicas), ("dp_shard", shards), ("tp", tp))))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often boxes are cut, covers are proven, and chunks are divided."""
+    counts: Counter[str] = Counter()
+
+    def count(where: object, name: str) -> None:
+        function: Callable[..., object] = getattr(where, name)
+
+        def counted(*args: object, **kwargs: object) -> object:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, counted)
+
+    count(plan, "_covering_rows")
+    count(layout, "single_box")
+    count(sharing, "_delivery_of")
+    count(wants, "MeshBoxes")
+    count(demand, "MeshBoxes")
+    return counts
+
+
+def test_a_plan_proves_one_cover_for_each_kind_of_tensor_whatever_the_world_size(calls: Counter[str]) -> None:
+    """Seven kinds of matrices (shape and placements), vectors, and steps."""
+    catalog = synthetic_catalog(SMALL, SAVED)
+    costs = []
+    for replicas, shards in ((1, 2), (8, 2), (1, 512), (512, 512)):
+        calls.clear()
+        plan_load(catalog, wanted(replicas, shards, tp=2).rank(1), REQUEST)
+        costs.append((calls["_covering_rows"], calls["single_box"]))
+    assert costs == [costs[0]] * 4
+    assert costs[0][0] == KINDS < len(catalog.tensors)
+
+
+def test_more_layers_cost_no_more_covers(calls: Counter[str]) -> None:
+    counts = []
+    for layers in (1, 30):
+        size = TransformerSize(layers, SMALL.hidden, SMALL.ffn, SMALL.kv, SMALL.vocab)
+        catalog = synthetic_catalog(size, SAVED)
+        calls.clear()
+        plan_load(catalog, wanted(2, 4, tp=2).rank(5), REQUEST)
+        check_cover(catalog, catalog.tensors.values())
+        counts.append(calls["_covering_rows"])
+    assert counts[0] == counts[1]
+
+
+def test_sharing_looks_at_those_who_want_the_same_chunks_alone(calls: Counter[str]) -> None:
+    """Saved and wanted by 16 or by 128, each twice: a chunk is wanted by two ranks. Steps are wanted by all, and alike."""
+    size = TransformerSize(layers=2, hidden=256, ffn=512, kv=128, vocab=256)
+    counts = []
+    for shards in (16, 128):
+        catalog = synthetic_catalog(size, SpecLayout(Mesh((("dp_shard", shards),)), (), {"dp_shard": Shard(0)}))
+        spec = SpecLayout(Mesh((("dp_replicate", 2), ("dp_shard", shards))), (), {"dp_shard": Shard(0)})
+        mine = plan_load(catalog, spec.rank(5), REQUEST)
+        calls.clear()
+        share_reads(mine, catalog, SpecWants(spec, range(spec.world_size)), max_slab_bytes=1 << 20)
+        counts.append((calls["_delivery_of"], calls["MeshBoxes"]))
+    assert counts[0] == counts[1] == (2 * 5 + 1, 6), "five kinds of matrices and vectors, and the steps"
+
+
+def test_all_ranks_are_counted_with_one_array_for_each_kind(calls: Counter[str]) -> None:
+    catalog = synthetic_catalog(SMALL, SAVED)
+    for spec in (wanted(1, 2, tp=2), wanted(8, 256, tp=8)):
+        calls.clear()
+        found = demand.demand_of(catalog, spec, REQUEST)
+        assert calls["MeshBoxes"] == KINDS
+        assert calls["_covering_rows"] == 0
+        assert len(found.needed) == spec.world_size
+        assert found.unique == sum(saved.nbytes for saved in catalog.tensors.values())
+
+
+@pytest.mark.parametrize("rank", [0, 777, 1023])
+def test_a_rank_of_many_gets_each_element_from_its_place(rank: int) -> None:
+    catalog = synthetic_catalog(SMALL, SAVED)
+    spec = wanted(8, 16, tp=8)
+    mine = plan_load(catalog, spec.rank(rank), REQUEST)
+    numbers = {key: np.arange(np.prod(t.shape, dtype=int)).reshape(t.shape) for key, t in catalog.tensors.items()}
+    for tensor, memory in zip(mine.tensors, simulate(mine, catalog, lambda t: numbers[t.key]), strict=True):
+        here = [numbers[tensor.key][tuple(map(slice, b.region.offsets, b.region.ends))] for b in tensor.layout.boxes]
+        assert memory.tolist() == [number for part in here for number in part.ravel().tolist()]
+
+
+def test_a_cover_of_very_many_chunks_is_proven_without_comparing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of 512 x 128 chunks; comparing neighbours would be 64 thousand comparisons of 128 boxes."""
+    compared: list[int] = []
+    monkeypatch.setattr(plan, "first_overlap", lambda offsets, _: compared.append(len(offsets)))
+    mesh = Mesh((("dp_shard", 512), ("tp", 128)))
+    rules = (Rule("output.weight", {"dp_shard": Shard(0), "tp": Shard(1)}),)
+    saved = SpecLayout(mesh, rules, {"dp_shard": Shard(0)})
+    size = TransformerSize(layers=0, hidden=128, ffn=128, kv=128, vocab=512)
+    catalog = synthetic_catalog(size, saved, states=("exp_avg",))
+    tensor = catalog.tensors["optim.state.output.weight.exp_avg"]
+    assert len(covering_chunks(catalog, tensor, Region.whole(tensor.shape))) == 512 * 128
+    assert compared == []
+
+
+_PRINT_PLAN = """
+import sys
+from benchmarks.large import synthetic_catalog
+from shardferry.plan import plan_load
+from shardferry.sharing import share_reads
+from shardferry.wants import SpecWants
+from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
+catalog, spec = synthetic_catalog(SMALL, SAVED), wanted(2, 4, tp=2)
+plan = plan_load(catalog, spec.rank(5), REQUEST)
+print(plan)
+print(share_reads(plan, catalog, SpecWants(spec, range(16)), max_slab_bytes=1 << 20, islands={r: str(r // 4) for r in range(16)}))
+"""
+
+
+def test_two_processes_make_the_same_plan() -> None:
+    """Whatever order their sets have: a rank must know what another one plans."""
+    root = Path(__file__).parents[2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PRINT_PLAN],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+        )
+        for seed in ("1", "2")
+    ]
+    one, other = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert one == other
+    assert one.startswith(b"LoadPlan(world_rank=5,")
