@@ -154,14 +154,14 @@ def load_rank(
             plan = plan_load(job.catalog, job.layout, job.request, values)
             reserved = arena or _reserve(job, plan)
             made_here.append((plan, reserved))
-            return word_of(job, plan, reserved if isinstance(reserved, HostArena) else None, agreement, counters)
+            return word_of(job, plan, reserved if isinstance(reserved, HostArena) else None, agreement)
 
         words = agreement.share("planning", plan_and_tell)
         [(plan, reserved)] = made_here
         unexpected = _check_claims(plan, job, agreement)
         announce(plan)
         neighbours = Neighbours.of(job, words, agreement)
-        strategy = neighbours.strategy(job, plan, agreement)
+        strategy = neighbours.strategy(job, plan, agreement, counters)
     with clock.phase("allocate"):
         made = agreement.attempt("allocating the arena", lambda: _allocate(job, plan, reserved, neighbours))
     with clock.phase("read"):

@@ -60,7 +60,7 @@ class Word:
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
     in_memory: bool  # what it reads is in the page cache
-    rates: StorageRates | None  # what the storage gives it, where that is worth asking
+    has_page_cache: bool  # what one rank of a node has read, the others find in memory
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
 
 
@@ -89,17 +89,22 @@ class Neighbours:
         found = {rank: self.words[rank].address for rank in self._island()}
         return {rank: address for rank, address in found.items() if address is not None}
 
-    def strategy(self, job: Job, plan: LoadPlan, agreement: Agreement) -> Strategy:
-        """Whether ranks read for each other, and this rank's part. All of them must call it, and find the same."""
+    def strategy(self, job: Job, plan: LoadPlan, agreement: Agreement, counters: Counters) -> Strategy:
+        """Whether ranks read for each other, and this rank's part. All of them must call it, and find the same.
+
+        Args:
+            counters: of what is asked of storage to learn how quick it is.
+        """
         companions = list(range(len(self.words))) if self.is_connected else self._island()
         because = next((word.alone_because for word in self.words if word.alone_because), "")
-        if not because and job.read.strategy == "auto" and all(word.in_memory for word in self.words):
-            because = "the page cache has what is read: a copy for others would cost as much as a read by themselves"
+        if not because and job.read.strategy == "auto":
+            because = self._nothing_to_gain()
         if because:
             return Strategy("direct", because)
         shared = self._shared(job, plan, companions)
         if job.read.strategy == "auto":
-            choice = compare(agreement.share("planning", lambda: self._costs(job, plan, shared)))
+            costs = agreement.share("planning", lambda: self._costs(job, plan, shared, counters))
+            choice = compare(costs)
             if not choice.is_cooperative:
                 return Strategy("direct", choice.reason)
             because = choice.reason
@@ -108,6 +113,14 @@ class Neighbours:
         num_islands = len(set(self.islands.values()))
         where = "on this node share memory" if num_islands == 1 else f"on {num_islands} islands of shared memory"
         return Strategy("cooperative", f"{len(companions)} ranks {where}" + (because and f"; {because}"), shared)
+
+    def _nothing_to_gain(self) -> str:
+        """Why reading for each other can't be quicker, whatever the storage gives."""
+        if all(word.in_memory for word in self.words):
+            return "the page cache has what is read: a copy for others would cost as much as a read by themselves"
+        if all(word.has_page_cache for word in self.words) and len({word.node for word in self.words}) == 1:
+            return "all ranks are on one node, whose page cache gives to all of them what one has read"
+        return ""
 
     def _island(self) -> list[int]:
         island = self.words[self.world_rank].island
@@ -122,7 +135,7 @@ class Neighbours:
             return SpecWants(self.spec, world_ranks)
         return ToldWants({rank: self.words[rank].layouts or {} for rank in world_ranks})
 
-    def _costs(self, job: Job, plan: LoadPlan, shared: SharedPlan) -> RankCosts:
+    def _costs(self, job: Job, plan: LoadPlan, shared: SharedPlan, counters: Counters) -> RankCosts:
         word = self.words[self.world_rank]
         # What a node's ranks read of a file system, its page cache gives to all of them.
         on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
@@ -131,7 +144,7 @@ class Neighbours:
             direct=Work.direct(plan),
             of_node=Work.shared(plan, in_node),
             cooperative=Work.shared(plan, shared),
-            rates=word.rates,
+            rates=None if word.in_memory else _rates(job, plan, counters),
             concurrency=job.read.concurrency,
         )
 
@@ -151,12 +164,11 @@ def slab_bytes(catalog: Catalog) -> int:
         storage.close()
 
 
-def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement, counters: Counters) -> Word:
+def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement) -> Word:
     """What this rank tells the others.
 
     Args:
         arena: this rank's, reserved; None where it will be on a GPU.
-        counters: of what is asked of storage to learn how quick it is.
 
     Raises:
         StorageError: a file that the plan reads is missing.
@@ -172,7 +184,7 @@ def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreem
         None if arena is None else ArenaAddress.of(arena),
         because,
         in_memory,
-        _rates(job, plan, counters) if asks and not in_memory else None,
+        asks and _has_page_cache(job),
         told(plan) if not because and job.layout.spec is None else None,
     )
 
@@ -181,6 +193,14 @@ def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
     storage = storage_of(job.catalog)
     try:
         return answers_from_memory(plan, job.catalog, storage)
+    finally:
+        storage.close()
+
+
+def _has_page_cache(job: Job) -> bool:
+    storage = storage_of(job.catalog)
+    try:
+        return storage.traits.is_local
     finally:
         storage.close()
 

@@ -131,10 +131,14 @@ class LocalReader:
         file = self._file(path)
         if file.is_direct:
             return False
+        # Else the kernel would begin to read ahead from here, and from each other place that is asked for.
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             return os.preadv(file.descriptor, [bytearray(1)], byte_offset, os.RWF_NOWAIT) == 1
         except OSError:  # not in the page cache, or a file system that can't tell
             return False
+        finally:
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NORMAL)
 
     def close(self) -> None:
         with self._lock:

@@ -55,7 +55,9 @@ def config_of(mesh: dict[str, int] | None = None, **read: Any) -> StageConfig:
 
 def test_a_plan_of_16384_ranks_without_the_data(directory: Path, catalog: Catalog, tmp_path: Path) -> None:
     spec = tmp_path / "stage.yaml"
-    spec.write_text(json.dumps({"checkpoint": {"location": str(directory)}, "topology": TOPOLOGY}))
+    spec.write_text(
+        json.dumps({"checkpoint": {"location": str(directory)}, "topology": TOPOLOGY, "read": {"strategy": "direct"}})
+    )
     arguments = [
         "--mesh",
         "dp_replicate=8,dp_shard=256,tp=8",
@@ -72,7 +74,7 @@ def test_a_plan_of_16384_ranks_without_the_data(directory: Path, catalog: Catalo
     objects = sum(item.byte_length for item in catalog.objects.values())
     assert report["unique_bytes_needed"] == catalog.total_bytes + objects
     assert report["lower_bound_s"] == report["unique_bytes_needed"] / 1e8
-    assert (report["ranks_planned"], report["estimated"], report["strategy"]) == (32, True, "cooperative")
+    assert (report["ranks_planned"], report["estimated"], report["strategy"]) == (32, True, "direct")
     waits = -(-max(rank["num_requests"] for rank in report["ranks"]) // 16)
     assert report["predicted_s"] == pytest.approx(report["storage_bytes_planned"] / 1e8 + 0.02 * waits)
     assert report["balance"]["bytes_needed"] >= 1
