@@ -36,8 +36,12 @@ def answers_from_memory(plan: LoadPlan, catalog: Catalog, storage: RangeReader) 
         return False
     places = np.linspace(0, len(plan.reads) - 1, min(_SAMPLES, len(plan.reads)), dtype=np.int64)
     chunks = [plan.reads[place].chunk for place in places.tolist()]
-    found = sum(storage.is_in_memory(catalog.files[catalog.chunk_file[c]], _middle(catalog, c)) for c in chunks)
-    return found >= _ENOUGH * len(chunks)
+    missed = 0
+    for chunk in chunks:  # no further than needed: where a page is not in memory, asking for it may fetch it
+        missed += not storage.is_in_memory(catalog.files[catalog.chunk_file[chunk]], _middle(catalog, chunk))
+        if missed > (1 - _ENOUGH) * len(chunks):
+            return False
+    return True
 
 
 def _middle(catalog: Catalog, chunk: int) -> int:
