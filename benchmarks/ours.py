@@ -53,7 +53,7 @@ class Shardferry(Contender):
         with closing(open_storage(location)) as storage:
             with self._clock.phase("open"):
                 catalog, values = open_for_all(storage, agreement, _REQUEST, options, self._counters)
-            job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), options)
+            job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), options, stays_here=True)
             loaded = load_rank(
                 job, agreement, counters=self._counters, arena=self._arena, values=values, storage=storage
             )

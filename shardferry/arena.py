@@ -76,8 +76,8 @@ class HostArena:
         self.device = torch.device("cpu")
         self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         pages = self._mapped(self.directory_offset + 8 * num_places if num_places else self.nbytes)
-        self._bytes: torch.Tensor | None = torch.frombuffer(pages, dtype=torch.uint8)
-        self.memory = memoryview(pages)
+        self._bytes: torch.Tensor | None = None
+        self._hold(pages)
         self.directory = np.frombuffer(pages, np.int64, num_places, self.directory_offset) if num_places else _NOWHERE
 
     def _mapped(self, file_bytes: int) -> mmap.mmap:
@@ -88,9 +88,30 @@ class HostArena:
             os.close(self.descriptor)
             self.descriptor = -1
             raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
-        with suppress(OSError):  # a kernel without transparent huge pages for shared memory
-            pages.madvise(mmap.MADV_HUGEPAGE)
         return pages
+
+    def _hold(self, pages: mmap.mmap) -> None:
+        with suppress(OSError):  # a kernel without transparent huge pages of this kind
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        self.memory = memoryview(pages)
+
+    def keep_to_itself(self) -> None:
+        """Give up the memory file, which nothing was written to yet, for memory that no other process can open.
+
+        The kernel gives that in huge pages where it gives memory files none (its usual settings): first touches take a quarter
+        of the time. Raises ArenaError.
+        """
+        self.close()
+        try:
+            self._hold(mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        except OSError as error:
+            raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether other processes can open it."""
+        return self.descriptor >= 0
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""

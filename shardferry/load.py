@@ -104,6 +104,8 @@ class LoadedShard:
             raise HandoffError(
                 f"shared_memory needs an arena on the host, this one is on {self.arena.device}; use device: cpu"
             )
+        if not self.arena.is_shareable:
+            raise HandoffError("this shard was loaded for its own process alone (LoadJob.stays_here); use in_process")
         if exclusive:
             self.arena.detach()
         else:
@@ -120,6 +122,7 @@ class LoadJob:
     request: LoadRequest
     device: torch.device
     read: ReadOptions
+    stays_here: bool = False  # the shard is for this process alone
 
 
 def load_rank(
@@ -173,6 +176,7 @@ class _Ready:
     plan: LoadPlan
     arena: Arena
     storage: RangeReader
+    is_new: bool  # the arena: nothing was written to it
 
 
 def _prepare(
@@ -190,12 +194,11 @@ def _prepare(
         with clock.phase("plan"):
             plan = plan_load(job.catalog, job.layout, job.request, values)
         with clock.phase("allocate"):
-            is_new = not (isinstance(arena, HostArena) and arena.memory)
             place = _allocate(job, plan, arena)
         storage = open_files()
         storage.expect(job.catalog.file_versions)
-        made.append(_Ready(plan, place, storage))
-        return word_of(job, plan, place, storage, agreement, is_new=is_new)
+        made.append(_Ready(plan, place, storage, is_new=arena is None))
+        return word_of(job, plan, place, storage, agreement, is_new=arena is None)
 
     words = agreement.share("planning", prepare)
     return made[0], words
@@ -278,6 +281,8 @@ def _together(job: LoadJob, strategy: Strategy, neighbours: Neighbours, agreemen
 def _read(job: LoadJob, ready: _Ready, counters: Counters, together: Together | None) -> None:
     plan, arena, storage = ready.plan, ready.arena, ready.storage
     if together is None:
+        if job.stays_here and ready.is_new and isinstance(arena, HostArena):
+            arena.keep_to_itself()
         read_plan(plan, job.catalog, storage, arena, job.read, counters)
         return
     with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes, counters.busy) as sharing:
@@ -362,7 +367,7 @@ def load_optimizer_state(
     with closing(storage):
         counters = Counters()
         catalog, values = open_for_all(storage, agreement, request, options, counters, storage_options)
-        job = LoadJob(catalog, layout, request, live.device, options)
+        job = LoadJob(catalog, layout, request, live.device, options, stays_here=True)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     shard = loaded.handle("in_process", exclusive=True).open()
     install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))

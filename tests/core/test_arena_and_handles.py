@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shardferry import errors
-from shardferry.arena import HostArena, available_host_bytes, check_host_room
+from shardferry.arena import NAME, HostArena, available_host_bytes, check_host_room
 from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryError
 from shardferry.handoff import Payload, ShardHandle, SharedMemory
 from shardferry.layout import replicated
@@ -51,6 +51,20 @@ def test_memory_lives_as_long_as_a_tensor_uses_it() -> None:
     del tensor, arena
     assert mappings() == before
     assert set(Path("/dev/shm").iterdir()) == files
+
+
+def test_an_arena_for_its_own_process_alone_is_no_file() -> None:
+    arena = HostArena(512, num_places=3)
+    number = Path(f"/proc/self/fd/{arena.descriptor}")
+    assert NAME in str(number.readlink())
+    arena.keep_to_itself()
+    assert not arena.is_shareable
+    assert not number.exists()
+    tensor = arena.tensor(256, SHAPE, torch.float32)
+    assert not tensor.any()
+    tensor.copy_(CONTENT)
+    arena.close()
+    assert torch.equal(tensor, CONTENT)
 
 
 def test_a_frozen_arena_is_immutable_for_everybody() -> None:

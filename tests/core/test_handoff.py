@@ -48,14 +48,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(path: Path, world_rank: int = 1, world_size: int = 4) -> LoadedShard:
+def load(path: Path, world_rank: int = 1, world_size: int = 4, *, stays_here: bool = False) -> LoadedShard:
     """One rank's share: rows of everything, but of `thirty.weight` columns."""
     layout = SpecLayout(
         Mesh((("dp", world_size),)), (Rule("thirty.*", {"dp": ShardOf(1)}),), default={"dp": ShardOf(0)}
     )
-    job = LoadJob(
-        open_checkpoint(path), layout.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), ReadOptions(4)
-    )
+    rank, options = layout.rank(world_rank), ReadOptions(4)
+    job = LoadJob(open_checkpoint(path), rank, LoadRequest("optim"), torch.device("cpu"), options, stays_here)
     return load_rank(job, Agreement(None))
 
 
@@ -200,3 +199,11 @@ def test_param_groups(checkpoint: Path) -> None:
         assert shard.state_dict()["param_groups"] == GROUPS
         assert set(shard.fqns) == set(SHAPES)
         assert {fqn: shard.global_shape(fqn, "exp_avg") for fqn in SHAPES} == SHAPES
+
+
+def test_a_shard_that_stays_here_is_for_nobody_else(checkpoint: Path) -> None:
+    loaded = load(checkpoint, stays_here=True)
+    with pytest.raises(HandoffError, match="for its own process alone"):
+        loaded.handle("shared_memory", exclusive=True)
+    with loaded.handle("in_process", exclusive=True).open() as shard:
+        assert check(shard) == SHARE
