@@ -25,6 +25,7 @@ class StorageTraits:
     max_request_bytes: int  # more than this is asked for in several requests
     latency: Latency
     is_local: bool
+    shares_reads: bool = False  # what one process of a node has read, the others find in memory
     maps_files: bool = False  # their bytes can be looked at in place: nothing is fetched before
     holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
     has_listing: bool = True
@@ -36,6 +37,7 @@ LOCAL_FILES = StorageTraits(
     max_request_bytes=8 * MIB,
     latency=Latency.MICROSECONDS,
     is_local=True,
+    shares_reads=True,
     maps_files=True,
 )
 OBJECT_STORE = StorageTraits(
