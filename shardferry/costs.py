@@ -24,7 +24,7 @@ class StorageRates:
 
     latency_s: float  # of a small request
     bytes_per_s: float  # of some large ones side by side
-    has_page_cache: bool  # what one rank of a node has read, the others find in memory
+    shares_reads: bool  # what one rank of a node has read, the others find in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def compare(ranks: Sequence[RankCosts]) -> Choice:
 
 def _direct_s(rank: RankCosts) -> float:
     """A file system's page cache gives a node's ranks what one of them has read."""
-    from_storage = rank.of_node if rank.rates is not None and rank.rates.has_page_cache else rank.direct
+    from_storage = rank.of_node if rank.rates is not None and rank.rates.shares_reads else rank.direct
     return _read_s(rank, from_storage) + rank.direct.bytes_read / _ARENA_BYTES_PER_S
 
 

@@ -60,7 +60,7 @@ class Word:
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
     in_memory: bool  # what it reads is in the page cache
-    has_page_cache: bool  # what one rank of a node has read, the others find in memory
+    shares_reads: bool  # what one rank of a node has read, the others find in memory
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
 
 
@@ -118,7 +118,7 @@ class Neighbours:
         """Why reading for each other can't be quicker, whatever the storage gives."""
         if all(word.in_memory for word in self.words):
             return "the page cache has what is read: a copy for others would cost as much as a read by themselves"
-        if all(word.has_page_cache for word in self.words) and len({word.node for word in self.words}) == 1:
+        if all(word.shares_reads for word in self.words) and len({word.node for word in self.words}) == 1:
             return "all ranks are on one node, whose page cache gives to all of them what one has read"
         return ""
 
@@ -184,7 +184,7 @@ def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreem
         None if arena is None else ArenaAddress.of(arena),
         because,
         in_memory,
-        asks and _has_page_cache(job),
+        asks and _shares_reads(job),
         told(plan) if not because and job.layout.spec is None else None,
     )
 
@@ -197,10 +197,10 @@ def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
         storage.close()
 
 
-def _has_page_cache(job: Job) -> bool:
+def _shares_reads(job: Job) -> bool:
     storage = storage_of(job.catalog)
     try:
-        return storage.traits.is_local
+        return storage.traits.shares_reads
     finally:
         storage.close()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,18 @@ TOPOLOGIES = {
 }
 
 
-def load(path: str, topology: str, strategy: Strategy, nodes: Sequence[str | None]) -> dict[str, int]:
+def load(
+    path: str,
+    topology: str,
+    strategy: Strategy,
+    nodes: Sequence[str | None],
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
     """Load and compare; what this rank asked of storage, and what it gave and got."""
     rank, size = dist.get_rank(), dist.get_world_size()
     agreement = Agreement(dist.group.WORLD)
     job = LoadJob(
-        catalog_of_all(path, agreement),
+        catalog_of_all(path, agreement, storage_options),
         TOPOLOGIES[topology](size).rank(rank),
         LoadRequest("optim"),
         torch.device("cpu"),
@@ -202,6 +209,22 @@ def test_auto_lets_nodes_read_a_disk_for_each_other(ranks: RankPool, saved: str)
     results = ranks.run(2, load, saved, "whole", "auto", ["a", "b"])
     assert [result["shared"] for result in results] == [1, 1]
     assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shared"),
+    [({}, 0), ({"page_cache": "read_ahead"}, 0), ({"page_cache": "drop"}, 1), ({"direct_io": True}, 1)],
+    ids=str,
+)
+def test_auto_knows_what_the_page_cache_gives_to_others(
+    ranks: RankPool, saved: str, options: dict[str, Any], is_shared: int
+) -> None:
+    """Replicas on one node: past the page cache each byte would leave the disk twice."""
+    drop_from_page_cache(saved)
+    results = ranks.run(2, load, saved, "replicas", "auto", [None], options)
+    assert [result["shared"] for result in results] == [is_shared] * 2
+    if is_shared:
+        assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
 @pytest.mark.parametrize("topology", ["columns", "replicas"])

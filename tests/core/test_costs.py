@@ -7,9 +7,9 @@ import pytest
 from shardferry.costs import RankCosts, StorageRates, Work, compare
 
 MIB = 1 << 20
-STORE = StorageRates(latency_s=0.02, bytes_per_s=1e8, has_page_cache=False)
-FAST_STORE = StorageRates(latency_s=1e-4, bytes_per_s=2e10, has_page_cache=False)
-DISK = StorageRates(latency_s=1e-4, bytes_per_s=5e8, has_page_cache=True)
+STORE = StorageRates(latency_s=0.02, bytes_per_s=1e8, shares_reads=False)
+FAST_STORE = StorageRates(latency_s=1e-4, bytes_per_s=2e10, shares_reads=False)
+DISK = StorageRates(latency_s=1e-4, bytes_per_s=5e8, shares_reads=True)
 
 
 def replicas(num_ranks: int, rates: StorageRates, *, on_one_node: bool) -> list[RankCosts]:
