@@ -69,8 +69,8 @@ class SyntheticSave:
         return pickle.dumps(self.metadata())
 
     def write(self, path: Path) -> int:
-        """A checkpoint of metadata alone, in a directory that is made; bytes of its ``.metadata``."""
-        path.mkdir()
+        """A checkpoint of metadata alone, in a directory that is made if need be; bytes of its ``.metadata``."""
+        path.mkdir(exist_ok=True)
         return (path / ".metadata").write_bytes(self.pickled())
 
 
