@@ -41,7 +41,6 @@ class Shardferry(Contender):
         catalog = open_checkpoint(self._task.store.directory)
         plan = plan_load(catalog, self._layout, _REQUEST)
         arena = arena_for(plan, catalog)
-        arena.allocate()
         arena.tensor(0, (plan.arena_bytes // 4,), torch.float32).fill_(POISON)
         self._arena = arena
 

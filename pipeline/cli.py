@@ -15,7 +15,7 @@ import typer
 from pipeline.display import byte_progress, human_bytes, print_plan, print_stage, print_table, show_ranks
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint, storage_of
+from shardferry.checkpoint import open_checkpoint, opened_storage
 from shardferry.errors import LayoutError, ShardferryError, SpecError
 
 _MANY = 40  # tensors; longer lists are cut on the terminal, never in JSON
@@ -154,8 +154,8 @@ def verify(
     from shardferry.verify import verified_bytes, verify_checkpoint
 
     catalog = open_checkpoint(checkpoint)
-    storage, total, lock, done = storage_of(catalog), verified_bytes(catalog), threading.Lock(), [0]
-    with byte_progress("verifying") as bar:
+    total, lock, done = verified_bytes(catalog), threading.Lock(), [0]
+    with byte_progress("verifying") as bar, opened_storage(catalog) as storage:
 
         def on_item(nbytes: int) -> None:
             with lock:
@@ -163,7 +163,6 @@ def verify(
                 bar.show(done[0], total)
 
         problems = verify_checkpoint(catalog, storage, concurrency=concurrency, on_item=on_item)
-    storage.close()
     if as_json:
         print(json.dumps({"location": catalog.location, "bytes_read": total, "problems": problems}, indent=2))
     else:

@@ -8,6 +8,7 @@ neighbours: what a rank wants is known of each, what it reads is then taken to b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from schemas.plan_report import RankPlan
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import storage_of
+from shardferry.checkpoint import opened_storage
 from shardferry.demand import Demand
 from shardferry.errors import StorageError
 from shardferry.extents import JoinLimits
@@ -23,8 +24,10 @@ from shardferry.neighbours import slab_bytes
 from shardferry.plan import LoadPlan, plan_load, planned_objects
 from shardferry.predict import predict_objects, predict_reads
 from shardferry.probe import answers_from_memory
+from shardferry.reader import join_limits_of
 from shardferry.sharing import share_reads
 from shardferry.spec_layout import SpecLayout
+from shardferry.storage.traits import StorageTraits
 from shardferry.wants import SpecWants
 
 MOST_PLANNED = 32  # ranks; one of the largest models takes a second
@@ -81,7 +84,7 @@ def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
 
 def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wants: SpecWants | None) -> list[_Reads]:
     """Of each plan's rank; it reads for itself where there are no wants of others."""
-    limits, max_slab_bytes = join_limits(config, catalog), slab_bytes(catalog)
+    limits, max_slab_bytes = join_limits(config, catalog), slab_bytes(_traits(catalog))
     found = []
     for plan in plans:
         shared = None if wants is None else share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes)
@@ -93,27 +96,19 @@ def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wan
 
 def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
     """Where the files are not here, they are not in this machine's memory either."""
-    storage = storage_of(catalog)
-    try:
+    with opened_storage(catalog) as storage, suppress(StorageError):
         return all(answers_from_memory(plan, catalog, storage) for plan in plans)
-    except StorageError:
-        return False
-    finally:
-        storage.close()
+    return False
 
 
 def join_limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
     """How the spec, or else the kind of storage, wants reads joined and split."""
-    options, storage = config.read.options(config.timeouts.load_s), storage_of(catalog)
-    try:
-        return JoinLimits.of(
-            storage.traits,
-            max_gap_bytes=options.max_gap_bytes,
-            max_over_read=options.max_over_read,
-            max_request_bytes=options.max_request_bytes,
-        )
-    finally:
-        storage.close()
+    return join_limits_of(_traits(catalog), config.read.options(config.timeouts.load_s))
+
+
+def _traits(catalog: Catalog) -> StorageTraits:
+    with opened_storage(catalog) as storage:
+        return storage.traits
 
 
 def _scaled(rank: int, demand: Demand, like: _Reads) -> RankPlan:

@@ -10,7 +10,7 @@ from pipeline.forecast import forecast, join_limits
 from schemas.plan_report import Balance, PlanReport
 from schemas.stage_config import StageConfig
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import storage_of
+from shardferry.checkpoint import opened_storage
 from shardferry.demand import demand_of
 from shardferry.errors import SpecError
 from shardferry.layout import RankLayout
@@ -37,11 +37,8 @@ def check_checkpoint(catalog: Catalog, request: LoadRequest) -> None:
         StorageError: a file is missing or short.
     """
     keys = _wanted_keys(catalog, request)
-    storage = storage_of(catalog)
-    try:
+    with opened_storage(catalog) as storage:
         check_files(catalog, keys, storage)
-    finally:
-        storage.close()
 
 
 def _wanted_keys(catalog: Catalog, request: LoadRequest) -> list[str]:

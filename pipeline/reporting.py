@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pipeline.planning import amplification, unique_bytes
 from schemas.stage_config import StageConfig
 from schemas.stage_report import RankReport, StageReport
 from shardferry.catalog import Catalog
+from shardferry.checkpoint import opened_storage
 from shardferry.layout import RankLayout
 from shardferry.load import read_values
+from shardferry.request import LoadRequest
 
 
 def build_report(
@@ -23,14 +26,14 @@ def build_report(
     """The whole stage's report."""
     request = config.checkpoint.request()
     # Only with its param groups is a live optimizer's plan the one that its loader made.
-    values = None if config.topology is not None else read_values(catalog, request)
+    values = None if config.topology is not None else _values(catalog, request)
     unique = unique_bytes(catalog, layouts, request, values)
     read = sum(rank.bytes_read for rank in ranks)
     phases = driver_phases | _longest(rank.phases for rank in ranks)
     planning = phases.get("catalog", 0.0) + phases.get("plan", 0.0)
     terms = lower_bound_terms(config, unique, ranks)
     bound = max(terms.values(), default=0.0) + planning
-    reached = planning + phases.get("allocate", 0.0) + phases.get("read", 0.0)
+    reached = planning + sum(phases.get(name, 0.0) for name in ("allocate", "agree", "read"))
     return StageReport(
         location=catalog.location,
         optimizer_key=config.checkpoint.optimizer_key,
@@ -50,6 +53,11 @@ def build_report(
         ratio_to_lower_bound=reached / bound if bound else 1.0,
         ranks=list(ranks),
     )
+
+
+def _values(catalog: Catalog, request: LoadRequest) -> dict[str, Any]:
+    with opened_storage(catalog) as storage:
+        return read_values(catalog, request, storage)
 
 
 def _longest(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from shardferry.collector import paused_gc
 from shardferry.errors import RankError, ShardferryError
+from shardferry.messages import broadcast_object, gather_objects
 
 T = TypeVar("T")
 
@@ -57,12 +58,12 @@ class Agreement:
     def from_first(self, step: str, work: Callable[[], T]) -> T:
         """Like `attempt`, for what one rank does for all: rank 0 works, and every rank gets its result."""
         value, error = _outcome(work) if self.rank == 0 else (None, None)
-        found: list[Any] = [_Answer(value, None if error is None else _words(error))]
+        answer = _Answer(value, None if error is None else _words(error))
         if self._group is not None:
             with paused_gc():
-                dist.broadcast_object_list(found, group=self._group, group_src=0)
-        _raise_failures(step, found, error)
-        return cast(T, found[0].value)
+                answer = broadcast_object(answer, self._group, _collective_device(self._group))
+        _raise_failures(step, [answer], error)
+        return cast(T, answer.value)
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each place, whether some rank has it set. All ranks give as many."""
@@ -81,9 +82,8 @@ class Agreement:
     def _gather(self, value: T) -> list[T]:
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        with paused_gc():
+            return gather_objects(value, self._group, _collective_device(self._group))
 
 
 @dataclass(frozen=True, slots=True)

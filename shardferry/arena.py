@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 
 from shardferry.errors import ArenaError
 
+_NOWHERE: np.ndarray = np.empty(0, dtype=np.int64)
 NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
 _PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
 
@@ -44,22 +45,25 @@ def _meminfo(field: str) -> int:
     raise ArenaError(f"/proc/meminfo has no {field}")
 
 
-def check_host_room(*, arenas_bytes: int, num_arenas: int, host: str) -> None:
-    """Refuse arenas that the host has no memory for, before any is allocated.
+def check_host_room(arenas_bytes: Sequence[int], *, available_bytes: int, host: str) -> None:
+    """Refuse arenas that the host has no memory for, before any takes it.
+
+    Args:
+        available_bytes: see `available_host_bytes`.
 
     Raises:
         ArenaError: says how much is missing.
     """
-    available = available_host_bytes()
-    if arenas_bytes > available:
+    needed = sum(arenas_bytes)
+    if needed > available_bytes:
         raise ArenaError(
-            f"host {host}: {num_arenas} arena(s) need {arenas_bytes} bytes, {available} are available: "
-            f"{arenas_bytes - available} bytes are missing. Spread the ranks over more hosts or use more ranks."
+            f"host {host}: {len(arenas_bytes)} arena(s) need {needed} bytes, {available_bytes} are available: "
+            f"{needed - available_bytes} bytes are missing. Spread the ranks over more hosts or use more ranks."
         )
 
 
 class HostArena:
-    """Bytes of an anonymous memory file, mapped into this process.
+    """Bytes of an anonymous memory file, mapped into this process. It takes memory page by page, as it is written to.
 
     Args:
         nbytes: of data.
@@ -67,42 +71,26 @@ class HostArena:
     """
 
     def __init__(self, nbytes: int, *, num_places: int = 0) -> None:
-        self._reserve(nbytes, num_places)
-        self.allocate()
-
-    @classmethod
-    def reserved(cls, nbytes: int, *, num_places: int = 0) -> HostArena:
-        """An arena that others can be told of, and that takes no memory until `allocate`."""
-        arena = cls.__new__(cls)
-        arena._reserve(nbytes, num_places)
-        return arena
-
-    def _reserve(self, nbytes: int, num_places: int) -> None:
         self.nbytes = max(nbytes, 1)
         self.directory_offset = -(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.device = torch.device("cpu")
-        self.memory = memoryview(b"")
-        self.directory = np.empty(0, dtype=np.int64)
-        self._num_places = num_places
-        self._bytes: torch.Tensor | None = None
         self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        pages = self._mapped(self.directory_offset + 8 * num_places if num_places else self.nbytes)
+        self._bytes: torch.Tensor | None = torch.frombuffer(pages, dtype=torch.uint8)
+        self.memory = memoryview(pages)
+        self.directory = np.frombuffer(pages, np.int64, num_places, self.directory_offset) if num_places else _NOWHERE
 
-    def allocate(self) -> None:
-        """Map the memory file. Raises ArenaError."""
-        file_bytes = self.directory_offset + 8 * self._num_places if self._num_places else self.nbytes
+    def _mapped(self, file_bytes: int) -> mmap.mmap:
         try:
             os.ftruncate(self.descriptor, file_bytes)
             pages = mmap.mmap(self.descriptor, file_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
-            self.close()
+            os.close(self.descriptor)
+            self.descriptor = -1
             raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
         with suppress(OSError):  # a kernel without transparent huge pages for shared memory
             pages.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        self.memory = memoryview(pages)
-        if self._num_places:
-            offset = self.directory_offset
-            self.directory = np.frombuffer(pages, dtype=np.int64, count=self._num_places, offset=offset)
+        return pages
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""
@@ -121,7 +109,7 @@ class HostArena:
         """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
         self._bytes = None
         self.memory = memoryview(b"")
-        self.directory = np.empty(0, dtype=np.int64)
+        self.directory = _NOWHERE
 
     def close(self) -> None:
         """Give the memory back, unless a tensor or another process still uses it."""

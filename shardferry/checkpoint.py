@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,15 @@ def open_checkpoint(
         UnsafeMetadata: the metadata names a forbidden global, or a file outside the checkpoint.
         CatalogError: the metadata is damaged.
     """
-    storage = open_storage(location, storage_options)
-    try:
-        catalog = read_catalog(storage, cache=CatalogCache.of(cache))
-        return dataclasses.replace(catalog, storage_options=dict(storage_options or {}))
-    finally:
-        storage.close()
+    with closing(open_storage(location, storage_options)) as storage:
+        return read_catalog(storage, cache=CatalogCache.of(cache), storage_options=storage_options)
+
+
+@contextmanager
+def opened_storage(catalog: Catalog, *, retry: RetryPolicy | None = None) -> Iterator[RangeReader]:
+    """As `storage_of`, closed at the end of the ``with``."""
+    with closing(storage_of(catalog, retry=retry)) as storage:
+        yield storage
 
 
 def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeReader:
@@ -65,7 +69,9 @@ def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeRe
     return storage
 
 
-def read_catalog(storage: RangeReader, *, cache: CatalogCache | None) -> Catalog:
+def read_catalog(
+    storage: RangeReader, *, cache: CatalogCache | None, storage_options: Mapping[str, Any] | None = None
+) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
     listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
     versions = storage.versions()
@@ -74,6 +80,7 @@ def read_catalog(storage: RangeReader, *, cache: CatalogCache | None) -> Catalog
         catalog,
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
         file_versions={file: versions[file] for file in catalog.files if file in versions},
+        storage_options=dict(storage_options or {}),
     )
     if COMMON_FILE in listing:
         return with_common_values(catalog, read_file(storage, COMMON_FILE))
@@ -102,11 +109,16 @@ def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> 
 
 def _known_files(storage: RangeReader) -> dict[str, int | None]:
     """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there."""
-    found: dict[str, int | None] = {}
-    for name in (METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE):
-        with contextlib.suppress(MissingFile):
-            found[name] = storage.size(name)
-    return dict(sorted(found.items()))
+    names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
+
+    def size_of(name: str) -> int | None:
+        with suppress(MissingFile):
+            return storage.size(name)
+        return None
+
+    with ThreadPoolExecutor(len(names), thread_name_prefix="shardferry-open") as pool:
+        found = zip(names, pool.map(size_of, names), strict=True)
+        return {name: size for name, size in found if size is not None}
 
 
 def _metadata_files(location: str, names: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ class RankCosts:
     """One rank's part of each way to load."""
 
     direct: Work
-    of_node: Work  # were reads shared within its node alone
+    direct_from_storage: Work  # what is left of that where the page cache of its node has what others read
     cooperative: Work
     rates: StorageRates | None  # None: what it reads is in memory
     concurrency: int  # requests
@@ -85,9 +85,7 @@ def compare(ranks: Sequence[RankCosts]) -> Choice:
 
 
 def _direct_s(rank: RankCosts) -> float:
-    """A file system's page cache gives a node's ranks what one of them has read."""
-    from_storage = rank.of_node if rank.rates is not None and rank.rates.shares_reads else rank.direct
-    return _read_s(rank, from_storage) + rank.direct.bytes_read / _ARENA_BYTES_PER_S
+    return _read_s(rank, rank.direct_from_storage) + rank.direct.bytes_read / _ARENA_BYTES_PER_S
 
 
 def _cooperative_s(rank: RankCosts) -> float:

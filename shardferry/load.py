@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from torch.optim import Optimizer
 from shardferry.agreement import Agreement
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint, storage_of
+from shardferry.catalog_cache import CatalogCache
+from shardferry.checkpoint import opened_storage, read_catalog
 from shardferry.errors import HandoffError
 from shardferry.exchange import Channel, Deadline
 from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory
@@ -27,29 +27,32 @@ from shardferry.keys import KeyReport
 from shardferry.layout import RankLayout, replicated
 from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
-from shardferry.neighbours import Neighbours, Strategy, Word, word_of
+from shardferry.neighbours import Neighbours, Strategy, Word, taken_by_any, word_of
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan, read_strategy
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
-from shardferry.storage.base import RangeReader
+from shardferry.storage.base import RangeReader, open_storage
 from shardferry.storage.retrying import RetryPolicy
 from shardferry.together import Together
 
 
 class PhaseClock:
-    """Seconds by phase."""
+    """Seconds by phase; of a phase within another one, they count to the inner one alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._within_s = 0.0  # of phases within the one that is under way
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the ``with`` to a phase."""
-        start = time.perf_counter()
+        start, beside_s, self._within_s = time.perf_counter(), self._within_s, 0.0
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            spent_s = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent_s - self._within_s
+            self._within_s = beside_s + spent_s
 
 
 @dataclass
@@ -140,52 +143,82 @@ def load_rank(
         ShardferryError: this rank's own failure.
         RankError: another rank's failure.
     """
-    counters = counters or Counters()
-    clock = PhaseClock()
+    counters, clock = counters or Counters(), PhaseClock()
     if values is None:
         with clock.phase("values"):
-            values = agreement.from_first(
-                "reading the param groups", lambda: read_values(job.catalog, job.request, job.read, counters)
-            )
-    with clock.phase("plan"):
-        made_here: list[tuple[LoadPlan, Arena | None]] = []
+            values = agreement.from_first("reading the param groups", lambda: _read_values(job, counters))
+    with ExitStack() as opened:
+        with clock.phase("agree"):
+            ready, words = _prepare(job, agreement, values, arena, clock, opened)
+            unexpected = _check_claims(ready.plan, job, words)
+            announce(ready.plan)
+            neighbours = Neighbours.of(job, words, agreement)
+            neighbours.check_room()
+            strategy = neighbours.strategy(job, ready.plan, ready.storage, agreement, counters)
+        with clock.phase("read"):
+            together = _together(job, strategy, neighbours, agreement)
+            agreement.attempt("reading", lambda: _read(job, ready, counters, together))
+    manifest = _manifest(ready.plan, values)
+    return LoadedShard(ready.plan, manifest, ready.arena, counters, clock.seconds, strategy, unexpected)
 
-        def plan_and_tell() -> Word:
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a rank has before anything is read."""
+
+    plan: LoadPlan
+    arena: Arena
+    storage: RangeReader
+
+
+def _prepare(
+    job: LoadJob,
+    agreement: Agreement,
+    values: Mapping[str, Any],
+    arena: Arena | None,
+    clock: PhaseClock,
+    opened: ExitStack,
+) -> tuple[_Ready, list[Word]]:
+    """This rank's plan, arena and storage, and every rank's word that it has them."""
+    made: list[_Ready] = []
+
+    def prepare() -> Word:
+        with clock.phase("plan"):
             plan = plan_load(job.catalog, job.layout, job.request, values)
-            reserved = arena or _reserve(job, plan)
-            made_here.append((plan, reserved))
-            return word_of(job, plan, reserved if isinstance(reserved, HostArena) else None, agreement)
+        with clock.phase("allocate"):
+            is_new = not (isinstance(arena, HostArena) and arena.memory)
+            place = _allocate(job, plan, arena)
+        storage = opened.enter_context(opened_storage(job.catalog, retry=_retry(job.read)))
+        made.append(_Ready(plan, place, storage))
+        return word_of(job, plan, place, storage, agreement, is_new=is_new)
 
-        words = agreement.share("planning", plan_and_tell)
-        [(plan, reserved)] = made_here
-        unexpected = _check_claims(plan, job, agreement)
-        announce(plan)
-        neighbours = Neighbours.of(job, words, agreement)
-        strategy = neighbours.strategy(job, plan, agreement, counters)
-    with clock.phase("allocate"):
-        made = agreement.attempt("allocating the arena", lambda: _allocate(job, plan, reserved, neighbours))
-    with clock.phase("read"):
-        channel = None if agreement.host_group is None else Channel(agreement.host_group, Deadline(job.read.timeout_s))
-        together = None if strategy.plan is None else Together(strategy.plan, neighbours.addresses, channel)
-        agreement.attempt("reading", lambda: _read(job, plan, made, counters, together))
-    manifest = _manifest(plan, values)
-    return LoadedShard(plan, manifest, made, counters, clock.seconds, strategy, unexpected)
+    words = agreement.share("planning", prepare)
+    return made[0], words
+
+
+def _retry(options: ReadOptions) -> RetryPolicy:
+    return RetryPolicy(max_attempts=options.max_attempts)
+
+
+def _read_values(job: LoadJob, counters: Counters) -> dict[str, Any]:
+    with opened_storage(job.catalog, retry=_retry(job.read)) as storage:
+        return read_values(job.catalog, job.request, storage, job.read, counters)
 
 
 def read_values(
-    catalog: Catalog, request: LoadRequest, options: ReadOptions | None = None, counters: Counters | None = None
+    catalog: Catalog,
+    request: LoadRequest,
+    storage: RangeReader,
+    options: ReadOptions | None = None,
+    counters: Counters | None = None,
 ) -> dict[str, Any]:
     """Everything that is no sharded tensor, by key: read by one rank for all. Raises StorageError, DecodeError."""
     options, counters = options or ReadOptions(), counters or Counters()
     keys = value_keys(catalog, request)
-    storage = storage_of(catalog, retry=RetryPolicy(max_attempts=options.max_attempts))
-    try:
-        objects = [key for key in keys if key in catalog.objects]
-        tensors = [key for key in keys if key in catalog.tensors]
-        values = read_objects(objects, catalog, storage, options, counters)
-        return values | _read_whole(tensors, catalog, storage, options, counters)
-    finally:
-        storage.close()
+    objects = [key for key in keys if key in catalog.objects]
+    tensors = [key for key in keys if key in catalog.tensors]
+    values = read_objects(objects, catalog, storage, options, counters)
+    return values | _read_whole(tensors, catalog, storage, options, counters)
 
 
 def _read_whole(
@@ -199,10 +232,10 @@ def _read_whole(
     return {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
-def _check_claims(plan: LoadPlan, job: LoadJob, agreement: Agreement) -> tuple[str, ...]:
+def _check_claims(plan: LoadPlan, job: LoadJob, words: Sequence[Word]) -> tuple[str, ...]:
     """Names that are saved and wanted by no rank. All ranks find the same; all raise where these are not ignored."""
     state, weights = plan.state_claims, plan.weight_claims
-    taken = agreement.any_of([*state.taken, *weights.taken])
+    taken = taken_by_any(words, len(state.taken) + len(weights.taken))
     unexpected = state.check(taken[: len(state.taken)], job.request, job.catalog.location)
     return unexpected + weights.check(taken[len(state.taken) :], job.request, job.catalog.location)
 
@@ -213,36 +246,37 @@ def rows_of(catalog: Catalog) -> dict[str, int]:
 
 
 def arena_for(plan: LoadPlan, catalog: Catalog) -> HostArena:
-    """An arena on the host with room for a plan, reserved: `HostArena.allocate` takes the memory."""
-    return HostArena.reserved(plan.arena_bytes, num_places=len(catalog.tensors))
+    """An arena on the host with room for a plan. It takes memory as it is filled."""
+    return HostArena(plan.arena_bytes, num_places=len(catalog.tensors))
 
 
-def _reserve(job: LoadJob, plan: LoadPlan) -> HostArena | None:
-    return arena_for(plan, job.catalog) if job.device.type == "cpu" else None
-
-
-def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None, neighbours: Neighbours) -> Arena:
-    if not isinstance(arena, HostArena):
-        return arena or allocate_arena(plan.arena_bytes, job.device)
-    if not arena.memory:
-        neighbours.check_room()
-        arena.allocate()
-    rows = rows_of(job.catalog)
-    for tensor in plan.tensors:
-        arena.directory[rows[tensor.key]] = tensor.arena_offset
+def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None) -> Arena:
+    """Raises ArenaError."""
+    if arena is None:
+        on_host = job.device.type == "cpu"
+        arena = arena_for(plan, job.catalog) if on_host else allocate_arena(plan.arena_bytes, job.device)
+    if isinstance(arena, HostArena):  # says to the ranks of its node where the tensors are
+        rows = rows_of(job.catalog)
+        for tensor in plan.tensors:
+            arena.directory[rows[tensor.key]] = tensor.arena_offset
     return arena
 
 
-def _read(job: LoadJob, plan: LoadPlan, arena: Arena, counters: Counters, together: Together | None) -> None:
-    storage = storage_of(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
-    try:
-        if together is None:
-            read_plan(plan, job.catalog, storage, arena, job.read, counters)
-            return
-        with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes, counters.busy) as sharing:
-            read_plan(plan, job.catalog, storage, arena, job.read, counters, sharing)
-    finally:
-        storage.close()
+def _together(job: LoadJob, strategy: Strategy, neighbours: Neighbours, agreement: Agreement) -> Together | None:
+    if strategy.plan is None:
+        return None
+    group = agreement.host_group
+    channel = None if group is None else Channel(group, Deadline(job.read.timeout_s))
+    return Together(strategy.plan, neighbours.addresses, channel)
+
+
+def _read(job: LoadJob, ready: _Ready, counters: Counters, together: Together | None) -> None:
+    plan, arena, storage = ready.plan, ready.arena, ready.storage
+    if together is None:
+        read_plan(plan, job.catalog, storage, arena, job.read, counters)
+        return
+    with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes, counters.busy) as sharing:
+        read_plan(plan, job.catalog, storage, arena, job.read, counters, sharing)
 
 
 def _manifest(plan: LoadPlan, values: Mapping[str, Any]) -> Manifest:
@@ -340,16 +374,9 @@ def open_for_all(
     """Rank 0 reads the metadata, and all that is no sharded tensor; the others get both from it, in one go."""
 
     def read() -> tuple[Catalog, dict[str, Any]]:
-        catalog = open_checkpoint(os.fspath(location), storage_options=storage_options)
-        return catalog, read_values(catalog, request, options, counters)
+        with closing(open_storage(location, storage_options, retry=_retry(options))) as storage:
+            catalog = read_catalog(storage, cache=CatalogCache.of(True), storage_options=storage_options)
+            storage.expect(catalog.file_versions)
+            return catalog, read_values(catalog, request, storage, options, counters)
 
     return agreement.from_first("opening the checkpoint", read)
-
-
-def catalog_of_all(
-    location: str | Path, agreement: Agreement, storage_options: Mapping[str, Any] | None = None
-) -> Catalog:
-    """Rank 0 reads the metadata; the others get the catalog from it."""
-    return agreement.from_first(
-        "opening the checkpoint", lambda: open_checkpoint(os.fspath(location), storage_options=storage_options)
-    )

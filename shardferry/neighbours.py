@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
+import numpy as np
 import torch
 
 from shardferry.agreement import Agreement
-from shardferry.arena import HostArena, check_host_room
+from shardferry.arena import Arena, HostArena, available_host_bytes, check_host_room
 from shardferry.catalog import Catalog
-from shardferry.checkpoint import storage_of
-from shardferry.costs import RankCosts, StorageRates, Work, compare
+from shardferry.costs import RankCosts, Work, compare
 from shardferry.handoff import node_identity
 from shardferry.layout import RankLayout, TensorLayout
 from shardferry.peers import ArenaAddress
@@ -22,6 +22,8 @@ from shardferry.probe import answers_from_memory, measure_rates
 from shardferry.reader import Counters, ReadOptions
 from shardferry.sharing import SharedPlan, share_reads
 from shardferry.spec_layout import SpecLayout
+from shardferry.storage.base import RangeReader
+from shardferry.storage.traits import StorageTraits
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 
 _LOCAL_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache
@@ -56,12 +58,15 @@ class Word:
 
     node: str
     island: str  # ranks that say the same can write into each other's arenas
-    host_bytes: int  # of its arena; 0 where that is on a GPU
+    host: str
+    host_bytes: int  # that its arena will take of the host's memory
+    available_bytes: int  # of the host's memory
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
     in_memory: bool  # what it reads is in the page cache
     shares_reads: bool  # what one rank of a node has read, the others find in memory
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
+    taken: bytes  # a bit for each saved name, in the order that all ranks have: whether this rank takes it
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ class Neighbours:
         found = {rank: self.words[rank].address for rank in self._island()}
         return {rank: address for rank, address in found.items() if address is not None}
 
-    def strategy(self, job: Job, plan: LoadPlan, agreement: Agreement, counters: Counters) -> Strategy:
+    def strategy(
+        self, job: Job, plan: LoadPlan, storage: RangeReader, agreement: Agreement, counters: Counters
+    ) -> Strategy:
         """Whether ranks read for each other, and this rank's part. All of them must call it, and find the same.
 
         Args:
@@ -101,9 +108,10 @@ class Neighbours:
             because = self._nothing_to_gain()
         if because:
             return Strategy("direct", because)
-        shared = self._shared(job, plan, companions)
+        max_slab_bytes = slab_bytes(storage.traits)
+        shared = self._shared(job, plan, companions, max_slab_bytes)
         if job.read.strategy == "auto":
-            costs = agreement.share("planning", lambda: self._costs(job, plan, shared, counters))
+            costs = agreement.share("planning", lambda: self._costs(job, plan, shared, storage, counters))
             choice = compare(costs)
             if not choice.is_cooperative:
                 return Strategy("direct", choice.reason)
@@ -126,91 +134,83 @@ class Neighbours:
         island = self.words[self.world_rank].island
         return [rank for rank, word in enumerate(self.words) if word.island == island]
 
-    def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int]) -> SharedPlan:
+    def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int], max_slab_bytes: int) -> SharedPlan:
         wants = self._wants(world_ranks)
-        return share_reads(plan, job.catalog, wants, max_slab_bytes=slab_bytes(job.catalog), islands=self.islands)
+        return share_reads(plan, job.catalog, wants, max_slab_bytes=max_slab_bytes, islands=self.islands)
 
     def _wants(self, world_ranks: list[int]) -> Wants:
         if self.spec is not None:
             return SpecWants(self.spec, world_ranks)
         return ToldWants({rank: self.words[rank].layouts or {} for rank in world_ranks})
 
-    def _costs(self, job: Job, plan: LoadPlan, shared: SharedPlan, counters: Counters) -> RankCosts:
-        word = self.words[self.world_rank]
-        # What a node's ranks read of a file system, its page cache gives to all of them.
-        on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
-        in_node = shared if len(on_this_node) == len(self.words) else self._shared(job, plan, on_this_node)
+    def _costs(
+        self, job: Job, plan: LoadPlan, shared: SharedPlan, storage: RangeReader, counters: Counters
+    ) -> RankCosts:
+        word, direct = self.words[self.world_rank], Work.direct(plan)
+        rates = None if word.in_memory else measure_rates(plan, job.catalog, storage, counters)
+        from_storage = direct
+        if rates is not None and rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
+            on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
+            is_all = len(on_this_node) == len(self.words)
+            in_node = shared if is_all else self._shared(job, plan, on_this_node, slab_bytes(storage.traits))
+            from_storage = Work.shared(plan, in_node)
         return RankCosts(
-            direct=Work.direct(plan),
-            of_node=Work.shared(plan, in_node),
+            direct=direct,
+            direct_from_storage=from_storage,
             cooperative=Work.shared(plan, shared),
-            rates=None if word.in_memory else _rates(job, plan, counters),
+            rates=rates,
             concurrency=job.read.concurrency,
         )
 
     def check_room(self) -> None:
-        """Raises ArenaError where the host has no room for all of its ranks' arenas."""
-        node = self.words[self.world_rank].node
-        sizes = [word.host_bytes for word in self.words if word.node == node]
-        check_host_room(arenas_bytes=sum(sizes), num_arenas=len(sizes), host=socket.gethostname())
+        """Raises ArenaError where a host has no room for all of its ranks' arenas. All ranks find the same."""
+        for node in dict.fromkeys(word.node for word in self.words):
+            words = [word for word in self.words if word.node == node]
+            check_host_room(
+                [word.host_bytes for word in words if word.host_bytes],
+                available_bytes=min(word.available_bytes for word in words),
+                host=words[0].host,
+            )
 
 
-def slab_bytes(catalog: Catalog) -> int:
+def slab_bytes(traits: StorageTraits) -> int:
     """How much one rank reads for others in one go: more where a request takes long."""
-    storage = storage_of(catalog)
-    try:
-        return _LOCAL_SLAB_BYTES if storage.traits.is_local else storage.traits.max_request_bytes
-    finally:
-        storage.close()
+    return _LOCAL_SLAB_BYTES if traits.is_local else traits.max_request_bytes
 
 
-def word_of(job: Job, plan: LoadPlan, arena: HostArena | None, agreement: Agreement) -> Word:
+def word_of(
+    job: Job, plan: LoadPlan, arena: Arena, storage: RangeReader, agreement: Agreement, *, is_new: bool = True
+) -> Word:
     """What this rank tells the others.
 
     Args:
-        arena: this rank's, reserved; None where it will be on a GPU.
+        is_new: the arena, which therefore has no memory yet.
 
     Raises:
         StorageError: a file that the plan reads is missing.
     """
-    node = job.read.node or node_identity()
+    node, on_host = job.read.node or node_identity(), isinstance(arena, HostArena)
     because = _alone_because(job, agreement)
     asks = not because and job.read.strategy == "auto"
-    in_memory = asks and _is_in_memory(job, plan)
     return Word(
-        node,
-        node if arena is not None else f"{node}, rank {agreement.rank}",
-        0 if arena is None else plan.arena_bytes,
-        None if arena is None else ArenaAddress.of(arena),
-        because,
-        in_memory,
-        asks and _shares_reads(job),
-        told(plan) if not because and job.layout.spec is None else None,
+        node=node,
+        island=node if on_host else f"{node}, rank {agreement.rank}",
+        host=socket.gethostname(),
+        host_bytes=plan.arena_bytes if on_host and is_new else 0,
+        available_bytes=available_host_bytes(),
+        address=ArenaAddress.of(arena) if isinstance(arena, HostArena) else None,
+        alone_because=because,
+        in_memory=asks and answers_from_memory(plan, job.catalog, storage),
+        shares_reads=asks and storage.traits.shares_reads,
+        layouts=told(plan) if not because and job.layout.spec is None else None,
+        taken=np.packbits([*plan.state_claims.taken, *plan.weight_claims.taken]).tobytes(),
     )
 
 
-def _is_in_memory(job: Job, plan: LoadPlan) -> bool:
-    storage = storage_of(job.catalog)
-    try:
-        return answers_from_memory(plan, job.catalog, storage)
-    finally:
-        storage.close()
-
-
-def _shares_reads(job: Job) -> bool:
-    storage = storage_of(job.catalog)
-    try:
-        return storage.traits.shares_reads
-    finally:
-        storage.close()
-
-
-def _rates(job: Job, plan: LoadPlan, counters: Counters) -> StorageRates:
-    storage = storage_of(job.catalog)
-    try:
-        return measure_rates(plan, job.catalog, storage, counters)
-    finally:
-        storage.close()
+def taken_by_any(words: Sequence[Word], num_names: int) -> list[bool]:
+    """Of each saved name, whether some rank takes it."""
+    bits = np.bitwise_or.reduce([np.frombuffer(word.taken, dtype=np.uint8) for word in words])
+    return np.unpackbits(bits, count=num_names).astype(bool).tolist()
 
 
 def _alone_because(job: Job, agreement: Agreement) -> str:

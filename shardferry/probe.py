@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -62,9 +63,9 @@ def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counte
         counters.asked(num_requests=1, nbytes=nbytes)
         storage.read_into(place[0], place[1], memoryview(bytearray(nbytes)))
 
-    latency_s = min(_seconds(lambda place=place: read(place, _SMALL_BYTES)) for place in places[:2])  # type: ignore[misc]
+    latency_s = min(_seconds(partial(read, place, _SMALL_BYTES)) for place in places[:2])
     with ThreadPoolExecutor(_NUM_LARGE, thread_name_prefix="shardferry-probe") as pool:
-        elapsed_s = _seconds(lambda: list(pool.map(lambda place: read(place, _LARGE_BYTES), places)))
+        elapsed_s = _seconds(lambda: list(pool.map(partial(read, nbytes=_LARGE_BYTES), places)))
     rate = _NUM_LARGE * _LARGE_BYTES / max(elapsed_s - latency_s, 1e-6)
     return StorageRates(latency_s, rate, storage.traits.shares_reads)  # asked now: reading may have decided it
 

@@ -8,6 +8,7 @@ heads first. An item that can't be read in ranges is read whole, by one thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
@@ -18,7 +19,7 @@ from shardferry.carrier import Carrier
 from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
 from shardferry.crew import Crew, cores
-from shardferry.errors import SpecError, StorageError
+from shardferry.errors import DecodeError, SpecError, StorageError
 from shardferry.extents import Extent, JoinLimits, WholeItem, join, whole_items
 from shardferry.items import ItemReader, StoredItem, items_of, object_item
 from shardferry.plan import LoadPlan
@@ -27,6 +28,8 @@ from shardferry.sinks import Ways
 from shardferry.source import Counters as Counters
 from shardferry.source import StorageSource
 from shardferry.storage.base import RangeReader
+from shardferry.storage.traits import StorageTraits
+from shardferry.storage.transient import TransientStorageError
 from shardferry.works import SmallChunks, Work, chunks_in_reading_order
 
 T = TypeVar("T")
@@ -90,7 +93,7 @@ def read_plan(
     chunks = chunks_in_reading_order(
         plan, catalog, None if sharing is None else sharing.plan, {} if sharing is None else sharing.rows
     )
-    limits = _limits(storage, options)
+    limits = join_limits_of(storage.traits, options)
     reserved_bytes = 0 if sharing is None else sharing.reserved_bytes
     budget = Budget(options.memory_budget_bytes - reserved_bytes, timeout_s=options.timeout_s)
     ways = None if sharing is None else sharing.ways
@@ -99,8 +102,10 @@ def read_plan(
     # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
     alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
     try:
-        with _crew(storage, options, alone=alone) as crew:
-            _check_ends([chunk.item for chunk in chunks], catalog, storage, crew)
+        with (
+            _crew(storage, options, alone=alone) as crew,
+            _checked_ends([chunk.item for chunk in chunks], catalog, storage, crew),
+        ):
             with paused_gc():
                 extents, alone_chunks = join(chunks, limits)
                 works: list[Work] = [SmallChunks(extent) for extent in extents]
@@ -143,9 +148,9 @@ def read_objects(
                     counters.done(member.item.byte_length)
         return found
 
-    extents, alone = join(whole_items(catalog, keys), _limits(storage, options))
-    with _crew(storage, options, alone=True) as crew:
-        _check_ends([object_item(catalog, key) for key in keys], catalog, storage, crew)
+    extents, alone = join(whole_items(catalog, keys), join_limits_of(storage.traits, options))
+    items_to_read = [object_item(catalog, key) for key in keys]
+    with _crew(storage, options, alone=True) as crew, _checked_ends(items_to_read, catalog, storage, crew):
         units: list[Extent[WholeItem] | WholeItem] = [*extents, *alone]
         parts = crew.run(values_of, units, _one_by_one)
     return {key: value for part in parts for key, value in part.items()}
@@ -169,6 +174,26 @@ def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> 
     """
     with _crew(storage, ReadOptions(), alone=True) as crew:
         _check_ends([item for key in keys for item in items_of(catalog, key)], catalog, storage, crew)
+
+
+@contextmanager
+def _checked_ends(items: Sequence[StoredItem], catalog: Catalog, storage: RangeReader, crew: Crew) -> Iterator[None]:
+    """Check the last item of each file before it is read, or where answers tell how long files are, with these.
+
+    Raises:
+        StorageError: see `_check_ends`; where reading fails, what it finds says more than a range that isn't there.
+    """
+    if not storage.traits.tells_sizes:
+        _check_ends(items, catalog, storage, crew)
+        yield
+        return
+    try:
+        yield
+    except (StorageError, DecodeError) as error:
+        if not isinstance(error.__cause__, TransientStorageError):  # who has not answered is not asked again
+            _check_ends(items, catalog, storage, crew)
+        raise
+    _check_ends(items, catalog, storage, crew)
 
 
 def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader, crew: Crew) -> None:
@@ -224,9 +249,10 @@ def _mixed(works: Sequence[Work]) -> list[Work]:
     return [work for pair in pairs for work in pair if work is not None]
 
 
-def _limits(storage: RangeReader, options: ReadOptions) -> JoinLimits:
+def join_limits_of(traits: StorageTraits, options: ReadOptions) -> JoinLimits:
+    """As the options have them, or else the kind of storage."""
     return JoinLimits.of(
-        storage.traits,
+        traits,
         max_gap_bytes=options.max_gap_bytes,
         max_over_read=options.max_over_read,
         max_request_bytes=options.max_request_bytes,

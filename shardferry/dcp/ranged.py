@@ -14,7 +14,6 @@ from shardferry.arena import allocate_arena
 from shardferry.catalog import Catalog, KeyPath
 from shardferry.catalog_cache import CatalogCache
 from shardferry.checkpoint import read_catalog
-from shardferry.collector import paused_gc
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
 from shardferry.dcp.storages import storage_of
@@ -30,7 +29,10 @@ def load_ranged(
     """See `shardferry.dcp.load_sharded_optimizer_state_dict`; all ranks of the agreement must call it."""
     storage = agreement.attempt("opening the checkpoint", lambda: storage_of(reader))
     try:
-        catalog = _catalog_of_all(storage, group, agreement)
+        catalog = agreement.from_first(
+            "reading the metadata", lambda: read_catalog(storage, cache=CatalogCache.of(True))
+        )
+        storage.expect(catalog.file_versions)
         paths, targets = agreement.attempt("planning", lambda: _targets(catalog, optimizer_key, model, group))
         values = agreement.attempt(
             "loading", lambda: _read(catalog, storage, paths, targets, device_of(group), agreement)
@@ -38,20 +40,6 @@ def load_ranged(
     finally:
         storage.close()
     return nest_optimizer(paths, values, optimizer_key)
-
-
-def _catalog_of_all(storage: RangeReader, group: dist.ProcessGroup, agreement: Agreement) -> Catalog:
-    """The first rank reads the metadata; the others get the catalog from it."""
-
-    def read() -> Catalog | None:
-        return read_catalog(storage, cache=CatalogCache.of(True)) if agreement.rank == 0 else None
-
-    found = [agreement.attempt("reading the metadata", read)]
-    with paused_gc():
-        dist.broadcast_object_list(found, group=group, group_src=0)
-    assert found[0] is not None
-    storage.expect(found[0].file_versions)
-    return found[0]
 
 
 def _targets(

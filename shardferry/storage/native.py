@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, StorageError
@@ -92,11 +93,24 @@ class NativeReader:
         if (version := self._version_to_read(path)) is not None:
             options["if_match"] = version
         result = obstore.get(self._store, path, options=options)
+        self._check_same(path, result.meta)
         done = _copied(result, buffers, nbytes)
         if done != nbytes:
             raise StorageError(
                 f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {done} bytes came; "
                 "the file is cut, or the storage doesn't serve ranges"
+            )
+
+    def _check_same(self, path: str, meta: ObjectMeta) -> None:
+        """Hold what an answer says of its file against what is known of it."""
+        with self._lock:
+            known = self._found.setdefault(path, meta)
+        now, before = ((of["size"], _version(of)) for of in (meta, known))
+        if now != before:
+            raise written_again(
+                f"{self.location}/{path}",
+                now="{1} of {0} bytes".format(*now),
+                before="{1} of {0} bytes".format(*before),
             )
 
     def _version_to_read(self, path: str) -> str | None:
@@ -157,7 +171,8 @@ def open_url(location: str, storage_options: Mapping[str, Any]) -> NativeReader:
     except Exception as error:  # obstore's own, and ValueError and TypeError for values of another type
         reason = str(error).partition("\n")[0]
         raise SpecError(f"{location}: can't be opened with these storage_options: {reason}") from error
-    return NativeReader(store, location.rstrip("/"), WEB_SERVER if place.kind == "http" else OBJECT_STORE)
+    traits = WEB_SERVER if place.kind == "http" else OBJECT_STORE
+    return NativeReader(store, location.rstrip("/"), replace(traits, tells_sizes=True))
 
 
 def _store(place: StorePlace, options: StoreOptions) -> ObjectStore:

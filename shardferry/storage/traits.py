@@ -20,6 +20,7 @@ class StorageTraits:
     maps_files: bool = False  # their bytes can be looked at in place: nothing is fetched before
     holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
     has_listing: bool = True
+    tells_sizes: bool = False  # with each answer; else a size is a request of its own, or a look at an open file
 
 
 LOCAL_FILES = StorageTraits(

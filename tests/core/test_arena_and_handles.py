@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shardferry import errors
-from shardferry.arena import HostArena, check_host_room
+from shardferry.arena import HostArena, available_host_bytes, check_host_room
 from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryError
 from shardferry.handoff import Payload, ShardHandle, SharedMemory
 from shardferry.layout import replicated
@@ -68,9 +68,14 @@ def test_an_empty_arena() -> None:
 
 def test_no_room() -> None:
     with pytest.raises(
-        ArenaError, match=r"host here: 2 arena\(s\) need 1125899906842624 bytes, \d+ are available: \d+ bytes"
+        ArenaError, match=r"host here: 2 arena\(s\) need 700 bytes, 600 are available: 100 bytes are missing"
     ):
-        check_host_room(arenas_bytes=1 << 50, num_arenas=2, host="here")
+        check_host_room([300, 400], available_bytes=600, host="here")
+    check_host_room([300, 400], available_bytes=700, host="here")
+
+
+def test_what_a_host_has_is_what_its_kernel_says() -> None:
+    assert 0 < available_host_bytes() < 1 << 50
 
 
 def serve(pipe: Connection, exclusive: bool) -> None:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from shardferry import exchange
 from shardferry.agreement import Agreement
 from shardferry.errors import RankError, ShardferryError
-from shardferry.load import LoadJob, catalog_of_all, load_rank
+from shardferry.load import LoadJob, load_rank, open_for_all
 from shardferry.mesh import Mesh, Replicate, Shard
-from shardferry.reader import ReadOptions, Strategy
+from shardferry.reader import Counters, ReadOptions, Strategy
 from shardferry.request import LoadRequest
 from shardferry.spec_layout import SpecLayout
 from tests.support.damage import short_file
@@ -47,14 +47,11 @@ def load(
     """Load and compare; what this rank asked of storage, and what it gave and got."""
     rank, size = dist.get_rank(), dist.get_world_size()
     agreement = Agreement(dist.group.WORLD)
-    job = LoadJob(
-        catalog_of_all(path, agreement, storage_options),
-        TOPOLOGIES[topology](size).rank(rank),
-        LoadRequest("optim"),
-        torch.device("cpu"),
-        ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)]),
-    )
-    loaded = load_rank(job, agreement)
+    request, counters = LoadRequest("optim"), Counters()
+    options = ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
+    catalog, values = open_for_all(path, agreement, request, options, counters, storage_options)
+    job = LoadJob(catalog, TOPOLOGIES[topology](size).rank(rank), request, torch.device("cpu"), options)
+    loaded = load_rank(job, agreement, counters=counters, values=values)
     with loaded.handle("in_process", exclusive=True).open() as shard:
         compared = 0
         for fqn, entries in shard.state_dict()["state"].items():

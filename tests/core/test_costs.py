@@ -19,7 +19,8 @@ def replicas(num_ranks: int, rates: StorageRates, *, on_one_node: bool) -> list[
     forwarded = 0 if on_one_node else part * (num_ranks - 1)
     shared = Work(part, part // (8 * MIB), delivered, forwarded)
     alone = Work(1024 * MIB, 128)
-    return [RankCosts(alone, shared if on_one_node else alone, shared, rates, 16)] * num_ranks
+    from_storage = shared if on_one_node and rates.shares_reads else alone
+    return [RankCosts(alone, from_storage, shared, rates, 16)] * num_ranks
 
 
 def rows_that_stay_rows(rates: StorageRates) -> list[RankCosts]:
@@ -47,7 +48,7 @@ def test_the_quicker_way_is_taken(ranks: list[RankCosts], is_cooperative: bool) 
 def test_one_slow_rank_decides() -> None:
     """3 ranks have their files in memory, one has to ask a slow store for what the others have too."""
     quick = [
-        RankCosts(rank.direct, rank.of_node, rank.cooperative, None, 16)
+        RankCosts(rank.direct, rank.direct_from_storage, rank.cooperative, None, 16)
         for rank in replicas(4, STORE, on_one_node=True)
     ]
     assert compare([*quick[:3], replicas(4, STORE, on_one_node=True)[3]]).is_cooperative

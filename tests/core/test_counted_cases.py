@@ -12,9 +12,9 @@ import torch.distributed as dist
 from benchmarks.cases import CASES, Case
 from shardferry.agreement import Agreement
 from shardferry.layout import RankLayout
-from shardferry.load import LoadedShard, LoadJob, catalog_of_all, load_rank
+from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
 from shardferry.mesh import Mesh, Shard
-from shardferry.reader import ReadOptions, Strategy
+from shardferry.reader import Counters, ReadOptions, Strategy
 from shardferry.region import Region
 from shardferry.request import LoadRequest
 from shardferry.spec_layout import SpecLayout
@@ -56,8 +56,10 @@ def unique_bytes(shapes: Shapes) -> int:
 def load(url: str, layout: RankLayout, shapes: Shapes, strategy: Strategy, agreement: Agreement) -> LoadedShard:
     """Load and compare."""
     options = ReadOptions(timeout_s=60, strategy=strategy, node="one")
-    job = LoadJob(catalog_of_all(url, agreement), layout, LoadRequest("optim"), torch.device("cpu"), options)
-    loaded = load_rank(job, agreement)
+    request, counters = LoadRequest("optim"), Counters()
+    catalog, values = open_for_all(url, agreement, request, options, counters)
+    job = LoadJob(catalog, layout, request, torch.device("cpu"), options)
+    loaded = load_rank(job, agreement, counters=counters, values=values)
     with loaded.handle("in_process", exclusive=True).open() as shard:
         for fqn, entries in shard.state_dict()["state"].items():
             for name in STATES:
