@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from shardferry.param_groups import ParamGroup
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.reader import Counters, ReadOptions, Strategy
 from shardferry.request import LoadRequest
+from shardferry.storage.base import open_storage
 
 _REQUEST = LoadRequest(OPTIMIZER_KEY)
 
@@ -48,10 +50,13 @@ class Shardferry(Contender):
         agreement = Agreement(dist.group.WORLD)
         self._counters, self._clock = Counters(), PhaseClock()
         options, location = ReadOptions(strategy=self.strategy), self._task.store.location
-        with self._clock.phase("open"):
-            catalog, values = open_for_all(location, agreement, _REQUEST, options, self._counters)
-        job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), options)
-        loaded = load_rank(job, agreement, counters=self._counters, arena=self._arena, values=values)
+        with closing(open_storage(location)) as storage:
+            with self._clock.phase("open"):
+                catalog, values = open_for_all(storage, agreement, _REQUEST, options, self._counters)
+            job = LoadJob(catalog, self._layout, _REQUEST, torch.device("cpu"), options)
+            loaded = load_rank(
+                job, agreement, counters=self._counters, arena=self._arena, values=values, storage=storage
+            )
         assert isinstance(loaded.arena, HostArena)
         self._plan, self._arena = loaded.plan, loaded.arena
         self._param_groups = loaded.manifest.param_groups

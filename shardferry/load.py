@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ def load_rank(
     announce: Callable[[LoadPlan], None] = lambda _: None,
     arena: Arena | None = None,
     values: Mapping[str, Any] | None = None,
+    storage: RangeReader | None = None,
 ) -> LoadedShard:
     """Load one rank's share. All ranks of the agreement must call it; where one fails, all raise.
 
@@ -138,6 +139,7 @@ def load_rank(
         announce: called once with the plan, before anything is read.
         arena: to be filled, with room for the plan (see `arena_for`); default: a new one.
         values: where one rank has read them for all already, see `open_for_all`.
+        storage: of the checkpoint, open already; default: opened here, and closed.
 
     Raises:
         ShardferryError: this rank's own failure.
@@ -149,7 +151,9 @@ def load_rank(
             values = agreement.from_first("reading the param groups", lambda: _read_values(job, counters))
     with ExitStack() as opened:
         with clock.phase("agree"):
-            ready, words = _prepare(job, agreement, values, arena, clock, opened)
+            ready, words = _prepare(
+                job, agreement, values, arena, clock, lambda: storage or opened.enter_context(_opened(job))
+            )
             unexpected = _check_claims(ready.plan, job, words)
             announce(ready.plan)
             neighbours = Neighbours.of(job, words, agreement)
@@ -177,7 +181,7 @@ def _prepare(
     values: Mapping[str, Any],
     arena: Arena | None,
     clock: PhaseClock,
-    opened: ExitStack,
+    open_files: Callable[[], RangeReader],
 ) -> tuple[_Ready, list[Word]]:
     """This rank's plan, arena and storage, and every rank's word that it has them."""
     made: list[_Ready] = []
@@ -188,7 +192,8 @@ def _prepare(
         with clock.phase("allocate"):
             is_new = not (isinstance(arena, HostArena) and arena.memory)
             place = _allocate(job, plan, arena)
-        storage = opened.enter_context(opened_storage(job.catalog, retry=_retry(job.read)))
+        storage = open_files()
+        storage.expect(job.catalog.file_versions)
         made.append(_Ready(plan, place, storage))
         return word_of(job, plan, place, storage, agreement, is_new=is_new)
 
@@ -196,12 +201,12 @@ def _prepare(
     return made[0], words
 
 
-def _retry(options: ReadOptions) -> RetryPolicy:
-    return RetryPolicy(max_attempts=options.max_attempts)
+def _opened(job: LoadJob) -> AbstractContextManager[RangeReader]:
+    return opened_storage(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
 
 
 def _read_values(job: LoadJob, counters: Counters) -> dict[str, Any]:
-    with opened_storage(job.catalog, retry=_retry(job.read)) as storage:
+    with _opened(job) as storage:
         return read_values(job.catalog, job.request, storage, job.read, counters)
 
 
@@ -345,18 +350,20 @@ def load_optimizer_state(
     agreement = Agreement(process_group)
     live = LiveModel.of(model, optimizer)
 
-    def prepare() -> tuple[LoadRequest, RankLayout, torch.device, ReadOptions]:
+    def prepare() -> tuple[LoadRequest, RankLayout, ReadOptions, RangeReader]:
         request = LoadRequest(
             optimizer_key, model_key, Selection.of(rename, include, exclude), KeyPolicy.of(keys), dtype_policy(dtype)
         )
         layout = live_layout(live, world_rank=agreement.rank, world_size=agreement.size)
-        return request, layout, live.device, ReadOptions(concurrency, strategy=read_strategy(strategy))
+        options = ReadOptions(concurrency, strategy=read_strategy(strategy))
+        return request, layout, options, open_storage(location, storage_options)
 
-    request, layout, device, options = agreement.attempt("reading the model's layout", prepare)
-    counters = Counters()
-    catalog, values = open_for_all(location, agreement, request, options, counters, storage_options)
-    job = LoadJob(catalog, layout, request, device, options)
-    loaded = load_rank(job, agreement, counters=counters, values=values)
+    request, layout, options, storage = agreement.attempt("reading the model's layout", prepare)
+    with closing(storage):
+        counters = Counters()
+        catalog, values = open_for_all(storage, agreement, request, options, counters, storage_options)
+        job = LoadJob(catalog, layout, request, live.device, options)
+        loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     shard = loaded.handle("in_process", exclusive=True).open()
     install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
     agreement.attempt("installing the state", install)
@@ -364,19 +371,23 @@ def load_optimizer_state(
 
 
 def open_for_all(
-    location: str | Path,
+    storage: RangeReader,
     agreement: Agreement,
     request: LoadRequest,
     options: ReadOptions,
     counters: Counters,
     storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Catalog, dict[str, Any]]:
-    """Rank 0 reads the metadata, and all that is no sharded tensor; the others get both from it, in one go."""
+    """Rank 0 reads the metadata, and all that is no sharded tensor; the others get both from it, in one go.
+
+    Args:
+        storage: of the checkpoint.
+        storage_options: with which it was opened; they go with the catalog.
+    """
 
     def read() -> tuple[Catalog, dict[str, Any]]:
-        with closing(open_storage(location, storage_options, retry=_retry(options))) as storage:
-            catalog = read_catalog(storage, cache=CatalogCache.of(True), storage_options=storage_options)
-            storage.expect(catalog.file_versions)
-            return catalog, read_values(catalog, request, storage, options, counters)
+        catalog = read_catalog(storage, cache=CatalogCache.of(True), storage_options=storage_options)
+        storage.expect(catalog.file_versions)
+        return catalog, read_values(catalog, request, storage, options, counters)
 
     return agreement.from_first("opening the checkpoint", read)

@@ -203,7 +203,7 @@ def word_of(
         in_memory=asks and answers_from_memory(plan, job.catalog, storage),
         shares_reads=asks and storage.traits.shares_reads,
         layouts=told(plan) if not because and job.layout.spec is None else None,
-        taken=np.packbits([*plan.state_claims.taken, *plan.weight_claims.taken]).tobytes(),
+        taken=np.packbits(np.array([*plan.state_claims.taken, *plan.weight_claims.taken], dtype=bool)).tobytes(),
     )
 
 

@@ -233,8 +233,10 @@ def _groups(units: Sequence[T]) -> list[Sequence[T]]:
 
 
 def _crew(storage: RangeReader, options: ReadOptions, *, alone: bool) -> Crew:
-    first = cores() if storage.traits.is_local else _FIRST_REMOTE
-    return Crew(options.concurrency, first_threads=first, timeout_s=options.timeout_s, alone=alone)
+    """Args: alone: begin with one thread, where a read may be no more than a copy."""
+    is_local = storage.traits.is_local
+    first = cores() if is_local else _FIRST_REMOTE
+    return Crew(options.concurrency, first_threads=first, timeout_s=options.timeout_s, alone=alone and is_local)
 
 
 def _nbytes(works: Sequence[Work]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.reader import Counters, ReadOptions, Strategy
 from shardferry.request import LoadRequest
 from shardferry.spec_layout import SpecLayout
+from shardferry.storage.base import open_storage
 from tests.support.damage import short_file
 from tests.support.models import STATES, STEP, save_fsdp2
 from tests.support.oracle import full_tensor
@@ -49,9 +51,10 @@ def load(
     agreement = Agreement(dist.group.WORLD)
     request, counters = LoadRequest("optim"), Counters()
     options = ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
-    catalog, values = open_for_all(path, agreement, request, options, counters, storage_options)
-    job = LoadJob(catalog, TOPOLOGIES[topology](size).rank(rank), request, torch.device("cpu"), options)
-    loaded = load_rank(job, agreement, counters=counters, values=values)
+    with closing(open_storage(path, storage_options)) as storage:
+        catalog, values = open_for_all(storage, agreement, request, options, counters)
+        job = LoadJob(catalog, TOPOLOGIES[topology](size).rank(rank), request, torch.device("cpu"), options)
+        loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     with loaded.handle("in_process", exclusive=True).open() as shard:
         compared = 0
         for fqn, entries in shard.state_dict()["state"].items():

@@ -48,7 +48,6 @@ def test_the_quicker_way_is_taken(ranks: list[RankCosts], is_cooperative: bool) 
 def test_one_slow_rank_decides() -> None:
     """3 ranks have their files in memory, one has to ask a slow store for what the others have too."""
     quick = [
-        RankCosts(rank.direct, rank.direct_from_storage, rank.cooperative, None, 16)
-        for rank in replicas(4, STORE, on_one_node=True)
+        RankCosts(rank.direct, rank.direct, rank.cooperative, None, 16) for rank in replicas(4, STORE, on_one_node=True)
     ]
     assert compare([*quick[:3], replicas(4, STORE, on_one_node=True)[3]]).is_cooperative

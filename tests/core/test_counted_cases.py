@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from shardferry.reader import Counters, ReadOptions, Strategy
 from shardferry.region import Region
 from shardferry.request import LoadRequest
 from shardferry.spec_layout import SpecLayout
+from shardferry.storage.base import open_storage
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.models import STATES, save_fsdp2
 from tests.support.oracle import full_tensor
@@ -57,9 +59,10 @@ def load(url: str, layout: RankLayout, shapes: Shapes, strategy: Strategy, agree
     """Load and compare."""
     options = ReadOptions(timeout_s=60, strategy=strategy, node="one")
     request, counters = LoadRequest("optim"), Counters()
-    catalog, values = open_for_all(url, agreement, request, options, counters)
-    job = LoadJob(catalog, layout, request, torch.device("cpu"), options)
-    loaded = load_rank(job, agreement, counters=counters, values=values)
+    with closing(open_storage(url)) as storage:
+        catalog, values = open_for_all(storage, agreement, request, options, counters)
+        job = LoadJob(catalog, layout, request, torch.device("cpu"), options)
+        loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     with loaded.handle("in_process", exclusive=True).open() as shard:
         for fqn, entries in shard.state_dict()["state"].items():
             for name in STATES:
