@@ -60,8 +60,11 @@ def tp_fsdp(mesh: Mesh) -> SpecLayout:
     rows, columns = {"dp_shard": Shard(0), "tp": Shard(0)}, {"dp_shard": Shard(0), "tp": Shard(1)}
     rules = [("*.w[qkv].weight", rows), ("*.w[13].weight", rows), ("*.wo.weight", columns), ("*.w2.weight", columns)]
     rules += [("tok_embeddings.weight", columns), ("output.weight", rows)]
-    has = lambda cut: {axis: placement for axis, placement in cut.items() if axis in mesh.names}  # noqa: E731
-    return SpecLayout(mesh, tuple(Rule(glob, has(cut)) for glob, cut in rules), has({"dp_shard": Shard(0)}))
+
+    def known(cut: Placements) -> Placements:
+        return {axis: placement for axis, placement in cut.items() if axis in mesh.names}
+
+    return SpecLayout(mesh, tuple(Rule(glob, known(cut)) for glob, cut in rules), known({"dp_shard": Shard(0)}))
 
 
 def synthetic_catalog(

@@ -29,6 +29,7 @@ from benchmarks.ranks import RankFailed, RankPool
 from benchmarks.run import Figures, run_case, summarize
 from benchmarks.stores import Store, StoreKind, object_store, warm_page_cache
 from benchmarks.table import Results, Table, markdown, show, tables
+from benchmarks.task import OwnFormat
 
 _MODEL_SHARE = 1.5  # a checkpoint holds the weights too: half as much as two moments
 
@@ -170,9 +171,9 @@ def _save_missing(case: Case, store: Store, shapes: Shapes, pool: RankPool) -> N
             pool.run(case.saved_by, save_checkpoint, store.directory, shapes)
     warm_page_cache(store.directory)
     for contender in contenders_of(case, store.kind):
-        if not contender.own_format:
+        if not issubclass(contender, OwnFormat):
             continue
-        directory = store.sibling(contender.own_format).directory
+        directory = store.sibling(contender.name).directory
         if not Path(directory).exists():
             _say(f"{case.saved_by} FSDP2 ranks save {size} with {contender.name}")
             pool.run(case.saved_by, contender.save, directory, shapes)
@@ -187,8 +188,8 @@ def needed_bytes(options: Options) -> int:
             nbytes = state_bytes(options.sizes.shapes(case, kind))
             formats[case.checkpoint, nbytes, "stock"] = int(_MODEL_SHARE * nbytes)
             for contender in contenders_of(case, kind):
-                if contender.own_format:
-                    formats[case.checkpoint, nbytes, contender.own_format] = nbytes
+                if issubclass(contender, OwnFormat):
+                    formats[case.checkpoint, nbytes, contender.name] = nbytes
     return sum(formats.values())
 
 

@@ -80,9 +80,8 @@ def measure(way: str, checkpoint: Path, cache: Path) -> dict[str, Any]:
 def rows_of(name: str, save: SyntheticSave, directory: Path, repeats: int) -> Iterator[list[str]]:
     """One row a way; the ways take turns."""
     checkpoint, cache = directory / "ckpt", directory / "catalogs"
-    checkpoint.mkdir(exist_ok=True)
     with ProcessPoolExecutor(1) as pool:  # what it takes to write a million objects is gone with its process
-        num_bytes = pool.submit(_write, save, checkpoint / ".metadata").result()
+        num_bytes = pool.submit(save.write, checkpoint).result()
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for file in cache.glob("*"):
@@ -101,10 +100,6 @@ def rows_of(name: str, save: SyntheticSave, directory: Path, repeats: int) -> It
             f"{middle['by_value'] / 2**20:.1f}" if "shared" in middle else "",
             _verdict(way, middle),
         ]
-
-
-def _write(save: SyntheticSave, path: Path) -> int:
-    return path.write_bytes(save.pickled())
 
 
 def _verdict(way: str, figures: dict[str, Any]) -> str:

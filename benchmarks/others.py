@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,15 +23,14 @@ from benchmarks.checkpoint import OPTIMIZER_KEY, sharded_state
 from benchmarks.models import STATES, Shapes
 from benchmarks.stock import empty_state_dict, poison
 from benchmarks.stores import StoreKind
-from benchmarks.task import Contender, Task
+from benchmarks.task import OwnFormat, Task
 
 _CASES = ("4-4", "4-3", "rows-columns-4", "hsdp-2x2")
 
 
-class _Other(Contender):
-    """Loads into DTensors that lie as wanted, or into what is made of them."""
+class _Other(OwnFormat):
+    """Loads into DTensors that lie as wanted, or into what is made of them. Its name is its package's."""
 
-    package: ClassVar[str]
     rows_only: ClassVar[bool] = False
 
     @classmethod
@@ -41,12 +41,12 @@ class _Other(Contender):
             return "left out for its time"
         if cls.rows_only and (case.cut != "rows" or case.copies != 1):
             return "cuts by rows only, without copies"
-        return "" if importlib.util.find_spec(cls.package) else "not installed"
+        return "" if importlib.util.find_spec(cls.name) else "not installed"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        logging.getLogger(self.package).setLevel(logging.ERROR)
-        self._directory = task.store.sibling(self.own_format).directory
+        logging.getLogger(self.name).setLevel(logging.ERROR)
+        self._directory = task.store.sibling(self.name).directory
         self._state: dict[str, Any] | None = None
 
     def prepare(self) -> None:
@@ -60,9 +60,9 @@ class _Other(Contender):
         state: dict[str, Any] = empty_state_dict(self._task)[OPTIMIZER_KEY]
         return state
 
+    @abstractmethod
     def _filled(self, state: dict[str, Any]) -> dict[str, Any]:
         """Load into a state, and give back the one that was loaded."""
-        raise NotImplementedError
 
     def check(self) -> None:
         assert self._state is not None
@@ -91,8 +91,6 @@ class TorchCheckpointing(_Other):
     """meta-pytorch's successor of DCP, with its resharder."""
 
     name = "torch_checkpointing"
-    package = "torch_checkpointing"
-    own_format = "torch-checkpointing"
 
     @classmethod
     def save(cls, directory: str, shapes: Shapes) -> None:
@@ -128,8 +126,6 @@ class ByteCheckpoint(_Other):
     """ByteDance's, for FSDP2: the half of its ``load`` that is about the optimizer, with parallel reads."""
 
     name = "bytecheckpoint"
-    package = "bytecheckpoint"
-    own_format = "bytecheckpoint"
 
     @classmethod
     def save(cls, directory: str, shapes: Shapes) -> None:
@@ -179,8 +175,6 @@ class TorchSnapshot(_Other):
     """meta-pytorch's of 2022, which knows no DTensors but ShardedTensors."""
 
     name = "torchsnapshot"
-    package = "torchsnapshot"
-    own_format = "torchsnapshot"
     rows_only = True
 
     @classmethod

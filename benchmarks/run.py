@@ -11,7 +11,7 @@ from benchmarks.contenders import contenders_of
 from benchmarks.meter import Spent, spend
 from benchmarks.models import Shapes
 from benchmarks.stores import Store, StoreKind
-from benchmarks.task import Contender, Task
+from benchmarks.task import Contender, OwnFormat, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _load(contender: Contender, task: Task, *, fresh: bool) -> Sample:
     if not fresh:
         contender.prepare()
     store, leads = task.store, task.rank == 0
-    files = store.sibling(contender.own_format) if contender.own_format else store
+    files = store.sibling(contender.name) if isinstance(contender, OwnFormat) else store
     warm_share = files.make_ready() if leads else 0.0
     served_before = store.asked() if leads else None
     spent = spend(contender.load)  # between two barriers

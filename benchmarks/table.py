@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS
@@ -24,6 +24,7 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""  # below it
 
 
 def tables(results: Results) -> list[Table]:
@@ -49,7 +50,8 @@ def limits_table(kind: StoreKind, cases: CaseResults) -> Table:
 def time_table(kind: StoreKind, cases: CaseResults) -> Table:
     """Seconds of wall time of each contender, and their ratios to the floor."""
     title = f"{_TIMES}: {kind.title}{_disk_rate(kind, cases)}, destinations touched"
-    return _by_contender(title, cases, lambda found, floor: _over(found.wall_s, floor.wall_s))
+    table = _by_contender(title, cases, lambda found, floor: _over(found.wall_s, floor.wall_s))
+    return _with_fresh_marked(table)
 
 
 def fresh_table(kind: StoreKind, cases: CaseResults) -> Table:
@@ -89,6 +91,21 @@ def phases_table(kind: StoreKind, cases: CaseResults) -> Table:
 
 
 _TIMES = "Seconds (x floor)"
+_FRESH = "†"  # at figures whose destinations are fresh in a table of touched ones
+
+
+def _with_fresh_marked(table: Table) -> Table:
+    """The figures of those who allocate their destinations in every load, marked, and what the mark means."""
+    names = [kind.name for kind in CONTENDERS if kind.allocates and kind.name in table.header]
+    if not names:
+        return table
+    columns = [table.header.index(name) for name in names]
+    rows = [
+        [f"{cell} {_FRESH}" if place in columns and cell != "-" else cell for place, cell in enumerate(row)]
+        for row in table.rows
+    ]
+    note = f"{_FRESH} {', '.join(names)}: allocates its destinations in every load, so that they are fresh here too"
+    return replace(table, rows=rows, note=note)
 
 
 def _by_contender(title: str, cases: CaseResults, cell: Callable[[Figures, Figures], str]) -> Table:
@@ -121,7 +138,8 @@ def _disk_rate(kind: StoreKind, cases: CaseResults) -> str:
 def markdown(table: Table) -> str:
     """A table as GitHub shows it."""
     lines = [table.header, ["---"] * len(table.header), *table.rows]
-    return f"**{table.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"**{table.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n" + note
 
 
 def plain(table: Table) -> str:
@@ -131,7 +149,8 @@ def plain(table: Table) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in [table.header, *table.rows]
     ]
-    return "\n".join([table.title, *(line.rstrip() for line in lines), ""])
+    note = [table.note] if table.note else []
+    return "\n".join([table.title, *(line.rstrip() for line in lines), *note, ""])
 
 
 def show(table: Table) -> None:
@@ -150,7 +169,7 @@ def _draw(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    drawn = RichTable(title=table.title)
+    drawn = RichTable(title=table.title, caption=table.note or None)
     for place, column in enumerate(table.header):
         drawn.add_column(column, justify="left" if place == 0 or column == "who" else "right")
     for row in table.rows:

@@ -80,17 +80,11 @@ class Contender(ABC):
 
     name: ClassVar[str]
     allocates: ClassVar[bool] = False  # its destinations are fresh ones, whether prepared or not
-    own_format: ClassVar[str] = ""  # what it calls the checkpoint that it needs beside stock's; empty: it reads stock's
 
     @classmethod
     def why_not(cls, case: Case, kind: StoreKind) -> str:
         """Why it doesn't load this case from this kind of storage; empty where it does."""
         return ""
-
-    @classmethod
-    def save(cls, directory: str, shapes: Shapes) -> None:
-        """On each saving rank: write the checkpoint of its own format."""
-        raise NotImplementedError(f"{cls.name} reads what stock torch saves")
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -118,3 +112,12 @@ class Contender(ABC):
     def phases(self) -> Mapping[str, float]:
         """Seconds of the parts of the last load, where it says them."""
         return {}
+
+
+class OwnFormat(Contender):
+    """Somebody who doesn't read what stock torch saves: a checkpoint of the same state lies beside that, by the contender's name."""
+
+    @classmethod
+    @abstractmethod
+    def save(cls, directory: str, shapes: Shapes) -> None:
+        """On each saving rank: write the checkpoint."""

@@ -118,11 +118,6 @@ class HostArena:
         assert self._bytes is not None, "the arena was detached"
         return view_bytes(self._bytes, offset, shape, dtype)
 
-    def touch(self) -> None:
-        """Make the kernel give all pages now instead of at the first write."""
-        assert self._bytes is not None, "the arena was detached"
-        self._bytes[:: mmap.PAGESIZE] = 0
-
     def freeze(self) -> None:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
         self.detach()

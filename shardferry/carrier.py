@@ -116,7 +116,7 @@ class Carrier:
             chunk.item.path,
             chunk.item.byte_offset,
             layout.raw_start,
-            lambda head: self._items.is_as_expected(chunk.item, layout, head),
+            lambda head: self._items.is_as_expected(layout, head),
         )
         try:
             if not lead.brings_head:

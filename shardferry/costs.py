@@ -24,7 +24,7 @@ class StorageRates:
 
     latency_s: float  # of a small request
     bytes_per_s: float  # of some large ones side by side
-    has_page_cache: bool  # what one rank of a node has read, the others find in memory
+    shares_reads: bool  # what one rank of a node has read, the others find in memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,11 +201,6 @@ class Shard:
     def weight(self, *fqns: str) -> Entry | None:
         """A parameter, a buffer or an extra state itself; of the first of its names that is here."""
         return next((self._manifest.weights[fqn] for fqn in fqns if fqn in self._manifest.weights), None)
-
-    @staticmethod
-    def is_tensor(entry: Entry) -> TypeGuard[StateTensor]:
-        """Whether an entry describes a tensor."""
-        return isinstance(entry, StateTensor)
 
     def local_tensor(self, entry: Entry) -> torch.Tensor:
         """A view on the arena; a copy where the load was asked to cast it."""

@@ -121,7 +121,7 @@ class ItemReader:
         """Where the elements of a ranged item are, from its start. Raises StorageError, DecodeError."""
         return self._checked(item, lambda num_bytes: bytes(self._read(item, num_bytes)), item.byte_length)
 
-    def is_as_expected(self, item: TensorItem, expected: ItemLayout, head: memoryview) -> bool:
+    def is_as_expected(self, expected: ItemLayout, head: memoryview) -> bool:
         """Whether an item's head, which ends where the data is expected, says so too."""
         try:
             found = self._parse(bytes(head))

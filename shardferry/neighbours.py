@@ -64,7 +64,7 @@ class Word:
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
     in_memory: bool  # what it reads is in the page cache
-    has_page_cache: bool  # what one rank of a node has read, the others find in memory
+    shares_reads: bool  # what one rank of a node has read, the others find in memory
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
     taken: bytes  # a bit for each saved name, in the order that all ranks have: whether this rank takes it
 
@@ -126,7 +126,7 @@ class Neighbours:
         """Why reading for each other can't be quicker, whatever the storage gives."""
         if all(word.in_memory for word in self.words):
             return "the page cache has what is read: a copy for others would cost as much as a read by themselves"
-        if all(word.has_page_cache for word in self.words) and len({word.node for word in self.words}) == 1:
+        if all(word.shares_reads for word in self.words) and len({word.node for word in self.words}) == 1:
             return "all ranks are on one node, whose page cache gives to all of them what one has read"
         return ""
 
@@ -149,7 +149,7 @@ class Neighbours:
         word, direct = self.words[self.world_rank], Work.direct(plan)
         rates = None if word.in_memory else measure_rates(plan, job.catalog, storage, counters)
         from_storage = direct
-        if rates is not None and rates.has_page_cache:  # what a node's ranks read, its page cache gives to all of them
+        if rates is not None and rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
             on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
             is_all = len(on_this_node) == len(self.words)
             in_node = shared if is_all else self._shared(job, plan, on_this_node, slab_bytes(storage.traits))
@@ -201,7 +201,7 @@ def word_of(
         address=ArenaAddress.of(arena) if isinstance(arena, HostArena) else None,
         alone_because=because,
         in_memory=asks and answers_from_memory(plan, job.catalog, storage),
-        has_page_cache=asks and storage.traits.is_local,
+        shares_reads=asks and storage.traits.shares_reads,
         layouts=told(plan) if not because and job.layout.spec is None else None,
         taken=np.packbits(np.array([*plan.state_claims.taken, *plan.weight_claims.taken], dtype=bool)).tobytes(),
     )

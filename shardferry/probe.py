@@ -21,10 +21,8 @@ _ENOUGH = 0.9  # of the samples
 _SMALL_BYTES = 4096
 _LARGE_BYTES, _NUM_LARGE = 1 << 20, 4
 _WORTH_ASKING = 128  # times the bytes of a probe: at most a hundredth is read twice
-_USUAL_LOCAL = StorageRates(
-    latency_s=1e-4, bytes_per_s=3e8, has_page_cache=True
-)  # a disk, or a file system on a network
-_USUAL_REMOTE = StorageRates(latency_s=0.02, bytes_per_s=1e8, has_page_cache=False)  # an object store, much used
+_USUAL_LOCAL = (1e-4, 3e8)  # latency in s, bytes/s: a disk, or a file system on a network
+_USUAL_REMOTE = (0.02, 1e8)  # an object store, much used
 
 
 def answers_from_memory(plan: LoadPlan, catalog: Catalog, storage: RangeReader) -> bool:
@@ -57,10 +55,9 @@ def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counte
     Raises:
         StorageError: a file is missing or short.
     """
-    usual = _usual(storage.traits)
     places = _large_places(plan, catalog)
     if len(places) < _NUM_LARGE or plan.bytes_needed < _WORTH_ASKING * _NUM_LARGE * _LARGE_BYTES:
-        return usual
+        return _usual(storage.traits)
 
     def read(place: tuple[str, int], nbytes: int) -> None:
         counters.asked(num_requests=1, nbytes=nbytes)
@@ -70,11 +67,12 @@ def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counte
     with ThreadPoolExecutor(_NUM_LARGE, thread_name_prefix="shardferry-probe") as pool:
         elapsed_s = _seconds(lambda: list(pool.map(partial(read, nbytes=_LARGE_BYTES), places)))
     rate = _NUM_LARGE * _LARGE_BYTES / max(elapsed_s - latency_s, 1e-6)
-    return StorageRates(latency_s, rate, usual.has_page_cache)
+    return StorageRates(latency_s, rate, storage.traits.shares_reads)  # asked now: reading may have decided it
 
 
 def _usual(traits: StorageTraits) -> StorageRates:
-    return _USUAL_LOCAL if traits.is_local else _USUAL_REMOTE
+    latency_s, bytes_per_s = _USUAL_LOCAL if traits.is_local else _USUAL_REMOTE
+    return StorageRates(latency_s, bytes_per_s, traits.shares_reads)
 
 
 def _large_places(plan: LoadPlan, catalog: Catalog) -> list[tuple[str, int]]:

@@ -16,7 +16,9 @@ from benchmarks.limits import verdicts
 from benchmarks.load import main
 from benchmarks.models import fill_box, state_bytes
 from benchmarks.run import Figures
+from benchmarks.stock import StockShardedLoad
 from benchmarks.stores import Store, StoreKind, drop_page_cache, files_of, resident_share, warm_page_cache
+from benchmarks.table import fresh_table, markdown, plain, time_table
 from benchmarks.task import Task, WrongResult
 from shardferry.region import Region
 
@@ -113,3 +115,16 @@ def test_limits_of_the_throttled_store() -> None:
         ("auto/better", "1.25", False),
         ("peak over shard, MiB", "0", True),
     ]
+
+
+def test_who_always_allocates_is_marked_where_the_others_destinations_are_touched() -> None:
+    """Of stock's two, and of the cases that it was measured in."""
+    figures = dict.fromkeys(("floor", *OURS, "stock dcp.load"), dataclasses.replace(FIGURES, fresh_wall_s=2.0))
+    cases = {CASES[0]: {**figures, StockShardedLoad.name: figures["floor"]}, CASES[1]: figures}
+    touched = time_table(StoreKind.WARM, cases)
+    assert [row[1:] for row in touched.rows] == [[*["1.000 (1.00)"] * 5, cell] for cell in ("1.000 (1.00) †", "-")]
+    note = f"\n† {StockShardedLoad.name}: allocates its destinations in every load, so that they are fresh here too\n"
+    assert markdown(touched).endswith(note)
+    assert plain(touched).endswith(note)
+    for table in (fresh_table(StoreKind.WARM, cases), time_table(StoreKind.WARM, {CASES[1]: figures})):
+        assert "†" not in markdown(table)

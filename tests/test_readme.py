@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from schemas import StageConfig
+from shardferry.mesh import Replicate, Shard
 from tests.support.commands import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,23 @@ def test_the_twelve_lines_print_what_they_say(tmp_path: Path) -> None:
 
 
 def test_the_spec_is_one() -> None:
-    StageConfig.model_validate(yaml.safe_load(block("yaml")))
+    """It says who has what, and elsewhere what holds without it, but for the storage's bandwidth."""
+    spec, default = StageConfig.from_values(yaml.safe_load(block("yaml")), source="README.md"), StageConfig()
+    assert spec.topology is not None
+    layout = spec.topology.layout()
+    holders = {
+        fqn: [rank for rank in range(layout.world_size) if layout.rank(rank).holds(fqn)]
+        for fqn in ("layers.3.attention.wo.weight", "layers.4.ffn.w1.weight", "norm.weight")
+    }
+    assert list(holders.values()) == [[0, 1, 2, 3], [4, 5, 6, 7], list(range(8))]
+    columns, rows = (
+        (Replicate(), Replicate(), Shard(0), Shard(1)),
+        (Replicate(), Replicate(), Shard(0), Replicate()),
+    )
+    assert [layout.placements(fqn) for fqn in holders] == [columns, rows, rows]
+    assert spec.read.model_copy(update={"storage_bandwidth": None}) == default.read
+    assert (spec.actors, spec.handoff, spec.timeouts) == (default.actors, default.handoff, default.timeouts)
+    assert (spec.checkpoint.keys, spec.checkpoint.dtype) == (default.checkpoint.keys, default.checkpoint.dtype)
 
 
 def test_no_number_is_missing() -> None:

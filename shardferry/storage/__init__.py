@@ -4,10 +4,9 @@ from shardferry.storage.base import RangeReader, open_storage
 from shardferry.storage.local import LocalReader
 from shardferry.storage.remote import RemoteReader
 from shardferry.storage.retrying import RetryingReader, RetryPolicy
-from shardferry.storage.traits import Latency, StorageTraits
+from shardferry.storage.traits import StorageTraits
 
 __all__ = [
-    "Latency",
     "LocalReader",
     "RangeReader",
     "RemoteReader",

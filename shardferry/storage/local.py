@@ -15,6 +15,8 @@ from typing import Any
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.storage.base import missing_file, not_mapped, written_again
 from shardferry.storage.direct import open_direct, pread_direct
+from shardferry.storage.direct_choice import DirectChoice, DirectIO
+from shardferry.storage.page_cache import is_cached
 from shardferry.storage.traits import LOCAL_FILES, StorageTraits
 from shardferry.storage.transient import TransientStorageError, is_transient
 
@@ -31,7 +33,7 @@ class PageCache(Enum):
 class LocalOptions:
     """How local files are read."""
 
-    direct_io: bool = False  # past the page cache, where the file system can
+    direct_io: DirectIO = False  # past the page cache, where the file system can; "auto": where that is quicker
     page_cache: PageCache = PageCache.KEEP
 
     @classmethod
@@ -43,8 +45,8 @@ class LocalOptions:
                 f"storage_options: local files have no option {unknown[0]!r}; they have direct_io and page_cache"
             )
         direct_io, page_cache = options.get("direct_io", False), options.get("page_cache", PageCache.KEEP)
-        if not isinstance(direct_io, bool):
-            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true or false")
+        if not isinstance(direct_io, bool) and direct_io != "auto":
+            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true, false or auto")
         try:
             return cls(direct_io, PageCache(page_cache))
         except ValueError:
@@ -56,6 +58,7 @@ class LocalOptions:
 class _File:
     descriptor: int
     is_direct: bool
+    was_asked: bool  # to be direct, when it was opened
 
 
 class LocalReader:
@@ -68,13 +71,20 @@ class LocalReader:
         self.location = str(directory)
         self._directory = directory
         self._options = options or LocalOptions()
-        # A mapping goes through the page cache, and fills it.
-        self.traits: StorageTraits = replace(LOCAL_FILES, maps_files=self._options == LocalOptions())
+        self._choice = DirectChoice(self._options.direct_io)
         self._files: dict[str, _File] = {}
-        self._retired: list[int] = []  # descriptors that went stale, which another thread may still read from
+        self._retired: list[int] = []  # descriptors that were replaced, which another thread may still read from
         self._versions: dict[str, str] = {}
-        self._expected: dict[str, str] = {}  # of files that were not read from yet
+        self._expected: dict[str, str] = {}
+        self._as_expected: set[int] = set()  # descriptors that were compared
         self._lock = threading.Lock()
+
+    @property
+    def traits(self) -> StorageTraits:
+        # A mapping goes through the page cache, and fills it.
+        maps_files = self._options == LocalOptions()
+        shares_reads = self._choice.is_direct is False and self._options.page_cache is not PageCache.DROP
+        return replace(LOCAL_FILES, maps_files=maps_files, shares_reads=shares_reads)
 
     def listing(self) -> dict[str, int | None]:
         with os.scandir(self._directory) as entries:
@@ -87,14 +97,15 @@ class LocalReader:
 
     def expect(self, versions: Mapping[str, str]) -> None:
         self._expected = dict(versions)
+        self._as_expected.clear()
 
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        file, nbytes = self._checked(path), sum(map(len, buffers))
+        file, nbytes = self._chosen(path), sum(map(len, buffers))
         advice = self._options.page_cache
-        if advice is PageCache.READ_AHEAD:
+        if advice is PageCache.READ_AHEAD and not file.is_direct:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_WILLNEED)
         left: Sequence[memoryview] = buffers
         done = 0
@@ -102,7 +113,7 @@ class LocalReader:
             try:
                 count = _pread(file, left, byte_offset + done)
             except OSError as error:
-                raise self._failed(path, f"reading at byte {byte_offset + done} failed", error) from error
+                raise self._failed(path, file, f"reading at byte {byte_offset + done} failed", error) from error
             if count == 0:
                 raise StorageError(
                     f"{self.location}/{path}: ends at byte {self.size(path)}, "
@@ -129,16 +140,7 @@ class LocalReader:
 
     def is_in_memory(self, path: str, byte_offset: int) -> bool:
         file = self._file(path)
-        if file.is_direct:
-            return False
-        # Else the kernel would begin to read ahead from here, and from each other place that is asked for.
-        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        try:
-            return os.preadv(file.descriptor, [bytearray(1)], byte_offset, os.RWF_NOWAIT) == 1
-        except OSError:  # not in the page cache, or a file system that can't tell
-            return False
-        finally:
-            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NORMAL)
+        return not file.is_direct and is_cached(file.descriptor, byte_offset)
 
     def close(self) -> None:
         with self._lock:
@@ -146,15 +148,26 @@ class LocalReader:
                 os.close(descriptor)
             self._files.clear()
             self._retired.clear()
+            self._as_expected.clear()
+
+    def _chosen(self, path: str) -> _File:
+        """A file to read from, past the page cache or through it."""
+        file = self._checked(path)
+        if self._choice.is_direct is None:
+            self._choice.decide(self._directory / path, file.descriptor)
+        if self._choice.is_direct and not file.was_asked:  # opened before that was known
+            self._retire(path, file)
+            file = self._checked(path)
+        return file
 
     def _checked(self, path: str) -> _File:
         """A file to read from: the one that the catalog was made of."""
         file = self._file(path)
-        expected = self._expected.get(path)
-        if expected is not None:
-            if (found := _version(os.fstat(file.descriptor))) != expected:
+        if file.descriptor not in self._as_expected:
+            found = _version(os.fstat(file.descriptor))
+            if (expected := self._expected.get(path, found)) != found:
                 raise written_again(f"{self.location}/{path}", now=found, before=expected)
-            self._expected.pop(path, None)
+            self._as_expected.add(file.descriptor)
         return file
 
     def _file(self, path: str) -> _File:
@@ -165,23 +178,26 @@ class LocalReader:
             return file
 
     def _open(self, path: str) -> _File:
-        where = self._directory / path
+        where, is_direct = self._directory / path, bool(self._choice.is_direct)
         try:
-            descriptor = open_direct(where) if self._options.direct_io else None
-            if descriptor is not None:
-                return _File(descriptor, is_direct=True)
-            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False)
+            if is_direct and (descriptor := open_direct(where)) is not None:
+                return _File(descriptor, is_direct=True, was_asked=True)
+            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False, was_asked=is_direct)
         except FileNotFoundError:
             raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:
             kind = TransientStorageError if is_transient(error) else StorageError
             raise kind(f"{self.location}/{path}: can't be opened: {error}") from error
 
-    def _failed(self, path: str, what: str, error: OSError) -> StorageError:
+    def _retire(self, path: str, file: _File) -> None:
+        """Let the file be opened anew, unless another thread has done so."""
+        with self._lock:
+            if self._files.get(path) is file:
+                self._retired.append(self._files.pop(path).descriptor)
+
+    def _failed(self, path: str, file: _File, what: str, error: OSError) -> StorageError:
         if error.errno == errno.ESTALE:  # of a network file system: only a new descriptor helps
-            with self._lock:
-                if (file := self._files.pop(path, None)) is not None:
-                    self._retired.append(file.descriptor)
+            self._retire(path, file)
         kind = TransientStorageError if is_transient(error) else StorageError
         return kind(f"{self.location}/{path}: {what}: {error}")
 

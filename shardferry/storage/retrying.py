@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,11 +61,9 @@ class RetryingReader:
 
     def __init__(self, storage: RangeReader, policy: RetryPolicy | None = None, clock: Clock | None = None) -> None:
         self.location = storage.location
-        self.num_retries = 0
         self._storage = storage
         self._policy = policy or RetryPolicy()
         self._clock = clock or Clock()
-        self._lock = threading.Lock()
 
     @property
     def traits(self) -> StorageTraits:
@@ -107,8 +104,6 @@ class RetryingReader:
                 if attempt >= self._policy.max_attempts or elapsed_s + wait_s > self._policy.max_elapsed_s:
                     raise StorageError(f"{error}; {self._tried(attempt, elapsed_s)}") from error
                 logger.info("%s; trying again in %.2f s (attempt %d failed)", error, wait_s, attempt)
-            with self._lock:
-                self.num_retries += 1
             self._clock.sleep(wait_s)
         raise AssertionError("unreachable")
 

@@ -1,19 +1,11 @@
-"""What kinds of storage are like: how far to join requests, how to split them, what a request waits for."""
+"""What kinds of storage are like: how far to join requests and how to split them."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from enum import Enum
 
 KIB, MIB = 1024, 1024 * 1024
-
-
-class Latency(Enum):
-    """How long a request waits before its first byte comes."""
-
-    MICROSECONDS = "microseconds"  # a system call, then memory or a disk of this machine
-    MILLISECONDS = "milliseconds"  # a network and somebody else's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +15,8 @@ class StorageTraits:
     max_gap_bytes: int  # between two runs: fewer bytes than this cost less than another request
     max_over_read: float  # bytes of a request that nobody wants, over the wanted ones
     max_request_bytes: int  # more than this is asked for in several requests
-    latency: Latency
     is_local: bool
+    shares_reads: bool = False  # what one process of a node has read, the others find in memory
     maps_files: bool = False  # their bytes can be looked at in place: nothing is fetched before
     holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
     has_listing: bool = True
@@ -35,11 +27,9 @@ LOCAL_FILES = StorageTraits(
     max_gap_bytes=16 * KIB,
     max_over_read=0.25,
     max_request_bytes=8 * MIB,
-    latency=Latency.MICROSECONDS,
     is_local=True,
+    shares_reads=True,
     maps_files=True,
 )
-OBJECT_STORE = StorageTraits(
-    max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, latency=Latency.MILLISECONDS, is_local=False
-)
+OBJECT_STORE = StorageTraits(max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, is_local=False)
 WEB_SERVER = dataclasses.replace(OBJECT_STORE, has_listing=False)

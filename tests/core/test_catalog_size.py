@@ -23,8 +23,7 @@ MAX_BYTES_TO_OPEN = 200 * 2**20
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("many") / "ckpt"
-    path.mkdir()
-    (path / ".metadata").write_bytes(SAVE.pickled())
+    SAVE.write(path)
     return path
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,13 +39,19 @@ TOPOLOGIES = {
 }
 
 
-def load(path: str, topology: str, strategy: Strategy, nodes: Sequence[str | None]) -> dict[str, int]:
+def load(
+    path: str,
+    topology: str,
+    strategy: Strategy,
+    nodes: Sequence[str | None],
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
     """Load and compare; what this rank asked of storage, and what it gave and got."""
     rank, size = dist.get_rank(), dist.get_world_size()
     agreement = Agreement(dist.group.WORLD)
     request, counters = LoadRequest("optim"), Counters()
     options = ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
-    with closing(open_storage(path)) as storage:
+    with closing(open_storage(path, storage_options)) as storage:
         catalog, values = open_for_all(storage, agreement, request, options, counters)
         job = LoadJob(catalog, TOPOLOGIES[topology](size).rank(rank), request, torch.device("cpu"), options)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
@@ -202,6 +209,28 @@ def test_auto_lets_nodes_read_a_disk_for_each_other(ranks: RankPool, saved: str)
     results = ranks.run(2, load, saved, "whole", "auto", ["a", "b"])
     assert [result["shared"] for result in results] == [1, 1]
     assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shared"),
+    [
+        ({}, 0),
+        ({"page_cache": "read_ahead"}, 0),
+        ({"page_cache": "drop"}, 1),
+        ({"direct_io": True}, 1),
+        ({"direct_io": "auto"}, 1),  # these files are too short to decide: nothing is known of what others will find
+    ],
+    ids=str,
+)
+def test_auto_knows_what_the_page_cache_gives_to_others(
+    ranks: RankPool, saved: str, options: dict[str, Any], is_shared: int
+) -> None:
+    """Replicas on one node: past the page cache each byte would leave the disk twice."""
+    drop_from_page_cache(saved)
+    results = ranks.run(2, load, saved, "replicas", "auto", [None], options)
+    assert [result["shared"] for result in results] == [is_shared] * 2
+    if is_shared:
+        assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
 @pytest.mark.parametrize("topology", ["columns", "replicas"])

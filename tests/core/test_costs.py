@@ -7,9 +7,9 @@ import pytest
 from shardferry.costs import RankCosts, StorageRates, Work, compare
 
 MIB = 1 << 20
-STORE = StorageRates(latency_s=0.02, bytes_per_s=1e8, has_page_cache=False)
-FAST_STORE = StorageRates(latency_s=1e-4, bytes_per_s=2e10, has_page_cache=False)
-DISK = StorageRates(latency_s=1e-4, bytes_per_s=5e8, has_page_cache=True)
+STORE = StorageRates(latency_s=0.02, bytes_per_s=1e8, shares_reads=False)
+FAST_STORE = StorageRates(latency_s=1e-4, bytes_per_s=2e10, shares_reads=False)
+DISK = StorageRates(latency_s=1e-4, bytes_per_s=5e8, shares_reads=True)
 
 
 def replicas(num_ranks: int, rates: StorageRates, *, on_one_node: bool) -> list[RankCosts]:
@@ -19,7 +19,7 @@ def replicas(num_ranks: int, rates: StorageRates, *, on_one_node: bool) -> list[
     forwarded = 0 if on_one_node else part * (num_ranks - 1)
     shared = Work(part, part // (8 * MIB), delivered, forwarded)
     alone = Work(1024 * MIB, 128)
-    from_storage = shared if on_one_node and rates.has_page_cache else alone
+    from_storage = shared if on_one_node and rates.shares_reads else alone
     return [RankCosts(alone, from_storage, shared, rates, 16)] * num_ranks
 
 

@@ -22,8 +22,7 @@ topology: {{mesh: {{dp: 2}}, default: {{dp: "Shard(0)"}}}}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("many") / "ckpt"
-    path.mkdir()
-    (path / ".metadata").write_bytes(SAVE.pickled())
+    SAVE.write(path)
     return path
 
 

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -66,6 +67,11 @@ class SyntheticSave:
     def pickled(self) -> bytes:
         """As it stands in the file."""
         return pickle.dumps(self.metadata())
+
+    def write(self, path: Path) -> int:
+        """A checkpoint of metadata alone, in a directory that is made if need be; bytes of its ``.metadata``."""
+        path.mkdir(exist_ok=True)
+        return (path / ".metadata").write_bytes(self.pickled())
 
 
 def _own_copy(text: str) -> str:

@@ -28,7 +28,6 @@ from torch.distributed.tensor.parallel import (
 from tests.support.networks import NUM_EXPERTS, NUM_LAYERS, Bundle, Network, numbered
 
 Without = Collection[str]  # FQNs
-SCALAR = "scale.weight"
 EMPTY = "odds.none"
 EMBED = "embed.weight"
 
