@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _GROWTH = 1.2  # how much more a doubled limit must bring, to be worth its threads
 _LEAST_STEP_S = 0.005  # shorter ones say nothing
+_LEAST_READS = 3  # of a step, alike: the first read of a file is slower than those that the kernel has read ahead
 
 
 class Ramp:
@@ -43,7 +44,7 @@ class Ramp:
         self._amount += amount
         elapsed_s = now_s - self._since_s
         # Whole rounds: reads that begin together end together.
-        if self._is_settled or self._ended % self.limit or elapsed_s < _LEAST_STEP_S:
+        if self._is_settled or self._ended % self.limit or self._ended < _LEAST_READS or elapsed_s < _LEAST_STEP_S:
             return
         self._judge(self._amount / elapsed_s)
         self._next_step(now_s)

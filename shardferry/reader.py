@@ -233,9 +233,10 @@ def _groups(units: Sequence[T]) -> list[Sequence[T]]:
 
 
 def _crew(storage: RangeReader, options: ReadOptions, *, alone: bool) -> Crew:
-    """Args: alone: begin with one thread, where a read may be no more than a copy."""
+    """Args: alone: there are few cores for many ranks; where a read may be no more than a copy, one thread begins."""
     is_local = storage.traits.is_local
-    first = cores() if is_local else _FIRST_REMOTE
+    # The kernel reads ahead of one thread; two that take turns in a file are in the way of that, and of other ranks' cores.
+    first = (1 if alone else cores()) if is_local else _FIRST_REMOTE
     return Crew(options.concurrency, first_threads=first, timeout_s=options.timeout_s, alone=alone and is_local)
 
 
