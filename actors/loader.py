@@ -21,8 +21,8 @@ from actors.network import use_interface_of
 from actors.rendezvous import Meeting, join_meeting, open_meeting
 from schemas.stage_report import RankReport, Span
 from shardferry.agreement import Agreement
+from shardferry.cache_directory import CacheChoice
 from shardferry.catalog import Catalog
-from shardferry.catalog_cache import CacheChoice
 from shardferry.checkpoint import open_checkpoint
 from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import RankLayout

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardferry.cache_directory import CacheChoice
 from shardferry.catalog import Catalog
 from shardferry.catalog_builder import build_catalog
-from shardferry.catalog_cache import CacheChoice, CatalogCache
+from shardferry.catalog_cache import CatalogCache
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.megatron import COMMON_FILE, with_common_values
 from shardferry.metadata_files import MetadataFiles

@@ -24,8 +24,9 @@ import shardferry
 from shardferry import catalog_cache, catalog_file
 from shardferry.catalog import Catalog
 from shardferry.catalog_cache import CatalogCache
-from shardferry.catalog_file import UnusableFile, decode_catalog, encode_catalog
+from shardferry.catalog_file import decode_catalog, encode_catalog
 from shardferry.checkpoint import read_catalog
+from shardferry.column_file import UnusableFile
 from shardferry.storage.base import open_storage
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
@@ -244,8 +245,9 @@ def test_another_version(
 ) -> None:
     opened(saved, cache)
     (before,) = cached_files(cache)
+    newer = dataclasses.replace(catalog_file.CATALOG_FILE, version=catalog_file.CATALOG_FILE.version + 1)
     for module in (catalog_file, catalog_cache):
-        monkeypatch.setattr(module, "FORMAT_VERSION", catalog_file.FORMAT_VERSION + 1)
+        monkeypatch.setattr(module, "CATALOG_FILE", newer)
     opened(saved, cache)
     assert len(unpickled) == len(cached_files(cache)) == 2
     (after,) = set(cached_files(cache)) - {before}
