@@ -61,8 +61,9 @@ def opened(path: Path, cache: CatalogCache | None) -> Catalog:
 
 
 def plain(catalog: Catalog) -> dict[str, Any]:
-    """To be compared."""
+    """To be compared; but for the digest, which says that the catalog is kept."""
     values = {field.name: getattr(catalog, field.name) for field in dataclasses.fields(catalog)}
+    del values["metadata_digest"]
     return {
         name: (value.dtype, value.tolist()) if isinstance(value, np.ndarray) else value
         for name, value in values.items()
@@ -168,6 +169,19 @@ def test_other_metadata_is_another_catalog(saved: Path, cache: CatalogCache, unp
     edit_metadata(saved, lambda metadata: metadata.state_dict_metadata.pop("state.half"))
     assert "state.half" not in opened(saved, cache).tensors
     assert len(unpickled) == len(cached_files(cache)) == 2
+
+
+def test_a_kept_catalog_has_the_digest_of_its_metadata(saved: Path, cache: CatalogCache) -> None:
+    """By which whatever is made of it can be kept, too: the same for a checkpoint that was moved, and across processes."""
+    first, second = opened(saved, cache), opened(saved, cache)
+    elsewhere = Path(shutil.copytree(saved, saved.parent / "moved"))
+    assert first.metadata_digest
+    assert second.metadata_digest == opened(elsewhere, cache).metadata_digest == first.metadata_digest
+    assert pickle.loads(pickle.dumps(second)).metadata_digest == first.metadata_digest
+    edit_metadata(saved, lambda metadata: metadata.state_dict_metadata.pop("state.half"))
+    assert opened(saved, cache).metadata_digest not in (b"", first.metadata_digest)
+    assert opened(saved, None).metadata_digest == b""
+    assert opened(saved, dataclasses.replace(cache, min_metadata_bytes=2**30)).metadata_digest == b""
 
 
 def test_files_are_asked_for_anew(saved: Path, cache: CatalogCache, unpickled: list[str]) -> None:
