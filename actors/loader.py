@@ -28,6 +28,7 @@ from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan import LoadPlan
+from shardferry.plan_cache import PlanCache
 from shardferry.reader import Counters, ReadOptions
 from shardferry.receiver import Reception
 from shardferry.request import LoadRequest
@@ -47,6 +48,7 @@ class LoaderSettings:
     one_node: bool  # the cluster has one node: whoever takes a shard runs here
     start_timeout_s: float
     load_timeout_s: float
+    cache: CacheChoice  # of plans, as of catalogs
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Loader:
             _joined: result of `join`, so that Ray calls this after it.
         """
         layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
-        job = LoadJob(catalog, layout, request, self._device, read)
+        job = LoadJob(catalog, layout, request, self._device, read, PlanCache.of(self._settings.cache))
         with self._span("load"):
             loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
         self._loaded = loaded
