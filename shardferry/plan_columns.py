@@ -230,26 +230,30 @@ class _Objects:
         return cls(regions, copies, groups)
 
     def own(self, columns: PlanColumns) -> tuple[ReadItem, ...]:
-        regions, copies = self.regions, self.copies
         rows = _lists(columns.own_tensor, columns.own_chunk, columns.own_shape, columns.own_copy)
         return tuple(
-            ReadItem(tensor, chunk, copies[copy][0], regions[shape].sizes, *copies[copy][1:])
+            ReadItem(tensor, chunk, source, self.regions[shape].sizes, offset, strides)
             for tensor, chunk, shape, copy in rows
+            for source, offset, strides in (self.copies[copy],)
         )
 
     def shared(self, columns: PlanColumns) -> tuple[SharedRead, ...]:
-        regions, groups = self.regions, self.groups
-        forwards = self._forwards(columns)
+        regions, groups, forwards = self.regions, self.groups, self._forwards(columns)
         rows = _lists(
             *(columns.shared_tensor, columns.shared_chunk, columns.shared_shape, columns.shared_region),
-            *(columns.shared_group, columns.shared_wanted, columns.shared_forwards),
+            *(columns.shared_group, columns.shared_forwards, columns.shared_wanted),
         )
         return tuple(
             SharedRead(
-                *(tensor, chunk, regions[shape].sizes, regions[region], groups[group]),
-                *(tuple(islice(forwards, num_forwards)), numel_wanted),
+                tensor,
+                chunk,
+                regions[shape].sizes,
+                regions[region],
+                groups[group],
+                tuple(islice(forwards, num)),
+                wanted,
             )
-            for tensor, chunk, shape, region, group, numel_wanted, num_forwards in rows
+            for tensor, chunk, shape, region, group, num, wanted in rows
         )
 
     def _forwards(self, columns: PlanColumns) -> Iterator[Forward]:
