@@ -2,7 +2,9 @@
 
 Columns come from a file, whose digest says that it is whole, not that its numbers are those of this plan. So each of them is
 looked at: a read must lie in a chunk of its tensor, what is given on in what was read, each element must go where the layout of
-the rank that gets it has that element, and all that this rank wants must come from somewhere, once.
+the rank that gets it has that element, every rank of the island must get all that it wants of what is read for it, and all that
+this rank wants must come from somewhere, once. Which of another island's ranks sends or relays is only held to be one of them:
+to find out which it must be is most of the work that a kept plan saves.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def check_columns(
     checker.check_boxes()
     checker.check_ranks()
     checker.check_targets()
+    checker.check_shares()
     checker.check_sums()
 
 
@@ -186,6 +189,7 @@ class _Checker:
 
     def _check_targets(self, tensor: np.ndarray, chunk: np.ndarray, rank: np.ndarray, copy: np.ndarray) -> None:
         layouts, of_target = self._layouts(tensor, rank)
+        _require((of_target >= 0).all(), "a rank wants nothing of what it gets")
         places = _Places.of(layouts, self._columns.num_dims)
         for start in range(0, len(tensor), _AT_ONCE):
             here = slice(start, start + _AT_ONCE)
@@ -193,7 +197,7 @@ class _Checker:
             _require(places.have(self._columns, begin, copy[here], of_target[here]), "an element goes elsewhere")
 
     def _layouts(self, tensor: np.ndarray, rank: np.ndarray) -> tuple[list[TensorLayout], np.ndarray]:
-        """How each of some tensors lies on a rank: the layouts, each once, and for each tensor the row of its own."""
+        """How each of some tensors lies on a rank: the layouts, each once, and for each tensor the row of its own, or -1."""
         ranks, rank_of = np.unique(rank, return_inverse=True)
         pair = tensor.astype(np.int64) * len(ranks) + rank_of
         row_of = np.zeros(len(self._plan.tensors) * len(ranks), dtype=np.int64)
@@ -203,12 +207,38 @@ class _Checker:
         for number in np.flatnonzero(row_of).tolist():
             planned, world_rank = self._plan.tensors[number // len(ranks)], int(ranks[number % len(ranks)])
             layout = self._wants.layout(planned, world_rank)
-            if layout is None:
-                raise UnusableFile(f"it is not this rank's plan: rank {world_rank} wants nothing of {planned.key}")
-            if found.setdefault(id(layout), len(layouts)) == len(layouts):
+            if layout is not None and found.setdefault(id(layout), len(layouts)) == len(layouts):
                 layouts.append(layout)
-            row_of[number] = found[id(layout)]
+            row_of[number] = -1 if layout is None else found[id(layout)]
         return layouts, row_of[pair]
+
+    def check_shares(self) -> None:
+        """What is given on of a read is all that the ranks of this island want of it."""
+        columns = self._columns
+        ranks = {*_distinct(columns.delivery_rank), self._plan.world_rank}
+        if self._islands is not None:
+            ranks = {rank for rank in self._islands if self._island(rank) == self._island(self._plan.world_rank)}
+        delivered = self._numel[columns.copy_region[columns.delivery_copy[columns.group_delivery]]]
+        of_groups = Ragged(delivered, columns.group_length).sums()
+        for tensor, chunk, region, group in (
+            (columns.shared_tensor, columns.shared_chunk, columns.shared_region, columns.shared_group),
+            (columns.relayed_tensor, columns.relayed_chunk, columns.relayed_region, columns.relayed_group),
+        ):
+            begin = self._of_chunks(self._catalog.box_offsets, tensor, chunk, 0) + columns.region_offsets[region]
+            end = begin + columns.region_sizes[region]
+            wanted = sum(self._wanted(rank, tensor, begin, end) for rank in ranks)
+            _require((of_groups[group] == wanted).all(), "not all is given on that is wanted")
+
+    def _wanted(self, world_rank: int, tensor: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Elements that a rank wants of some boxes of whole tensors."""
+        layouts, rows = self._layouts(tensor, np.full(len(tensor), world_rank))
+        return _Places.of(layouts, self._columns.num_dims).numel_within(begin, end, rows)
+
+    @cached_property
+    def _numel(self) -> np.ndarray:
+        """Elements of each region."""
+        numel: np.ndarray = np.prod(self._columns.region_sizes, axis=1, dtype=np.int64)
+        return numel
 
     @cached_property
     def _deliveries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -229,11 +259,11 @@ class _Checker:
     def check_sums(self) -> None:
         """What this rank reads and gets is what it wants; what it gives is what it says."""
         columns, tensors = self._columns, self._plan.tensors
-        numel = np.prod(columns.region_sizes, axis=1, dtype=np.int64)
+        numel = self._numel
         itemsize = np.array([tensor.dtype.itemsize for tensor in tensors], dtype=np.int64)
         wanted = np.array([tensor.layout.wanted_numel for tensor in tensors], dtype=np.int64)
         own = self._sum(columns.own_tensor, numel[columns.copy_region[columns.own_copy]])
-        read, relayed = (self._mine(numel, *found) for found in (self._deliveries, self._relayed_deliveries))
+        read, relayed = (self._mine(*found) for found in (self._deliveries, self._relayed_deliveries))
         _require((own + read + relayed <= wanted).all(), "a tensor gets more than is wanted of it")
         received = ((wanted - own - read) * itemsize).sum()
         _require(received == columns.bytes_received, "it gets another number of bytes than it wants")
@@ -243,11 +273,11 @@ class _Checker:
         forwarded = (numel[columns.forward_region] * itemsize[forwarding]).sum()
         _require(forwarded == columns.bytes_forwarded, "another number of bytes is forwarded")
 
-    def _mine(self, numel: np.ndarray, tensor: np.ndarray, chunk: np.ndarray, delivery: np.ndarray) -> np.ndarray:
+    def _mine(self, tensor: np.ndarray, chunk: np.ndarray, delivery: np.ndarray) -> np.ndarray:
         """Elements that deliveries bring to this rank, by tensor."""
         mine = self._columns.delivery_rank[delivery] == self._plan.world_rank
         copies = self._columns.delivery_copy[delivery[mine]]
-        return self._sum(tensor[mine], numel[self._columns.copy_region[copies]])
+        return self._sum(tensor[mine], self._numel[self._columns.copy_region[copies]])
 
     def _sum(self, tensor: np.ndarray, numel: np.ndarray) -> np.ndarray:
         """Elements by tensor."""
@@ -289,24 +319,33 @@ class _Places:
         """
         region = columns.copy_region[copy]
         begin = chunk_begin + columns.region_offsets[region]
-        end, offset, strides = (
-            begin + columns.region_sizes[region],
-            columns.copy_offset[copy],
-            columns.copy_strides[copy],
-        )
+        end = begin + columns.region_sizes[region]
+        offset, strides = columns.copy_offset[copy], columns.copy_strides[copy]
         found = np.zeros(len(copy), dtype=bool)
-        for place in self._each(layout):
-            rows = np.flatnonzero(place >= 0)
-            at = place[rows]
+        for rows, at in self._each(layout):
             inside = ((begin[rows] >= self.begin[at]) & (end[rows] <= self.end[at])).all(axis=1)
             target = self.offset[at] + ((begin[rows] - self.begin[at]) * self.strides[at]).sum(axis=1)
             found[rows] |= inside & (offset[rows] == target) & (strides[rows] == self.strides[at]).all(axis=1)
         return bool(found.all())
 
-    def _each(self, layout: np.ndarray) -> Iterator[np.ndarray]:
-        """The first box of each of some layouts, then the second: a row, or -1 where there is none."""
+    def numel_within(self, begin: np.ndarray, end: np.ndarray, layout: np.ndarray) -> np.ndarray:
+        """How many elements of each of some boxes of whole tensors the boxes of its layout have, ``int64[num_boxes]``.
+
+        Args:
+            layout: of each box, a row; -1 where there is none.
+        """
+        found = np.zeros(len(layout), dtype=np.int64)
+        for rows, at in self._each(layout):
+            common = np.minimum(end[rows], self.end[at]) - np.maximum(begin[rows], self.begin[at])
+            found[rows] += np.prod(np.maximum(common, 0), axis=1)
+        return found
+
+    def _each(self, layout: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Which of some layouts have a first box, and the row of that; then alike of the second box, and so on."""
+        has_layout = np.flatnonzero(layout >= 0)
         for number in range(int(self.counts.max(initial=0))):
-            yield np.where(number < self.counts[layout], self.first[layout] + number, -1)
+            rows = has_layout[number < self.counts[layout[has_layout]]]
+            yield rows, self.first[layout[rows]] + number
 
 
 def _filled(rows: Sequence[tuple[int, ...]], num_dims: int, value: int) -> np.ndarray:

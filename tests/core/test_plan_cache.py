@@ -284,13 +284,14 @@ def targets(plan: SharedPlan) -> list[object]:
     return [plan.own, shared, relayed]
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=800)
 @given(
-    st.sampled_from(sorted(set(COLUMNS))),
+    st.sampled_from(sorted(set(COLUMNS) - {"relayed_reader", "forward_relay"})),
     st.integers(0, 10**6),
     st.integers(-3, 70) | st.sampled_from([2**31 - 1, -(2**31)]),
 )
 def test_one_foreign_number_moves_no_byte_to_another_place(name: str, place: int, value: int) -> None:
+    """Who of another island sends or relays is in none of these columns."""
     flat = dict(COLUMNS_OF_FOREIGN.flat)
     if not len(flat[name]):
         return
