@@ -21,13 +21,14 @@ from actors.network import use_interface_of
 from actors.rendezvous import Meeting, join_meeting, open_meeting
 from schemas.stage_report import RankReport, Span
 from shardferry.agreement import Agreement
+from shardferry.cache_directory import CacheChoice
 from shardferry.catalog import Catalog
-from shardferry.catalog_cache import CacheChoice
 from shardferry.checkpoint import open_checkpoint
 from shardferry.handoff import ShardHandle, node_identity
 from shardferry.layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan import LoadPlan
+from shardferry.plan_cache import PlanCache
 from shardferry.reader import Counters, ReadOptions
 from shardferry.receiver import Reception
 from shardferry.request import LoadRequest
@@ -47,6 +48,7 @@ class LoaderSettings:
     one_node: bool  # the cluster has one node: whoever takes a shard runs here
     start_timeout_s: float
     load_timeout_s: float
+    cache: CacheChoice  # of plans, as of catalogs
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Loader:
             _joined: result of `join`, so that Ray calls this after it.
         """
         layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
-        job = LoadJob(catalog, layout, request, self._device, read)
+        job = LoadJob(catalog, layout, request, self._device, read, PlanCache.of(self._settings.cache))
         with self._span("load"):
             loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
         self._loaded = loaded

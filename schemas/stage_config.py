@@ -51,7 +51,7 @@ class CheckpointSpec(Spec):
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
     cache: bool | Annotated[str, Field(min_length=1)] = Field(
         True,
-        description="keep catalogs of large checkpoints on disk: true, false, or in which directory; see docs/scale.md",
+        description="keep catalogs and plans of large checkpoints on disk: true, false, or in which directory; see docs/scale.md",
     )
     model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")

@@ -1,70 +1,40 @@
-"""Turn a catalog into the bytes of one file and back: a JSON header and raw columns, nothing that could be executed.
+"""Turn a catalog into the bytes of one file and back: a JSON header and raw columns, as column_file.py has them.
 
-::
-
-    |magic, version, lengths, digest of all else: 64 bytes|JSON|...|column|...|column|...
-
-Each column begins at a multiple of 64 bytes and is used where it lies. What a storage tells of its files (sizes, versions)
-and its options are no part of it: they are asked for anew at each opening.
+What a storage tells of its files (sizes, versions) and its options are no part of it: they are asked for anew at each opening.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardferry.catalog import Catalog, SavedObject
 from shardferry.catalog_builder import name_inside, saved_tensors
+from shardferry.column_file import FileKind, UnusableFile, decode_file, encode_file
 from shardferry.item_format import ItemFormat, RawItem, TransformedItem, ZipItem
 
-# To be raised whenever these bytes, or what is made of the same metadata, become other ones.
-FORMAT_VERSION = 1
-
-_MAGIC = b"SHFYCATL"
-_HEAD = struct.Struct("<8sQQQ")  # magic, version, bytes of the JSON, bytes of the file
-_DIGEST_BYTES = 32
-_JSON_START = _HEAD.size + _DIGEST_BYTES
-_ALIGNMENT = 64
-_COLUMNS = {
-    "chunk_file": "<i4",
-    "chunk_byte_offset": "<i8",
-    "chunk_byte_length": "<i8",
-    "chunk_format": "<i2",
-    "box_offsets": "<i8",
-    "box_sizes": "<i8",
-}
+CATALOG_FILE = FileKind(
+    noun="catalog",
+    magic=b"SHFYCATL",
+    version=1,  # to be raised whenever the bytes, or what is made of the same metadata, become other ones
+    columns={
+        "chunk_file": "<i4",
+        "chunk_byte_offset": "<i8",
+        "chunk_byte_length": "<i8",
+        "chunk_format": "<i2",
+        "box_offsets": "<i8",
+        "box_sizes": "<i8",
+    },
+)
 _WORDS: dict[ItemFormat, str] = {ZipItem(): "zip", RawItem(): "raw"}
-
-
-class UnusableFile(ValueError):
-    """Bytes that are no whole catalog of this version; says why."""
 
 
 def encode_catalog(catalog: Catalog) -> list[bytes | memoryview]:
     """The bytes of a catalog's file, one piece after another. Columns are not copied."""
-    header = json.dumps(_header(catalog), separators=(",", ":")).encode()
-    contents: list[bytes | memoryview] = [header]
-    contents += [_bytes_of(getattr(catalog, name), dtype) for name, dtype in _COLUMNS.items()]
-    pieces = [piece for content in contents for piece in (content, bytes(-len(content) % _ALIGNMENT))]
-    head = _HEAD.pack(_MAGIC, FORMAT_VERSION, len(header), _JSON_START + sum(map(len, pieces)))
-    return [head, _digest(head, *pieces), *pieces]
-
-
-def _bytes_of(column: np.ndarray, dtype: str) -> memoryview:
-    return memoryview(np.ascontiguousarray(column, dtype).view(np.uint8))  # type: ignore[arg-type]  # arrays are buffers
-
-
-def _digest(*pieces: bytes | memoryview) -> bytes:
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
+    columns = {name: getattr(catalog, name) for name in CATALOG_FILE.columns}
+    return encode_file(CATALOG_FILE, _header(catalog), columns)
 
 
 def _header(catalog: Catalog) -> dict[str, Any]:
@@ -85,7 +55,6 @@ def _header(catalog: Catalog) -> dict[str, Any]:
         "objects": [(o.key, o.file, o.byte_offset, o.byte_length, formats.index(o.format)) for o in objects],
         "paths": catalog.paths,
         "problems": catalog.problems,
-        "columns": [getattr(catalog, name).size for name in _COLUMNS],
     }
 
 
@@ -95,42 +64,7 @@ def decode_catalog(data: memoryview, *, location: str) -> Catalog:
     Raises:
         UnusableFile: the bytes are cut, were changed, or are of another version.
     """
-    header_bytes = _checked_head(data)
-    try:
-        header = json.loads(bytes(data[_JSON_START : _JSON_START + header_bytes]))
-        columns = dict(_columns(data, _aligned(_JSON_START + header_bytes), header["columns"]))
-        return _catalog(header, columns, location)
-    except UnusableFile:
-        raise
-    except (AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError) as error:
-        raise UnusableFile(f"it is no catalog ({type(error).__name__}: {error})") from error
-
-
-def _checked_head(data: memoryview) -> int:
-    """Bytes of the JSON."""
-    if len(data) < _JSON_START:
-        raise UnusableFile(f"it has {len(data)} bytes, which is less than a head")
-    head, digest = data[: _HEAD.size], data[_HEAD.size : _JSON_START]
-    magic, version, header_bytes, num_bytes = _HEAD.unpack(head)
-    if magic != _MAGIC:
-        raise UnusableFile("it is no catalog")
-    if version != FORMAT_VERSION:
-        raise UnusableFile(f"it is of version {version}, not {FORMAT_VERSION}")
-    if num_bytes != len(data):
-        raise UnusableFile(f"it has {len(data)} of its {num_bytes} bytes")
-    if _digest(head, data[_JSON_START:]) != digest:
-        raise UnusableFile("its bytes were changed")
-    return int(header_bytes)
-
-
-def _columns(data: memoryview, start: int, lengths: list[int]) -> Iterator[tuple[str, np.ndarray]]:
-    for (name, dtype), length in zip(_COLUMNS.items(), lengths, strict=True):
-        yield name, np.frombuffer(data, dtype, length, start)
-        start = _aligned(start + length * np.dtype(dtype).itemsize)
-
-
-def _aligned(num_bytes: int) -> int:
-    return num_bytes + -num_bytes % _ALIGNMENT
+    return decode_file(CATALOG_FILE, data, lambda header, columns: _catalog(header, columns, location))
 
 
 def _catalog(header: Mapping[str, Any], columns: Mapping[str, Any], location: str) -> Catalog:

@@ -10,9 +10,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from shardferry.cache_directory import CacheChoice
 from shardferry.catalog import Catalog
 from shardferry.catalog_builder import build_catalog
-from shardferry.catalog_cache import CacheChoice, CatalogCache
+from shardferry.catalog_cache import CatalogCache
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.megatron import COMMON_FILE, with_common_values
 from shardferry.metadata_files import MetadataFiles
@@ -97,14 +98,14 @@ def _of_metadata(storage: RangeReader, names: list[str], cache: CatalogCache | N
 
 
 def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> Catalog:
-    """What the metadata files alone say; only that is cached."""
+    """What the metadata files alone say; only that is cached, and whatever else is kept has the digest for its key."""
     if cache is None or files.nbytes < cache.min_metadata_bytes:
         return build_catalog(files.parsed(location), location=location)
     catalog = cache.get(files.digest, location=location)
     if catalog is None:
         catalog = build_catalog(files.parsed(location), location=location)
         cache.put(files.digest, catalog)
-    return catalog
+    return dataclasses.replace(catalog, metadata_digest=files.digest)
 
 
 def _known_files(storage: RangeReader) -> dict[str, int | None]:

@@ -60,6 +60,32 @@ class TensorLayout:
         return offset, row_major_strides(box.region.sizes)
 
 
+class NumberedLayouts:
+    """Numbers some layouts by their first appearance; many thousand tensors have a few dozen."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[TensorLayout, int] = {}
+        self._known: dict[int, tuple[int, TensorLayout]] = {}  # by id, which the layout keeps from being used again
+
+    def number(self, layout: TensorLayout) -> int:
+        """Equal for equal layouts alone."""
+        known = self._known.get(id(layout))
+        if known is None:
+            number = self._numbers.setdefault(layout, len(self._numbers))
+            known = self._known[id(layout)] = (number, layout)
+        return known[0]
+
+    def words(self) -> object:
+        """All of them by number, in values that JSON takes; which placements made the boxes is not told."""
+        return [
+            (
+                *(layout.global_shape, layout.local_shape),
+                [(b.region.offsets, b.region.sizes, b.local.offsets, b.local.sizes) for b in layout.boxes],
+            )
+            for layout in self._numbers
+        ]
+
+
 @lru_cache(maxsize=65536)
 def replicated(shape: tuple[int, ...], num_axes: int | None = None) -> TensorLayout:
     """The whole tensor on every rank."""

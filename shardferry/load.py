@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from shardferry.live import LiveModel, live_layout
 from shardferry.manifest import Manifest, StateTensor, StateValue
 from shardferry.neighbours import Neighbours, Strategy, Word, taken_by_any, word_of
 from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
+from shardferry.plan_cache import PlanCache
 from shardferry.reader import Counters, ReadOptions, read_objects, read_plan, read_strategy
 from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
 from shardferry.storage.base import RangeReader, open_storage
@@ -122,6 +123,7 @@ class LoadJob:
     request: LoadRequest
     device: torch.device
     read: ReadOptions
+    plans: PlanCache = field(default_factory=lambda: PlanCache.of(True))
     stays_here: bool = False  # the shard is for this process alone
 
 

@@ -18,9 +18,10 @@ from shardferry.handoff import node_identity
 from shardferry.layout import RankLayout, TensorLayout
 from shardferry.peers import ArenaAddress
 from shardferry.plan import LoadPlan
+from shardferry.plan_cache import PlanCache
 from shardferry.probe import answers_from_memory, measure_rates
 from shardferry.reader import Counters, ReadOptions
-from shardferry.sharing import SharedPlan, share_reads
+from shardferry.sharing import SharedPlan
 from shardferry.spec_layout import SpecLayout
 from shardferry.storage.base import RangeReader
 from shardferry.storage.traits import StorageTraits
@@ -41,6 +42,8 @@ class Job(Protocol):
     def device(self) -> torch.device: ...
     @property
     def read(self) -> ReadOptions: ...
+    @property
+    def plans(self) -> PlanCache: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,7 @@ class Neighbours:
 
     def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int], max_slab_bytes: int) -> SharedPlan:
         wants = self._wants(world_ranks)
-        return share_reads(plan, job.catalog, wants, max_slab_bytes=max_slab_bytes, islands=self.islands)
+        return job.plans.share_reads(plan, job.catalog, wants, max_slab_bytes=max_slab_bytes, islands=self.islands)
 
     def _wants(self, world_ranks: list[int]) -> Wants:
         if self.spec is not None:

@@ -88,6 +88,7 @@ class Relayed:
     """A box of a slab that comes from another island's reader, for ranks of this one."""
 
     tensor: int  # row of LoadPlan.tensors
+    chunk: int  # row of the catalog
     box: Region  # in the chunk, elements
     itemsize: int  # bytes
     deliveries: tuple[Delivery, ...]
@@ -198,7 +199,7 @@ class _Sharer:
         me = self._plan.world_rank
         here = slab.groups[self._island(me)]
         if self._island(reader) != self._island(me) and place.relay(here) == me:
-            self._relayed[reader].append(Relayed(place.tensor, here.box, itemsize, here.deliveries))
+            self._relayed[reader].append(Relayed(place.tensor, place.chunk, here.box, itemsize, here.deliveries))
 
     def _slabs(
         self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]

@@ -66,6 +66,13 @@ class SpecLayout:
     def world_size(self) -> int:
         return self.mesh.size
 
+    def words(self) -> object:
+        """All of it, in values that JSON takes."""
+        default = None if self.default is None else _words(self.default)
+        rules = [(rule.match, rule.state, _words(rule.placements)) for rule in self.rules]
+        held_by = [(held.match, sorted(held.ranks.items())) for held in self.held_by]
+        return [self.mesh.axes, rules, default, held_by]
+
     def rank(self, world_rank: int) -> RankLayout:
         """The layout as one rank sees it."""
         return _SpecRank(self, world_rank)
@@ -106,6 +113,10 @@ class SpecLayout:
     def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
         """Whether the rank at a coordinate has anything of a parameter."""
         return all(kept is None or index in kept for kept, index in zip(self.kept_to(fqn), coordinate, strict=True))
+
+
+def _words(placements: Mapping[str, Placement]) -> list[tuple[str, str]]:
+    return sorted((axis, str(placement)) for axis, placement in placements.items())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shardferry.layout import RankLayout, TensorLayout, replicated
+from shardferry.layout import NumberedLayouts, RankLayout, TensorLayout, replicated
 from shardferry.mesh import Placement, Replicate
 from shardferry.mesh_boxes import MeshBoxes, ranks_within
 from shardferry.plan import LoadPlan, PlannedTensor
@@ -26,6 +26,12 @@ class Wants(Protocol):
 
         Whoever wants the same of tensors that are cut alike is given as the same object, which is kept.
         """
+
+    def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
+        """How a tensor lies on one of the ranks; None for another rank, and where it has nothing of it."""
+
+    def words(self) -> object:
+        """All that they are made of, in values that JSON takes: equal words, equal wants of equal tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class SpecWants:
     def __init__(self, spec: SpecLayout, world_ranks: Sequence[int]) -> None:
         self._spec = spec
         self._world_ranks = np.array(sorted(world_ranks), dtype=np.int64)
+        self._members = frozenset(world_ranks)
         self._ranks: dict[int, RankLayout] = {}
         self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._kind_of: dict[str, _Kind] = {}  # by key
@@ -58,6 +65,14 @@ class SpecWants:
             ranks = map(self._rank, kind.boxes.holders(region))
             wants = kind.known[region] = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks)
         return wants
+
+    def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
+        if world_rank not in self._members or not self._rank(world_rank).holds(tensor.fqn):
+            return None
+        return self._layout(self._rank(world_rank), tensor)
+
+    def words(self) -> object:
+        return [self._spec.words(), self._world_ranks.tolist()]
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
@@ -107,6 +122,18 @@ class ToldWants:
         if wants is None:
             wants = self._known[alike] = tuple((rank, layout) for rank, layout in told if _wants(layout, region))
         return wants
+
+    def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
+        return self.by_rank.get(world_rank, {}).get(tensor.key)
+
+    def words(self) -> object:
+        keys: dict[tuple[str, ...], int] = {}  # most ranks have the same
+        layouts = NumberedLayouts()
+        told = [
+            (rank, keys.setdefault(tuple(here), len(keys)), list(map(layouts.number, here.values())))
+            for rank, here in sorted(self.by_rank.items())
+        ]
+        return [told, list(keys), layouts.words()]
 
 
 def _wants(layout: TensorLayout, region: Region) -> bool:

@@ -24,8 +24,9 @@ import shardferry
 from shardferry import catalog_cache, catalog_file
 from shardferry.catalog import Catalog
 from shardferry.catalog_cache import CatalogCache
-from shardferry.catalog_file import UnusableFile, decode_catalog, encode_catalog
+from shardferry.catalog_file import decode_catalog, encode_catalog
 from shardferry.checkpoint import read_catalog
+from shardferry.column_file import UnusableFile
 from shardferry.storage.base import open_storage
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
@@ -60,8 +61,9 @@ def opened(path: Path, cache: CatalogCache | None) -> Catalog:
 
 
 def plain(catalog: Catalog) -> dict[str, Any]:
-    """To be compared."""
+    """To be compared; but for the digest, which says that the catalog is kept."""
     values = {field.name: getattr(catalog, field.name) for field in dataclasses.fields(catalog)}
+    del values["metadata_digest"]
     return {
         name: (value.dtype, value.tolist()) if isinstance(value, np.ndarray) else value
         for name, value in values.items()
@@ -169,6 +171,19 @@ def test_other_metadata_is_another_catalog(saved: Path, cache: CatalogCache, unp
     assert len(unpickled) == len(cached_files(cache)) == 2
 
 
+def test_a_kept_catalog_has_the_digest_of_its_metadata(saved: Path, cache: CatalogCache) -> None:
+    """By which whatever is made of it can be kept, too: the same for a checkpoint that was moved, and across processes."""
+    first, second = opened(saved, cache), opened(saved, cache)
+    elsewhere = Path(shutil.copytree(saved, saved.parent / "moved"))
+    assert first.metadata_digest
+    assert second.metadata_digest == opened(elsewhere, cache).metadata_digest == first.metadata_digest
+    assert pickle.loads(pickle.dumps(second)).metadata_digest == first.metadata_digest
+    edit_metadata(saved, lambda metadata: metadata.state_dict_metadata.pop("state.half"))
+    assert opened(saved, cache).metadata_digest not in (b"", first.metadata_digest)
+    assert opened(saved, None).metadata_digest == b""
+    assert opened(saved, dataclasses.replace(cache, min_metadata_bytes=2**30)).metadata_digest == b""
+
+
 def test_files_are_asked_for_anew(saved: Path, cache: CatalogCache, unpickled: list[str]) -> None:
     """Lengths, versions and the place of a checkpoint are not the cache's; what is read is what is there now."""
     before = opened(saved, cache)
@@ -244,8 +259,9 @@ def test_another_version(
 ) -> None:
     opened(saved, cache)
     (before,) = cached_files(cache)
+    newer = dataclasses.replace(catalog_file.CATALOG_FILE, version=catalog_file.CATALOG_FILE.version + 1)
     for module in (catalog_file, catalog_cache):
-        monkeypatch.setattr(module, "FORMAT_VERSION", catalog_file.FORMAT_VERSION + 1)
+        monkeypatch.setattr(module, "CATALOG_FILE", newer)
     opened(saved, cache)
     assert len(unpickled) == len(cached_files(cache)) == 2
     (after,) = set(cached_files(cache)) - {before}

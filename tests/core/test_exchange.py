@@ -30,7 +30,7 @@ def content(reader: int, index: int, box: Region) -> np.ndarray:
 
 
 def relayed(boxes: list[Region]) -> tuple[Relayed, ...]:
-    return tuple(Relayed(0, box, 4, ()) for box in boxes)
+    return tuple(Relayed(0, 0, box, 4, ()) for box in boxes)
 
 
 def plan_of(rank: int, size: int, boxes: list[Region]) -> SharedPlan:

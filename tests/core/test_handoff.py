@@ -54,7 +54,9 @@ def load(path: Path, world_rank: int = 1, world_size: int = 4, *, stays_here: bo
         Mesh((("dp", world_size),)), (Rule("thirty.*", {"dp": ShardOf(1)}),), default={"dp": ShardOf(0)}
     )
     rank, options = layout.rank(world_rank), ReadOptions(4)
-    job = LoadJob(open_checkpoint(path), rank, LoadRequest("optim"), torch.device("cpu"), options, stays_here)
+    job = LoadJob(
+        open_checkpoint(path), rank, LoadRequest("optim"), torch.device("cpu"), options, stays_here=stays_here
+    )
     return load_rank(job, Agreement(None))
 
 
