@@ -59,7 +59,7 @@ def _bytes_of(column: np.ndarray, dtype: str) -> memoryview:
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    digest = hashlib.sha256()  # processors have instructions for it: twice as quick as BLAKE2
     for piece in pieces:
         digest.update(piece)
     return digest.digest()

@@ -29,13 +29,13 @@ class MetadataFiles:
         """Raises StorageError."""
         contents = [np.empty(storage.size(name), dtype=np.uint8).data for name in names]
         pieces = list(_pieces(contents))
-        whole = hashlib.blake2b(digest_size=32)
+        whole = hashlib.sha256()
 
         def fetch(piece: tuple[int, int]) -> bytes:
             file, start = piece
             target = contents[file][start : start + _PIECE_BYTES]
             storage.read_into(names[file], start, target)
-            return hashlib.blake2b(target).digest()
+            return hashlib.sha256(target).digest()
 
         with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="shardferry-metadata") as pool:
             for (file, start), digest in zip(pieces, pool.map(fetch, pieces), strict=True):

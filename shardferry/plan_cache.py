@@ -84,7 +84,7 @@ def _digest(plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int,
         None if islands is None else _words_of_islands(islands),
     ]
     text = json.dumps(words, separators=(",", ":"), default=int)  # live layouts may have integers of NumPy
-    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _words_of_tensors(tensors: Sequence[PlannedTensor]) -> object:

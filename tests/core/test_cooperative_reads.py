@@ -167,10 +167,10 @@ def load_with_small_messages(path: str, topology: str) -> dict[str, int]:
 def test_the_second_load_takes_every_ranks_plan_from_the_cache(
     ranks: RankPool, saved: str, tmp_path: Path, nodes: list[str | None]
 ) -> None:
-    first = ranks.run(4, load, saved, "both", "cooperative", nodes, tmp_path)
+    first = ranks.run(4, load, saved, "both", "cooperative", nodes, None, tmp_path)
     before = {file.name: file.stat() for file in tmp_path.glob("*.plan")}
     assert len(before) == 4
-    assert ranks.run(4, load, saved, "both", "cooperative", nodes, tmp_path) == first
+    assert ranks.run(4, load, saved, "both", "cooperative", nodes, None, tmp_path) == first
     after = {file.name: file.stat() for file in tmp_path.glob("*.plan")}
     assert {name: stat.st_ino for name, stat in after.items()} == {name: stat.st_ino for name, stat in before.items()}
     assert all(stat.st_mtime_ns > before[name].st_mtime_ns for name, stat in after.items()), "not used"
