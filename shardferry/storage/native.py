@@ -35,6 +35,7 @@ class NativeReader:
         self.traits = traits
         self._store = store
         self._found: dict[str, ObjectMeta] = {}
+        self._answered: dict[str, str | None] = {}  # versions, as the first answer with bytes of the file had it
         self._expected: Mapping[str, str] = {}
         self._lock = threading.Lock()
 
@@ -102,16 +103,16 @@ class NativeReader:
             )
 
     def _check_same(self, path: str, meta: ObjectMeta) -> None:
-        """Hold what an answer says of its file against what is known of it."""
+        """Hold what an answer says of its file against the first one, and against the size that is known.
+
+        Not against a listing's version: Azure's has no quotation marks there.
+        """
         with self._lock:
-            known = self._found.setdefault(path, meta)
-        now, before = ((of["size"], _version(of)) for of in (meta, known))
+            size = self._found.setdefault(path, meta)["size"]
+            version = self._answered.setdefault(path, _version(meta))
+        now, before = (meta["size"], _version(meta)), (size, version)
         if now != before:
-            raise written_again(
-                f"{self.location}/{path}",
-                now="{1} of {0} bytes".format(*now),
-                before="{1} of {0} bytes".format(*before),
-            )
+            raise written_again(f"{self.location}/{path}", now=_words(*now), before=_words(*before))
 
     def _version_to_read(self, path: str) -> str | None:
         """What the catalog was made of; where it doesn't know, what was there when the size was asked for."""
@@ -203,6 +204,10 @@ def _copied(result: GetResult, buffers: Sequence[memoryview], nbytes: int) -> in
             if count < len(buffer):
                 left.append(buffer[count:])
     return done
+
+
+def _words(num_bytes: int, version: str | None) -> str:
+    return f"{num_bytes} bytes" + (f", {version}" if version else "")
 
 
 def _version(meta: ObjectMeta) -> str | None:

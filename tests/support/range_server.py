@@ -77,6 +77,7 @@ class RangeServer:
         self.log: list[Asked] = []
         self.faults = list(faults)
         self.serves_ranges = serves_ranges
+        self.tells_versions = True
         self.throttle = throttle
         self.bytes_sent = 0  # of bodies
         self._lock = threading.Lock()
@@ -193,7 +194,8 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.send_header("Accept-Ranges", "bytes" if self._served.serves_ranges else "none")
         self.send_header("Content-Length", str(stop - start))
-        self.send_header("ETag", etag)
+        if self._served.tells_versions:
+            self.send_header("ETag", etag)
         self.end_headers()
         if body:
             self._send_body(path, start, middle if fault is Fault.CUT else stop)

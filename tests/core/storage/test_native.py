@@ -50,6 +50,22 @@ def test_a_checkpoint_in_s3(directory: Path, s3: S3Server) -> None:
     assert sum(asked.nbytes for asked in ranges) == counters.bytes_requested == 72 * 64 * 4 + 704
 
 
+@pytest.mark.parametrize("tells_versions", [True, False])
+def test_a_file_that_grows_between_two_reads(directory: Path, tells_versions: bool) -> None:
+    """No size was asked for: the first answer says what the others are held against."""
+    file = next(directory.glob("*.distcp"))
+    with served(directory) as server:
+        server.tells_versions = tells_versions
+        storage = open_storage(server.url, {"client": "obstore"})
+        storage.read_into(file.name, 0, memoryview(bytearray(10)))
+        before = storage.size(file.name)
+        assert [asked.method for asked in server.log] == ["GET"]
+        file.write_bytes(file.read_bytes() + b"more")
+        changed = "another, it was" if tells_versions else f"{before + 4} bytes, it was {before} bytes"
+        with pytest.raises(StorageError, match=f"its version is {changed}.* written again since"):
+            storage.read_into(file.name, 20, memoryview(bytearray(10)))
+
+
 def test_an_object_that_is_put_again(directory: Path, s3: S3Server) -> None:
     prefix = f"{uuid.uuid4()}/step-1"
     s3.put(prefix, files_of(directory))
