@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import resource
 import threading
 import time
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 _RESET_PEAK = "5"  # see clear_refs in the kernel's Documentation/filesystems/proc.rst
@@ -53,6 +55,21 @@ def spend(work: Callable[[], None]) -> Spent:
         read_after["syscr"] - read_before["syscr"],
         peak_bytes,
     )
+
+
+def make_pages_ready(nbytes: int) -> None:
+    """Let the kernel have as many pages that were touched lately, before a load that takes fresh ones: all ranks at once.
+
+    Below a virtual machine its host gives a page at its first touch, and may take one back that is not used: whoever loads
+    after another one has freed its memory would have pages for half the price.
+    """
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without transparent huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(pages, np.uint8)[:: mmap.PAGESIZE] = 1
+    dist.barrier()
+    pages.close()
+    dist.barrier()
 
 
 def _cpu_s() -> float:

@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks.cases import Case
 from benchmarks.contenders import contenders_of
-from benchmarks.meter import Spent, spend
+from benchmarks.meter import Spent, make_pages_ready, spend
 from benchmarks.models import Shapes
 from benchmarks.stores import Store, StoreKind
 from benchmarks.task import Contender, OwnFormat, Task
@@ -86,7 +86,9 @@ def run_case(case: Case, store: Store, shapes: Shapes, rounds: int) -> RankRun:
 
 
 def _load(contender: Contender, task: Task, *, fresh: bool) -> Sample:
-    if not fresh:
+    if fresh:
+        make_pages_ready(task.shard_bytes)
+    else:
         contender.prepare()
     store, leads = task.store, task.rank == 0
     files = store.sibling(contender.name) if isinstance(contender, OwnFormat) else store
