@@ -20,6 +20,7 @@ from shardferry.arena import HostArena, open_memory_file
 from shardferry.errors import StorageError
 
 _SHORT_RUN = 4096  # bytes; shorter runs of a strided place are written through a mapping
+_PACKED_BYTES = 256 * 1024  # that a thread packs before it writes them: out of a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class PeerArenas:
         self._arena = arena
         self._addresses = addresses
         self._opened: dict[int, _Peer] = {}
+        self._packing = _Packing()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -94,18 +96,27 @@ class PeerArenas:
         with self._lock:
             peer = self._opened.get(world_rank)
             if peer is None:
-                peer = self._opened[world_rank] = _Peer.open(world_rank, self._addresses[world_rank])
+                address = self._addresses[world_rank]
+                peer = self._opened[world_rank] = _Peer.open(world_rank, address, self._packing)
         peer.put(tensor, byte_offset, block, byte_strides)
 
 
+class _Packing(threading.local):
+    """Each thread's buffer to pack in, kept: fresh memory for every block would cost more than the copy."""
+
+    def __init__(self) -> None:
+        self.buffer = np.frombuffer(mmap.mmap(-1, _PACKED_BYTES), dtype=np.uint8)
+
+
 class _Peer:
-    def __init__(self, descriptor: int, directory: np.ndarray) -> None:
+    def __init__(self, descriptor: int, directory: np.ndarray, packing: _Packing) -> None:
         self._descriptor = descriptor
         self._directory = directory
+        self._packing = packing
         self._pages: mmap.mmap | None = None
 
     @classmethod
-    def open(cls, world_rank: int, address: ArenaAddress) -> _Peer:
+    def open(cls, world_rank: int, address: ArenaAddress, packing: _Packing) -> _Peer:
         gone = (
             f"the arena of rank {world_rank} (process {address.pid}) can't be opened: the rank has ended, or its memory is closed to "
             "this process; then set read.strategy: direct"
@@ -116,7 +127,7 @@ class _Peer:
             raise StorageError(f"{gone} ({error})") from error
         num_bytes = os.fstat(descriptor).st_size - address.directory_offset
         table = os.pread(descriptor, num_bytes, address.directory_offset)
-        return cls(descriptor, np.frombuffer(table, dtype=np.int64))
+        return cls(descriptor, np.frombuffer(table, dtype=np.int64), packing)
 
     def put(self, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         start = int(self._directory[tensor]) + byte_offset
@@ -125,10 +136,26 @@ class _Peer:
         if outer and run_bytes < _SHORT_RUN:
             np.ndarray(block.shape, block.dtype, self._mapped(), start, byte_strides)[...] = block
             return
-        packed = np.ascontiguousarray(block)
         for index in np.ndindex(block.shape[:outer]):
             place = start + sum(i * s for i, s in zip(index, byte_strides, strict=False))
-            self._write(packed[index].reshape(-1).view(np.uint8).data, place)
+            self._write_packed(block[index], place)
+
+    def _write_packed(self, block: np.ndarray, place: int) -> None:
+        """Its elements one after another, which they need not be in the block."""
+        if block.flags.c_contiguous:
+            self._write(block.reshape(-1).view(np.uint8).data, place)
+            return
+        row_bytes = block[0].nbytes
+        if row_bytes > _PACKED_BYTES:
+            for number, row in enumerate(block):
+                self._write_packed(row, place + number * row_bytes)
+            return
+        step = _PACKED_BYTES // row_bytes
+        for first in range(0, len(block), step):
+            rows = block[first : first + step]
+            packed = self._packing.buffer[: rows.nbytes]
+            np.copyto(packed.view(block.dtype).reshape(rows.shape), rows)
+            self._write(packed.data, place + first * row_bytes)
 
     def _write(self, data: memoryview, place: int) -> None:
         done = 0

@@ -22,6 +22,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 
@@ -196,6 +197,8 @@ class _Sharer:
 
     def _relay(self, place: _Place, slab: _Slab, reader: int, itemsize: int) -> None:
         """What another island's reader sends to this rank."""
+        if len(slab.groups) == 1:  # then none does
+            return
         me = self._plan.world_rank
         here = slab.groups[self._island(me)]
         if self._island(reader) != self._island(me) and place.relay(here) == me:
@@ -212,7 +215,7 @@ class _Sharer:
         slabs = self._known.get(alike)
         if slabs is None:
             deliveries = _deliveries(wants, region)
-            cutter = _Cutter(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes)
+            cutter = _Cutter.of(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes)
             # What can't be read in ranges is decoded by one rank for all.
             cuts = list(cutter.cuts(deliveries)) if ranged else [cutter.whole(deliveries)]
             slabs = self._known[alike] = self._of_this_rank(cuts)
@@ -226,17 +229,21 @@ class _Sharer:
         return [_Slab.of(cut, index, me, self._island) for index, cut in mine]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Group:
     """What an island wants of a slab."""
 
     ranks: list[int]  # ascending
     deliveries: tuple[Delivery, ...]
-    box: Region  # the smallest with everything of it; in the chunk
 
     @classmethod
     def of(cls, deliveries: Sequence[Delivery]) -> _Group:
-        return cls(_ranks_of(deliveries), tuple(deliveries), _around(deliveries))
+        return cls(_ranks_of(deliveries), tuple(deliveries))
+
+    @cached_property
+    def box(self) -> Region:
+        """The smallest with everything of it; in the chunk. Only what goes to another island has it worked out."""
+        return _around(self.deliveries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,15 +353,13 @@ class _Cutter:
     chunk_shape: tuple[int, ...]
     itemsize: int  # bytes
     max_slab_bytes: int
+    dim: int  # the outermost one along which a row-major chunk can be cut
+    row_bytes: int
 
-    @property
-    def dim(self) -> int:
-        """The outermost dimension along which a row-major chunk can be cut."""
-        return next((dim for dim, size in enumerate(self.chunk_shape) if size > 1), 0)
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.chunk_shape[self.dim + 1 :]) * self.itemsize
+    @classmethod
+    def of(cls, chunk_shape: tuple[int, ...], itemsize: int, max_slab_bytes: int) -> _Cutter:
+        dim = next((dim for dim, size in enumerate(chunk_shape) if size > 1), 0)
+        return cls(chunk_shape, itemsize, max_slab_bytes, dim, math.prod(chunk_shape[dim + 1 :]) * itemsize)
 
     def whole(self, deliveries: Sequence[Delivery]) -> _Cut:
         """The chunk as one slab."""
@@ -396,9 +401,9 @@ class _Cutter:
         return [part for d in deliveries if (part := d.within(self.dim, start, stop)) is not None]
 
     def _rows(self, start: int, stop: int) -> Region:
-        offsets = tuple(start if dim == self.dim else 0 for dim in range(len(self.chunk_shape)))
-        sizes = tuple(stop - start if dim == self.dim else size for dim, size in enumerate(self.chunk_shape))
-        return Region(offsets, sizes)
+        before, behind = (0,) * self.dim, len(self.chunk_shape) - self.dim - 1
+        sizes = (*self.chunk_shape[: self.dim], stop - start, *self.chunk_shape[self.dim + 1 :])
+        return Region((*before, start, *(0,) * behind), sizes)
 
     def _better_alone(self, deliveries: Sequence[Delivery]) -> bool:
         """Whether no element is wanted twice and every run is long: then nothing is gained by reading for others."""
