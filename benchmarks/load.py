@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.cases import CASES, Case
 from benchmarks.checkpoint import disk_directory, file_system, save_checkpoint
-from benchmarks.contenders import CONTENDERS, contenders_of
-from benchmarks.limits import verdicts
+from benchmarks.contenders import contenders_of
 from benchmarks.machine import describe
 from benchmarks.many_ranks import save_as_many
 from benchmarks.models import Shapes, gpt_of, small_tensors, state_bytes
 from benchmarks.ranks import RankFailed, RankPool
+from benchmarks.record import Record
 from benchmarks.run import Figures, run_case, summarize
 from benchmarks.stores import Store, StoreKind, object_store, warm_page_cache
-from benchmarks.table import Results, Table, markdown, show, tables
+from benchmarks.table import Table, markdown, show, tables
 from benchmarks.task import OwnFormat
 
 _MODEL_SHARE = 1.5  # a checkpoint holds the weights too: half as much as two moments
@@ -39,6 +36,7 @@ examples:
   python -m benchmarks.load --store warm --cases 4-4,1-4         two of the cases with a warm page cache, full size
   python -m benchmarks.load --rounds 9 --json load.json          all samples and figures in a file
   python -m benchmarks.load --readme                             all, into benchmarks/README.md and benchmarks/results.svg
+  python -m benchmarks.load --of warm.json --of cold.json --readme    the same of runs that are over, a store each
 """
 
 
@@ -77,6 +75,7 @@ class Options:
     plot: Path | None
     markdown: bool
     readme: bool
+    earlier: Sequence[Path]  # JSON files; where there are any nothing is measured
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -109,6 +108,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--readme", action="store_true", help=f"write the tables into {_README.name} and the plot beside it"
     )
+    parser.add_argument(
+        "--of",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="measure nothing: show what an earlier run wrote with --json; again for another run",
+    )
     given = parser.parse_args(arguments)
     by_name = {case.name: case for case in CASES}
     names = given.cases.split(",") if given.cases else list(_QUICK_CASES if given.quick else by_name)
@@ -131,11 +137,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         given.plot or (_README.with_name("results.svg") if given.readme else None),
         given.markdown,
         given.readme,
+        given.of or [],
     )
 
 
-def measure(options: Options, directory: str) -> Results:
-    """Write the checkpoints and run the cases. Raises RankFailed where a result is wrong."""
+def measure(options: Options) -> Record:
+    """Write the checkpoints and run the cases.
+
+    Raises:
+        ValueError: there is no room on the disk.
+        RankFailed: a result is wrong.
+    """
+    directory = disk_directory(options.directory, needed_bytes(options))
+    machine = describe(file_system(directory))
     results: dict[StoreKind, Mapping[Case, Mapping[str, Figures]]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="shardferry-bench-", dir=directory) as folder,
@@ -145,7 +159,10 @@ def measure(options: Options, directory: str) -> Results:
         for kind in options.stores:
             root = url if kind is StoreKind.THROTTLED else folder
             results[kind] = {case: _measure_case(case, kind, folder, root, options, pool) for case in options.cases}
-    return results
+    sizes = {
+        kind: {c.name: state_bytes(options.sizes.shapes(c, kind)) for c in cases} for kind, cases in results.items()
+    }
+    return Record(machine, options.rounds, results, sizes)
 
 
 def _measure_case(
@@ -193,41 +210,6 @@ def needed_bytes(options: Options) -> int:
     return sum(formats.values())
 
 
-def report(options: Options, machine: Mapping[str, str], results: Results) -> dict[str, Any]:
-    """All of a run as plain data, for ``--json``."""
-    return {
-        "machine": dict(machine),
-        "rounds": options.rounds,
-        "stores": {
-            kind.value: {
-                case.name: {
-                    "state_bytes": state_bytes(options.sizes.shapes(case, kind)),
-                    "contenders": {name: asdict(found) for name, found in figures.items()},
-                    "left_out": {c.name: why for c in CONTENDERS if (why := c.why_not(case, kind))},
-                    "limits": [asdict(verdict) for verdict in verdicts(kind, figures)],
-                }
-                for case, figures in cases.items()
-            }
-            for kind, cases in results.items()
-        },
-    }
-
-
-def facts(options: Options, machine: Mapping[str, str]) -> str:
-    """Machine, versions and data, in a few lines."""
-    sizes = {
-        f"{state_bytes(options.sizes.shapes(case, kind)) / 1e6:.0f} MB of {case.model} state ({kind.value})": None
-        for kind in options.stores
-        for case in options.cases
-    }
-    return "\n".join(
-        [
-            ", ".join(f"{what} {value}" for what, value in machine.items()),
-            f"{', '.join(sizes)}; medians of {options.rounds} interleaved rounds; every load compared bit for bit",
-        ]
-    )
-
-
 def write_readme(measured: str, found: Sequence[Table]) -> None:
     """Put the tables where the last ones were."""
     text = _README.read_text()
@@ -238,33 +220,31 @@ def write_readme(measured: str, found: Sequence[Table]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 where something loaded is not what was saved."""
+    """Exit status 0; 1 where something loaded is not what was saved; 2 where the options can't be followed."""
     options = parse_options(arguments)
     try:
-        directory = disk_directory(options.directory, needed_bytes(options))
+        record = Record.read(options.earlier) if options.earlier else measure(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    machine = describe(file_system(directory))
-    try:
-        results = measure(options, directory)
     except RankFailed as error:
         print(error, file=sys.stderr)
         return 1
-    print(facts(options, machine) + "\n")
-    for table in tables(results):
+    found = tables(record.results)
+    print(record.facts() + "\n")
+    for table in found:
         if options.markdown:
             print(markdown(table))
         else:
             show(table)
     if options.json:
-        options.json.write_text(json.dumps(report(options, machine, results), indent=2) + os.linesep)
+        record.write(options.json)
     if options.readme:
-        write_readme(facts(options, machine), tables(results))
+        write_readme(record.facts(), found)
     if options.plot:
         from benchmarks.plot import draw
 
-        draw(results, options.plot)
+        draw(record.results, options.plot)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.checkpoint import disk_directory
 from benchmarks.limits import verdicts
 from benchmarks.load import main
 from benchmarks.models import fill_box, state_bytes
+from benchmarks.record import Record
 from benchmarks.run import Figures
 from benchmarks.stock import StockShardedLoad
 from benchmarks.stores import Store, StoreKind, drop_page_cache, files_of, resident_share, warm_page_cache
@@ -128,3 +130,47 @@ def test_who_always_allocates_is_marked_where_the_others_destinations_are_touche
     assert plain(touched).endswith(note)
     for table in (fresh_table(StoreKind.WARM, cases), time_table(StoreKind.WARM, {CASES[1]: figures})):
         assert "†" not in markdown(table)
+
+
+def record_of(*kinds: StoreKind, machine: str = "here") -> Record:
+    """Of one case, as if it were measured."""
+    figures = dict.fromkeys(("floor", *OURS, "stock dcp.load"), dataclasses.replace(FIGURES, fresh_wall_s=2.0))
+    phases = dict.fromkeys(("open", "plan", "allocate", "agree", "read"), 0.1)
+    figures["Shardferry"] = dataclasses.replace(FIGURES, phases=phases)
+    results = {kind: {CASES[0]: figures} for kind in kinds}
+    return Record({"cpu": machine}, 5, results, {kind: {CASES[0].name: 10**6} for kind in kinds})
+
+
+def test_stores_measured_one_at_a_time_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in StoreKind:
+        record_of(kind).write(tmp_path / kind.value)
+    files = [tmp_path / kind.value for kind in StoreKind]
+    assert Record.read(files) == record_of(*StoreKind)
+    assert main([*(option for file in files for option in ("--of", str(file))), "--json", str(tmp_path / "all")]) == 0
+    assert Record.read([tmp_path / "all"]) == record_of(*StoreKind)
+    told = capsys.readouterr().out
+    assert all(f"against its limits: {kind.title}" in told for kind in StoreKind)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        pytest.param(lambda file: record_of(StoreKind.WARM).write(file), "has the store warm", id="twice"),
+        pytest.param(
+            lambda file: record_of(StoreKind.COLD, machine="there").write(file), "another machine", id="elsewhere"
+        ),
+        pytest.param(lambda file: file.write_text("{}"), "not what --json writes", id="another-file"),
+        pytest.param(lambda file: file.write_text("[]"), "not what --json writes", id="a-list"),
+        pytest.param(lambda _: None, "can't be read", id="missing"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], second: Callable[[Path], object], words: str
+) -> None:
+    first, other = tmp_path / "first.json", tmp_path / "second.json"
+    record_of(StoreKind.WARM).write(first)
+    second(other)
+    assert main(["--of", str(first), "--of", str(other)]) == 2
+    complaint = capsys.readouterr().err
+    assert f"{other}: " in complaint
+    assert words in complaint
