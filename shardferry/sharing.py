@@ -27,6 +27,7 @@ from itertools import pairwise
 from operator import itemgetter
 
 from shardferry.catalog import Catalog
+from shardferry.collector import paused_gc
 from shardferry.item_format import TransformedItem
 from shardferry.layout import TensorLayout
 from shardferry.plan import LoadPlan, PlannedTensor, ReadItem
@@ -119,6 +120,7 @@ class SharedPlan:
 Islands = Mapping[int, str]  # by world rank: a name, the same for ranks that write into each other's arenas
 
 
+@paused_gc()
 def share_reads(
     plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int, islands: Islands | None = None
 ) -> SharedPlan:
