@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.floor import Floor
+from benchmarks.models import NUM_SMALL
 from benchmarks.table import CaseResults, Results
 
 _SHIFT = 0.07  # between the marks of one case
@@ -34,7 +35,7 @@ def draw(results: Results, file: Path) -> None:
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "shardferry", "font.size": 8, "axes.spines.top": False}
     with mpl.rc_context({**style, "axes.spines.right": False}):
-        figure, rows = pyplot.subplots(len(results), 2, figsize=(12, 3.4 * len(results)), squeeze=False)
+        figure, rows = pyplot.subplots(len(results), 2, figsize=(14, 3.4 * len(results)), squeeze=False)
         for (kind, cases), (times, nbytes) in zip(results.items(), rows, strict=True):
             floors = {case: figures[Floor.name].wall_s for case, figures in cases.items()}
             _panel(times, cases, lambda case, found, floors=floors: found.wall_s / floors[case])
@@ -69,4 +70,7 @@ def _panel(axes: Any, cases: CaseResults, value: Any) -> None:
 
 
 def _label(case: Case) -> str:
-    return case.title.replace(", ", "\n")
+    """Short enough for eleven of them side by side."""
+    if case.model == "small":
+        return f"{case.saved_by} × {NUM_SMALL}\nsmall"
+    return case.title.replace(", rows → ", "\n")
