@@ -28,6 +28,7 @@ from shardferry.mesh import Mesh, Shard
 from shardferry.plan import plan_load
 from shardferry.plan_cache import PlanCache
 from shardferry.request import LoadRequest
+from shardferry.sharing import SlabLimits
 from shardferry.spec_layout import SpecLayout
 from shardferry.wants import SpecWants
 
@@ -72,7 +73,7 @@ def _share(catalog: Catalog, world_size: int, cache: PlanCache) -> Callable[[], 
 
     def share() -> None:
         wants = SpecWants(spec, range(world_size))
-        cache.share_reads(plan, catalog, wants, max_slab_bytes=1 << 20, islands=islands)
+        cache.share_reads(plan, catalog, wants, slabs=SlabLimits(1 << 20), islands=islands)
 
     return share
 

@@ -20,12 +20,12 @@ from shardferry.checkpoint import opened_storage
 from shardferry.demand import Demand
 from shardferry.errors import StorageError
 from shardferry.extents import JoinLimits
-from shardferry.neighbours import slab_bytes
 from shardferry.plan import LoadPlan, plan_load, planned_objects
 from shardferry.plan_cache import PlanCache
 from shardferry.predict import predict_objects, predict_reads
 from shardferry.probe import answers_from_memory
 from shardferry.reader import join_limits_of
+from shardferry.sharing import SlabLimits
 from shardferry.spec_layout import SpecLayout
 from shardferry.storage.traits import StorageTraits
 from shardferry.wants import SpecWants
@@ -84,10 +84,10 @@ def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
 
 def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wants: SpecWants | None) -> list[_Reads]:
     """Of each plan's rank; it reads for itself where there are no wants of others."""
-    limits, max_slab_bytes = join_limits(config, catalog), slab_bytes(_traits(catalog))
+    limits, slabs = join_limits(config, catalog), SlabLimits.of(_traits(catalog))
     cache, found = PlanCache.of(config.checkpoint.cache), []
     for plan in plans:
-        shared = None if wants is None else cache.share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes)
+        shared = None if wants is None else cache.share_reads(plan, catalog, wants, slabs=slabs)
         nbytes, num_requests = predict_reads(plan, catalog, limits, shared)
         sent, received = (0, 0) if shared is None else (shared.bytes_sent, shared.bytes_received)
         found.append(_Reads(plan.bytes_needed, nbytes, sent, received, num_requests))

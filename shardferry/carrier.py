@@ -154,12 +154,13 @@ class Carrier:
 
     def _whole(self, chunk: Chunk, content: bytes | memoryview) -> None:
         """What is wanted of an item whose bytes are in memory."""
+        content = memoryview(content)
         layout, memory = self._items.layout_in(content, chunk.item), MemorySource(content)
         for request in self._placer.placed(chunk, layout, 0):
             self._sink.carry_out(request, memory)
         for slab in self._placer.slabs(chunk, layout):
             assert self._courier is not None
-            self._courier.carry_out(slab, 0, memory)
+            self._courier.carry_out_of(slab, content)
 
     def _leases_several(self, work: Work) -> bool:
         """Whether it holds more at once than one buffer."""
@@ -197,7 +198,7 @@ class Carrier:
         """With so many bytes before its first request."""
         if isinstance(work, PlacedRequest):
             return self._request_bytes(work.request, before) + (work.nbytes if self._stages else 0)
-        slab = buffer_bytes(work.read.numel * work.item.dtype.itemsize)
+        slab = buffer_bytes(work.nbytes_read)
         return slab + max(self._request_bytes(request, before) for request in work.requests)
 
     def _request_bytes(self, request: Request, before: int) -> int:

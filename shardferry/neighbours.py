@@ -21,13 +21,11 @@ from shardferry.plan import LoadPlan
 from shardferry.plan_cache import PlanCache
 from shardferry.probe import answers_from_memory, measure_rates
 from shardferry.reader import Counters, ReadOptions
-from shardferry.sharing import SharedPlan
+from shardferry.sharing import SharedPlan, SlabLimits
 from shardferry.spec_layout import SpecLayout
 from shardferry.storage.base import RangeReader
-from shardferry.storage.traits import StorageTraits
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 
-_LOCAL_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache
 MAX_TOLD_RANKS = 256  # with live layouts each rank hears of every other's
 
 
@@ -111,8 +109,8 @@ class Neighbours:
             because = self._nothing_to_gain()
         if because:
             return Strategy("direct", because)
-        max_slab_bytes = slab_bytes(storage.traits)
-        shared = self._shared(job, plan, companions, max_slab_bytes)
+        slabs = SlabLimits.of(storage.traits)
+        shared = self._shared(job, plan, companions, slabs)
         if job.read.strategy == "auto":
             costs = agreement.share("planning", lambda: self._costs(job, plan, shared, storage, counters))
             choice = compare(costs)
@@ -137,9 +135,9 @@ class Neighbours:
         island = self.words[self.world_rank].island
         return [rank for rank, word in enumerate(self.words) if word.island == island]
 
-    def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int], max_slab_bytes: int) -> SharedPlan:
+    def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int], slabs: SlabLimits) -> SharedPlan:
         wants = self._wants(world_ranks)
-        return job.plans.share_reads(plan, job.catalog, wants, max_slab_bytes=max_slab_bytes, islands=self.islands)
+        return job.plans.share_reads(plan, job.catalog, wants, slabs=slabs, islands=self.islands)
 
     def _wants(self, world_ranks: list[int]) -> Wants:
         if self.spec is not None:
@@ -155,7 +153,7 @@ class Neighbours:
         if rates is not None and rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
             on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
             is_all = len(on_this_node) == len(self.words)
-            in_node = shared if is_all else self._shared(job, plan, on_this_node, slab_bytes(storage.traits))
+            in_node = shared if is_all else self._shared(job, plan, on_this_node, SlabLimits.of(storage.traits))
             from_storage = Work.shared(plan, in_node)
         return RankCosts(
             direct=direct,
@@ -174,11 +172,6 @@ class Neighbours:
                 available_bytes=min(word.available_bytes for word in words),
                 host=words[0].host,
             )
-
-
-def slab_bytes(traits: StorageTraits) -> int:
-    """How much one rank reads for others in one go: more where a request takes long."""
-    return _LOCAL_SLAB_BYTES if traits.is_local else traits.max_request_bytes
 
 
 def word_of(

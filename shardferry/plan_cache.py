@@ -19,7 +19,7 @@ from shardferry.layout import NumberedLayouts
 from shardferry.plan import LoadPlan, PlannedTensor
 from shardferry.plan_check import check_columns
 from shardferry.plan_columns import COLUMNS, PlanColumns
-from shardferry.sharing import Islands, SharedPlan, share_reads
+from shardferry.sharing import Islands, SharedPlan, SlabLimits, share_reads
 from shardferry.wants import Wants
 
 PLAN_FILE = FileKind(
@@ -44,14 +44,14 @@ class PlanCache:
         return cls(directory_of(choice))
 
     def share_reads(
-        self, plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int, islands: Islands | None = None
+        self, plan: LoadPlan, catalog: Catalog, wants: Wants, *, slabs: SlabLimits, islands: Islands | None = None
     ) -> SharedPlan:
         """As `shardferry.sharing.share_reads`, from the file where that is kept and right.
 
         Nothing is kept of a checkpoint whose catalog isn't.
         """
         if self.directory is None or not catalog.metadata_digest or len(plan.reads) < self.min_reads:
-            return share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes, islands=islands)
+            return share_reads(plan, catalog, wants, slabs=slabs, islands=islands)
 
         def build(header: Mapping[str, Any], flat: Mapping[str, Any]) -> SharedPlan:
             columns = PlanColumns.from_flat(header, flat)
@@ -59,10 +59,10 @@ class PlanCache:
             return columns.plan(plan.tensors)
 
         files = CacheDirectory(self.directory, self.max_bytes)
-        digest = _digest(plan, catalog, wants, max_slab_bytes, islands)
+        digest = _digest(plan, catalog, wants, slabs, islands)
         shared = files.get(PLAN_FILE, digest, lambda data: decode_file(PLAN_FILE, data, build))
         if shared is None:
-            shared = share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes, islands=islands)
+            shared = share_reads(plan, catalog, wants, slabs=slabs, islands=islands)
             files.put(PLAN_FILE, digest, encode_plan(shared))
         return shared
 
@@ -73,14 +73,14 @@ def encode_plan(plan: SharedPlan) -> list[bytes | memoryview]:
     return encode_file(PLAN_FILE, columns.header, columns.flat)
 
 
-def _digest(plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int, islands: Islands | None) -> bytes:
+def _digest(plan: LoadPlan, catalog: Catalog, wants: Wants, slabs: SlabLimits, islands: Islands | None) -> bytes:
     """Of all that `share_reads` looks at. The catalog has what its metadata has, and nothing else that counts here."""
     words = [
         catalog.metadata_digest.hex(),
         plan.world_rank,
         _words_of_tensors(plan.tensors),
         wants.words(),
-        max_slab_bytes,
+        [slabs.max_bytes, slabs.window_bytes],
         None if islands is None else _words_of_islands(islands),
     ]
     text = json.dumps(words, separators=(",", ":"), default=int)  # live layouts may have integers of NumPy

@@ -9,6 +9,12 @@ in its file. One rank alone: it reads for itself. Several: one of them reads the
     row 2  |A A B B|
     row 3  |A C B C|      slab [3:4, 0:4] for A, B and C
 
+Where a request takes long (an object store), rows that belong to other ranks are no reason to cut: what ranks of one island want
+of a chunk is one slab, and slabs that lie side by side in a file have one reader, so that they are one request::
+
+    file      |A A A B|A A A B|A A A B|A A A B| ...   chunks, each wanted by two ranks
+    windows   |- read by A ---|- read by B ---| ...   as often by each as it wants something
+
 Ranks that can write into each other's arenas are an island (the ranks of a node; a rank whose arena is on a GPU is one by
 itself). To another island a slab goes once, as the smallest box that holds what is wanted there, to one of its ranks,
 the relay, which gives the others theirs.
@@ -19,12 +25,14 @@ Everything here is a pure function of catalog, layouts and islands, so that all 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import itemgetter
+from typing import Self
 
 from shardferry.catalog import Catalog
 from shardferry.collector import paused_gc
@@ -32,10 +40,29 @@ from shardferry.item_format import TransformedItem
 from shardferry.layout import TensorLayout
 from shardferry.plan import LoadPlan, PlannedTensor, ReadItem
 from shardferry.region import Region
+from shardferry.storage.traits import StorageTraits
 from shardferry.wants import Want, Wants
 
+_LOCAL_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache
 _LEAST_PART = 1 << 20  # bytes; a slab is divided among its ranks down to this
 _LONG_RUN = 1 << 20  # bytes; boxes that share nothing and have runs as long are read by their own ranks
+_GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, in 2**-64: its multiples lie evenly spread over a circle
+
+
+@dataclass(frozen=True, slots=True)
+class SlabLimits:
+    """How large slabs are, and which of them have one reader."""
+
+    max_bytes: int  # that one rank reads in one go for others; a single row may be longer
+    window_bytes: int = 0  # of a file, in which slabs have one reader; 0: each chunk has its own
+
+    @classmethod
+    def of(cls, traits: StorageTraits) -> Self:
+        """Of a kind of storage."""
+        if traits.is_local:
+            return cls(_LOCAL_SLAB_BYTES)
+        # A window, with the end of its last slab, is one request.
+        return cls(traits.max_request_bytes, traits.max_request_bytes // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +149,26 @@ Islands = Mapping[int, str]  # by world rank: a name, the same for ranks that wr
 
 @paused_gc()
 def share_reads(
-    plan: LoadPlan, catalog: Catalog, wants: Wants, *, max_slab_bytes: int, islands: Islands | None = None
+    plan: LoadPlan, catalog: Catalog, wants: Wants, *, slabs: SlabLimits, islands: Islands | None = None
 ) -> SharedPlan:
     """Divide the reads of some ranks among them; gives the part of the plan's own rank.
 
     Args:
         wants: of the ranks that read for each other.
-        max_slab_bytes: that one rank reads in one go for others; a single row may be longer.
+        slabs: how large they are, and which of them have one reader.
         islands: None where all of them are on one.
     """
-    return _Sharer(plan, catalog, wants, max_slab_bytes, islands).result()
+    return _Sharer(plan, catalog, wants, slabs, islands).result()
 
 
 class _Sharer:
     def __init__(
-        self, plan: LoadPlan, catalog: Catalog, wants: Wants, max_slab_bytes: int, islands: Islands | None
+        self, plan: LoadPlan, catalog: Catalog, wants: Wants, limits: SlabLimits, islands: Islands | None
     ) -> None:
         self._plan = plan
         self._catalog = catalog
         self._wants = wants
-        self._max_slab_bytes = max_slab_bytes
+        self._limits = limits
         self._islands = islands
         self._known: dict[tuple[object, ...], list[_Slab]] = {}  # most chunks look like some other
         self._own: list[ReadItem] = []
@@ -157,7 +184,7 @@ class _Sharer:
             if not slabs:
                 self._own += items
             for slab in slabs:
-                turn = chunk % max(len(wants), 1)
+                turn = self._turn(chunk, len(wants))
                 self._add(_Place(row, chunk, items[0].chunk_shape, chunk + slab.index), slab, slab.reader(turn))
         return SharedPlan(
             tuple(self._own),
@@ -186,6 +213,13 @@ class _Sharer:
         self._shared.append(
             SharedRead(place.tensor, place.chunk, place.chunk_shape, slab.region, here, forwards, slab.num_wanted)
         )
+
+    def _turn(self, chunk: int, num_wanting: int) -> int:
+        """Which of its ranks begins to read a chunk: another one for each, or for each window of a file."""
+        if not self._limits.window_bytes:
+            return chunk % max(num_wanting, 1)
+        file, start = self._catalog.chunk_file[chunk], self._catalog.chunk_byte_offset[chunk]
+        return int(file) + int(start) // self._limits.window_bytes
 
     def _island(self, world_rank: int) -> str:
         return "" if self._islands is None else self._islands[world_rank]
@@ -217,7 +251,7 @@ class _Sharer:
         slabs = self._known.get(alike)
         if slabs is None:
             deliveries = _deliveries(wants, region)
-            cutter = _Cutter.of(chunk_shape, tensor.dtype.itemsize, self._max_slab_bytes)
+            cutter = _Cutter.of(chunk_shape, tensor.dtype.itemsize, self._limits, self._island)
             # What can't be read in ranges is decoded by one rank for all.
             cuts = list(cutter.cuts(deliveries)) if ranged else [cutter.whole(deliveries)]
             slabs = self._known[alike] = self._of_this_rank(cuts)
@@ -261,6 +295,7 @@ class _Slab:
     num_wanted: int  # elements, by all ranks together
     num_deliveries: int
     groups: dict[str, _Group]  # by island
+    shares: Sequence[int]  # elements up to which it is read by each of its ranks; empty: all read alike much
 
     @classmethod
     def of(cls, cut: _Cut, index: int, world_rank: int, island: Callable[[int], str]) -> _Slab:
@@ -268,24 +303,29 @@ class _Slab:
         for delivery in cut.deliveries:
             groups[island(delivery.world_rank)].append(delivery)
         mine = tuple(d for d in cut.deliveries if d.world_rank == world_rank)
+        ranks = _ranks_of(cut.deliveries)
         return cls(
             index,
             cut.region,
             cut.part,
-            _ranks_of(cut.deliveries),
+            ranks,
             mine,
             sum(d.source.numel for d in mine),
             sum(d.source.numel for d in cut.deliveries),
             len(cut.deliveries),
             {name: _Group.of(deliveries) for name, deliveries in groups.items()},
+            _shares(cut.deliveries, ranks) if cut.is_joined else (),
         )
 
     def reader(self, turn: int) -> int:
         """The world rank that reads it.
 
         Args:
-            turn: which of the ranks begins: another one for each chunk, so that all read alike much.
+            turn: see `_Sharer._turn`.
         """
+        if self.shares:  # each reads about as much as it wants
+            place = (turn * _GOLDEN % 2**64) * self.shares[-1] >> 64
+            return self.ranks[bisect_right(self.shares, place)]
         return self.ranks[(self.part + turn) % len(self.ranks)]
 
 
@@ -346,6 +386,17 @@ class _Cut:
     region: Region  # in the chunk, elements
     deliveries: tuple[Delivery, ...]
     part: int = 0  # of the rows that are divided among the same ranks
+    is_joined: bool = False  # some of its rows are wanted by some of its ranks alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Rows of a chunk that are looked at together."""
+
+    start: int
+    stop: int
+    deliveries: list[Delivery]  # of which something lies in them
+    is_joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,14 +405,17 @@ class _Cutter:
 
     chunk_shape: tuple[int, ...]
     itemsize: int  # bytes
-    max_slab_bytes: int
+    limits: SlabLimits
+    island: Callable[[int], str]  # of a world rank
     dim: int  # the outermost one along which a row-major chunk can be cut
     row_bytes: int
 
     @classmethod
-    def of(cls, chunk_shape: tuple[int, ...], itemsize: int, max_slab_bytes: int) -> _Cutter:
+    def of(
+        cls, chunk_shape: tuple[int, ...], itemsize: int, limits: SlabLimits, island: Callable[[int], str]
+    ) -> _Cutter:
         dim = next((dim for dim, size in enumerate(chunk_shape) if size > 1), 0)
-        return cls(chunk_shape, itemsize, max_slab_bytes, dim, math.prod(chunk_shape[dim + 1 :]) * itemsize)
+        return cls(chunk_shape, itemsize, limits, island, dim, math.prod(chunk_shape[dim + 1 :]) * itemsize)
 
     def whole(self, deliveries: Sequence[Delivery]) -> _Cut:
         """The chunk as one slab."""
@@ -372,6 +426,12 @@ class _Cutter:
         if not self.chunk_shape:
             yield self.whole(deliveries)
             return
+        stretches = self._stretches(deliveries)
+        for stretch in self._joined(stretches) if self.limits.window_bytes else stretches:
+            yield from self._divided(stretch)
+
+    def _stretches(self, deliveries: Sequence[Delivery]) -> Iterator[_Stretch]:
+        """The rows between two places where the ranks that want something change, in order."""
         dim = self.dim
         bounds = sorted({bound for d in deliveries for bound in (d.source.offsets[dim], d.source.ends[dim])})
         waiting = sorted(enumerate(deliveries), key=lambda entry: entry[1].source.offsets[dim], reverse=True)
@@ -381,23 +441,49 @@ class _Cutter:
                 here.append(waiting.pop())
             here = sorted((entry for entry in here if entry[1].source.ends[dim] > start), key=itemgetter(0))
             if here:
-                yield from self._divided(self._within([delivery for _, delivery in here], start, stop), start, stop)
+                yield _Stretch(start, stop, [delivery for _, delivery in here])
 
-    def _divided(self, deliveries: Sequence[Delivery], start: int, stop: int) -> Iterator[_Cut]:
-        """The rows of a slab, divided among the ranks that want something of them."""
+    def _joined(self, stretches: Iterable[_Stretch]) -> Iterator[_Stretch]:
+        """Neighbours of which all is wanted on one and the same island are one, up to a window's size."""
+        before: _Stretch | None = None
+        for stretch in stretches:
+            if before is not None and self._are_one(before, stretch):
+                new = [
+                    delivery for delivery in stretch.deliveries if delivery.source.offsets[self.dim] == stretch.start
+                ]
+                before = _Stretch(before.start, stretch.stop, before.deliveries + new, is_joined=True)
+                continue
+            if before is not None:
+                yield before
+            before = stretch
+        if before is not None:
+            yield before
+
+    def _are_one(self, before: _Stretch, behind: _Stretch) -> bool:
+        fits = (behind.stop - before.start) * self.row_bytes <= self.limits.window_bytes
+        if before.stop != behind.start or not fits:
+            return False
+        return len({self.island(d.world_rank) for d in (*before.deliveries, *behind.deliveries)}) == 1
+
+    def _divided(self, stretch: _Stretch) -> Iterator[_Cut]:
+        """The rows of a stretch, divided among the ranks that want something of them."""
+        start, stop = stretch.start, stretch.stop
+        deliveries = self._within(stretch.deliveries, start, stop)
         ranks = _ranks_of(deliveries)
         if len(ranks) == 1 or self._better_alone(deliveries):
             for rank in ranks:
                 yield _Cut(self._rows(start, stop), tuple(d for d in deliveries if d.world_rank == rank))
             return
         num_rows = stop - start
-        parts = min(len(ranks), max(1, num_rows * self.row_bytes // _LEAST_PART), num_rows)
-        step = max(1, self.max_slab_bytes // max(self.row_bytes, 1))
+        least_bytes = max(_LEAST_PART, self.limits.window_bytes)
+        parts = min(len(ranks), max(1, num_rows * self.row_bytes // least_bytes), num_rows)
+        step = max(1, self.limits.max_bytes // max(self.row_bytes, 1))
         for part in range(parts):
             begin, end = start + num_rows * part // parts, start + num_rows * (part + 1) // parts
             for first in range(begin, end, step):
                 last = min(first + step, end)
-                yield _Cut(self._rows(first, last), tuple(self._within(deliveries, first, last)), part)
+                here = tuple(self._within(deliveries, first, last))
+                yield _Cut(self._rows(first, last), here, part, stretch.is_joined)
 
     def _within(self, deliveries: Sequence[Delivery], start: int, stop: int) -> list[Delivery]:
         return [part for d in deliveries if (part := d.within(self.dim, start, stop)) is not None]
@@ -425,3 +511,11 @@ class _Cutter:
 
 def _ranks_of(deliveries: Sequence[Delivery]) -> list[int]:
     return sorted({delivery.world_rank for delivery in deliveries})
+
+
+def _shares(deliveries: Sequence[Delivery], ranks: Sequence[int]) -> list[int]:
+    """What the ranks want of a slab, summed up rank by rank; elements."""
+    wanted = dict.fromkeys(ranks, 0)
+    for delivery in deliveries:
+        wanted[delivery.world_rank] += delivery.source.numel
+    return list(accumulate(wanted.values()))

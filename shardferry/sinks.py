@@ -19,6 +19,7 @@ from shardferry.region import Region, row_major_strides
 from shardferry.requests import InPlaceRead, Request
 from shardferry.sharing import Delivery, SharedRead
 from shardferry.storage.base import ByteSource
+from shardferry.storage.memory import MemorySource
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,10 @@ class PlacedSlab:
     def nbytes(self) -> int:
         """Bytes that are wanted, by all ranks together."""
         return self.read.numel_wanted * self.item.dtype.itemsize
+
+    @property
+    def nbytes_read(self) -> int:
+        return self.read.numel * self.item.dtype.itemsize
 
 
 class Sink(Protocol):
@@ -97,24 +102,37 @@ class Courier:
     def carry_out(self, slab: PlacedSlab, item_offset: int, source: ByteSource) -> None:
         own = self._own_place(slab, row_major_strides(slab.read.region.sizes))
         if own is not None:
-            self._deliver(slab, item_offset, source, own, is_own=True)
+            self._fill(slab, item_offset, source, own)
+            me = self._places.world_rank
+            self._give(slab, own, [d for d in slab.read.deliveries if d.world_rank != me])
             return
-        with self._budget.lease(slab.read.numel * slab.item.dtype.itemsize) as buffer:
-            self._deliver(slab, item_offset, source, buffer, is_own=False)
+        with self._budget.lease(slab.nbytes_read) as buffer:
+            self._fill(slab, item_offset, source, buffer)
+            self._give(slab, buffer, slab.read.deliveries)
 
-    def _deliver(
-        self, slab: PlacedSlab, item_offset: int, source: ByteSource, buffer: memoryview, *, is_own: bool
-    ) -> None:
+    def carry_out_of(self, slab: PlacedSlab, content: memoryview) -> None:
+        """The same of a slab whose item is in memory: out of its place there, where it is contiguous."""
+        first = slab.requests[0]
+        if all(isinstance(request, InPlaceRead) for request in slab.requests):
+            place = content[first.byte_offset : first.byte_offset + slab.nbytes_read]
+            self._give(slab, place, slab.read.deliveries)
+        else:
+            self.carry_out(slab, 0, MemorySource(content))
+
+    @staticmethod
+    def _fill(slab: PlacedSlab, item_offset: int, source: ByteSource, buffer: memoryview) -> None:
         sink = HostSink(buffer)
         for request in slab.requests:
             sink.carry_out(PlacedRequest(slab.item.path, item_offset, 0, request), source)
-        block = Block(buffer, slab.read.region, slab.item.dtype.itemsize)
+
+    def _give(self, slab: PlacedSlab, content: memoryview, deliveries: Iterable[Delivery]) -> None:
+        """Bring what is wanted of a slab to the ranks that want it."""
+        block = Block(content, slab.read.region, slab.item.dtype.itemsize)
         for forward in slab.read.forwards:
             assert self._outbox is not None
             self._outbox.put(forward.relay, forward.index, block.part(forward.box))
-        others = [d for d in slab.read.deliveries if not is_own or d.world_rank != self._places.world_rank]
         with self._busy.at("deliver"):
-            deliver(block, others, slab.row, self._places)
+            deliver(block, deliveries, slab.row, self._places)
 
     def _own_place(self, slab: PlacedSlab, strides: tuple[int, ...]) -> memoryview | None:
         """Where this rank wants the whole slab as it is: then it is read there."""
@@ -122,7 +140,7 @@ class Courier:
         for delivery in slab.read.deliveries:
             as_it_is = delivery.source == slab.read.region and delivery.strides == strides
             if delivery.world_rank == self._places.world_rank and as_it_is:
-                return self._places.memory_at(slab.row, delivery.offset * itemsize, slab.read.numel * itemsize)
+                return self._places.memory_at(slab.row, delivery.offset * itemsize, slab.nbytes_read)
         return None
 
 

@@ -28,7 +28,7 @@ from shardferry.plan_cache import PLAN_FILE, PlanCache, encode_plan
 from shardferry.plan_check import check_columns
 from shardferry.plan_columns import COLUMNS, PlanColumns
 from shardferry.region import Region
-from shardferry.sharing import Islands, SharedPlan, share_reads
+from shardferry.sharing import Islands, SharedPlan, SlabLimits, share_reads
 from shardferry.spec_layout import HeldBy, SpecLayout
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
@@ -36,7 +36,7 @@ from tests.core.test_sharing import node_loads
 from tests.support.catalogs import catalog_of
 
 METADATA = b"\x07" * 32  # the digest of metadata that a kept catalog was made of
-SLAB_BYTES = 1 << 10
+SMALL_SLABS = SlabLimits(1 << 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,21 @@ class Load:
     catalog: Catalog
     wants: Wants
     islands: Islands | None
+    slabs: SlabLimits = SMALL_SLABS
 
     def made_anew(self) -> SharedPlan:
-        return share_reads(self.plan, self.catalog, self.wants, max_slab_bytes=SLAB_BYTES, islands=self.islands)
+        return share_reads(self.plan, self.catalog, self.wants, slabs=self.slabs, islands=self.islands)
 
     def by(self, cache: PlanCache) -> SharedPlan:
-        return cache.share_reads(self.plan, self.catalog, self.wants, max_slab_bytes=SLAB_BYTES, islands=self.islands)
+        return cache.share_reads(self.plan, self.catalog, self.wants, slabs=self.slabs, islands=self.islands)
 
 
 def live_loads(
-    shape: tuple[int, ...], saved: list[Region], layouts: Sequence[TensorLayout], islands: Islands
+    shape: tuple[int, ...],
+    saved: list[Region],
+    layouts: Sequence[TensorLayout],
+    islands: Islands,
+    slabs: SlabLimits = SMALL_SLABS,
 ) -> list[Load]:
     """One of each rank: of two tensors that lie alike, and one that is whole everywhere."""
     names = {"w": (shape, saved), "x": (shape, saved), "s": ((), [Region((), ())])}
@@ -67,7 +72,7 @@ def live_loads(
     ]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
     wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
-    return [Load(plan, catalog, wants, islands) for plan in plans]
+    return [Load(plan, catalog, wants, islands, slabs) for plan in plans]
 
 
 def spec_load(spec: SpecLayout, rank: int, islands: Islands | None) -> Load:
@@ -103,16 +108,16 @@ def small_parts(least_part: int, long_run: int) -> Iterator[None]:
 @settings(deadline=None, max_examples=150)
 @given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]), st.integers(1, 3))
 def test_a_kept_plan_is_the_plan(
-    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], int],
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SlabLimits],
     least_part: int,
     long_run: int,
     num_islands: int,
 ) -> None:
-    shape, saved, layouts, _ = load
+    shape, saved, layouts, slabs = load
     islands = {rank: f"island {rank % num_islands}" for rank in range(len(layouts))}
     with small_parts(least_part, long_run), tempfile.TemporaryDirectory() as directory:
         cache = PlanCache(Path(directory, "cache"), min_reads=0)
-        for one in live_loads(shape, saved, layouts, islands):
+        for one in live_loads(shape, saved, layouts, islands, slabs):
             anew, first = one.made_anew(), one.by(cache)
             before = kept(cache)
             again = one.by(cache)
@@ -182,11 +187,10 @@ def test_live_layouts_are_told_apart(cache: PlanCache) -> None:
 
 
 def test_another_slab(cache: PlanCache, load: Load) -> None:
-    for max_slab_bytes in (64, 1 << 20):
-        arguments = (load.plan, load.catalog, load.wants)
-        found = cache.share_reads(*arguments, max_slab_bytes=max_slab_bytes, islands=load.islands)
-        assert found == share_reads(*arguments, max_slab_bytes=max_slab_bytes, islands=load.islands)
-    assert len(kept(cache)) == 2
+    for slabs in (SlabLimits(64), SlabLimits(1 << 20), SlabLimits(64, 256)):
+        other = dataclasses.replace(load, slabs=slabs)
+        assert other.by(cache) == other.made_anew()
+    assert len(kept(cache)) == 3
 
 
 def test_how_islands_are_called_does_not_matter(cache: PlanCache, load: Load) -> None:

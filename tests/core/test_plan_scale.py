@@ -18,7 +18,7 @@ from shardferry.mesh import Mesh, Shard
 from shardferry.plan import check_cover, covering_chunks, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
-from shardferry.sharing import share_reads
+from shardferry.sharing import SlabLimits, share_reads
 from shardferry.spec_layout import Rule, SpecLayout
 from shardferry.wants import SpecWants
 from tests.support.simulation import simulate
@@ -88,7 +88,7 @@ def test_sharing_looks_at_those_who_want_the_same_chunks_alone(calls: Counter[st
         spec = SpecLayout(Mesh((("dp_replicate", 2), ("dp_shard", shards))), (), {"dp_shard": Shard(0)})
         mine = plan_load(catalog, spec.rank(5), REQUEST)
         calls.clear()
-        share_reads(mine, catalog, SpecWants(spec, range(spec.world_size)), max_slab_bytes=1 << 20)
+        share_reads(mine, catalog, SpecWants(spec, range(spec.world_size)), slabs=SlabLimits(1 << 20))
         counts.append((calls["_delivery_of"], calls["MeshBoxes"]))
     assert counts[0] == counts[1] == (2 * 5 + 1, 6), "five kinds of matrices and vectors, and the steps"
 
@@ -133,13 +133,13 @@ _PRINT_PLAN = """
 import sys
 from benchmarks.large import synthetic_catalog
 from shardferry.plan import plan_load
-from shardferry.sharing import share_reads
+from shardferry.sharing import SlabLimits, share_reads
 from shardferry.wants import SpecWants
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
 catalog, spec = synthetic_catalog(SMALL, SAVED), wanted(2, 4, tp=2)
 plan = plan_load(catalog, spec.rank(5), REQUEST)
 print(plan)
-print(share_reads(plan, catalog, SpecWants(spec, range(16)), max_slab_bytes=1 << 20, islands={r: str(r // 4) for r in range(16)}))
+print(share_reads(plan, catalog, SpecWants(spec, range(16)), slabs=SlabLimits(1 << 20), islands={r: str(r // 4) for r in range(16)}))
 """
 
 

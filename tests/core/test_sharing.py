@@ -18,7 +18,7 @@ from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
-from shardferry.sharing import Delivery, Islands, SharedPlan, share_reads
+from shardferry.sharing import Delivery, Islands, SharedPlan, SlabLimits, share_reads
 from shardferry.spec_layout import Rule, SpecLayout
 from shardferry.wants import SpecWants, ToldWants, told
 from tests.core.test_cover import expected, grids, layouts, shapes
@@ -31,14 +31,14 @@ def shared_plans(
     shape: tuple[int, ...],
     saved: list[Region],
     wanted: list[TensorLayout],
-    max_slab_bytes: int,
+    slabs: SlabLimits,
     islands: Islands | None = None,
 ) -> list[tuple[LoadPlan, SharedPlan]]:
     catalog = catalog_of({"w": (shape, saved)})
     live = [LiveLayout(rank, len(wanted), {"w": layout}) for rank, layout in enumerate(wanted)]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
     wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
-    return [(plan, share_reads(plan, catalog, wants, max_slab_bytes=max_slab_bytes, islands=islands)) for plan in plans]
+    return [(plan, share_reads(plan, catalog, wants, slabs=slabs, islands=islands)) for plan in plans]
 
 
 class Cluster:
@@ -97,27 +97,35 @@ class Cluster:
 
 
 @st.composite
-def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[TensorLayout], int]:
+def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[TensorLayout], SlabLimits]:
     shape = draw(shapes())
     wanted = draw(st.lists(layouts(shape), min_size=1, max_size=4))
-    return shape, draw(grids(shape)), wanted, draw(st.sampled_from([4, 16, 64, 1 << 20]))
+    return (
+        shape,
+        draw(grids(shape)),
+        wanted,
+        SlabLimits(
+            max_bytes=draw(st.sampled_from([4, 16, 64, 1 << 20])),
+            window_bytes=draw(st.sampled_from([0, 16, 128, 1 << 20])),
+        ),
+    )
 
 
 @settings(deadline=None, max_examples=400)
 @given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]), st.integers(1, 4))
 def test_every_wanted_element_arrives_once(
-    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], int],
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SlabLimits],
     least_part: int,
     long_run: int,
     num_islands: int,
 ) -> None:
-    shape, saved, wanted, max_slab_bytes = load
+    shape, saved, wanted, slabs = load
     islands = {rank: f"island {rank % num_islands}" for rank in range(len(wanted))}
     with pytest.MonkeyPatch.context() as patch:  # small tensors must reach every branch
         patch.setattr(sharing, "_LEAST_PART", least_part)
         patch.setattr(sharing, "_LONG_RUN", long_run)
-        plans = shared_plans(shape, saved, wanted, max_slab_bytes, islands)
-        assert plans == shared_plans(shape, saved, wanted, max_slab_bytes, islands), "plans are deterministic"
+        plans = shared_plans(shape, saved, wanted, slabs, islands)
+        assert plans == shared_plans(shape, saved, wanted, slabs, islands), "plans are deterministic"
     cluster = Cluster(shape, saved, wanted, islands)
     for plan, shared in plans:
         cluster.read(plan, shared)
@@ -142,7 +150,7 @@ def split(ranks: int, dim: int) -> list[TensorLayout]:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_rows_to_columns_reads_each_byte_once_and_evenly(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "_LEAST_PART", 256)
-    plans = shared_plans((64, 64), rows(64, 4), split(ranks, 1), 1 << 20)
+    plans = shared_plans((64, 64), rows(64, 4), split(ranks, 1), SlabLimits(1 << 20))
     read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64
     assert max(read) == min(read)
@@ -150,7 +158,7 @@ def test_rows_to_columns_reads_each_byte_once_and_evenly(ranks: int, monkeypatch
 
 def test_rows_that_stay_rows_are_read_by_their_own_ranks() -> None:
     """No rank reads for another, and the plan's reads are as they were."""
-    for plan, shared in shared_plans((64, 64), rows(64, 4), split(3, 0), 1 << 20):
+    for plan, shared in shared_plans((64, 64), rows(64, 4), split(3, 0), SlabLimits(1 << 20)):
         assert shared.shared == ()
         assert shared.own == plan.reads
         assert shared.bytes_sent == shared.bytes_received == 0
@@ -158,10 +166,67 @@ def test_rows_that_stay_rows_are_read_by_their_own_ranks() -> None:
 
 def test_replicas_are_read_once() -> None:
     wanted = [sharded((64, 64), [AxisCut(2, r // 2, Replicate()), AxisCut(2, r % 2, Shard(0))]) for r in range(4)]
-    plans = shared_plans((64, 64), rows(64, 4), wanted, 1 << 20)
+    plans = shared_plans((64, 64), rows(64, 4), wanted, SlabLimits(1 << 20))
     read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64
     assert sum(s.bytes_sent for _, s in plans) == 64 * 64 * 4
+
+
+WINDOWS = SlabLimits(1 << 20, window_bytes=1 << 16)
+
+
+def many_tensors(
+    wanted: list[TensorLayout], slabs: SlabLimits, islands: Islands | None = None
+) -> list[tuple[LoadPlan, SharedPlan]]:
+    """Of 64 tensors of 64 x 64, saved by 4 ranks, one chunk of each in a file."""
+    names = [f"w{number:02}" for number in range(64)]
+    catalog = catalog_of({name: ((64, 64), rows(64, 4)) for name in names})
+    live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
+    plans = [plan_load(catalog, layout, REQUEST) for layout in live]
+    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    return [(plan, share_reads(plan, catalog, wants, slabs=slabs, islands=islands)) for plan in plans]
+
+
+def stretches(shared: SharedPlan) -> int:
+    """Of chunks side by side in their files that one rank reads, each as far as all of its ranks want it."""
+    chunks = sorted({(read.chunk % 4, read.chunk // 4) for read in (*shared.own, *shared.shared)})
+    return 1 + sum(here != (before[0], before[1] + 1) for before, here in pairwise(chunks))
+
+
+@pytest.mark.parametrize("ranks", [3, 6, 8])
+def test_uneven_rows_that_lie_side_by_side_have_one_reader(ranks: int) -> None:
+    plans = many_tensors(split(ranks, 0), WINDOWS)
+    wanted = [sum(item.source.numel for item in plan.reads) for plan, _ in plans]
+    read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
+    assert sum(read) == 64 * 64 * 64
+    for mine, its in zip(read, wanted, strict=True):
+        assert mine == pytest.approx(its, rel=0.35), "about as much as it wants, in windows of a fifth of a file"
+    num_windows = 4 * -(-64 * (4 * 16 * 64 + 1024) // WINDOWS.window_bytes)
+    assert sum(stretches(shared) for _, shared in plans) <= num_windows + 4
+    alone = many_tensors(split(ranks, 0), SlabLimits(1 << 20))
+    assert sum(len(shared.own) for _, shared in alone) >= 64 * ranks, "each its own part of each chunk"
+
+
+def test_what_one_island_wants_is_not_read_on_another() -> None:
+    islands = {0: "a", 1: "a", 2: "b", 3: "b", 4: "c", 5: "c"}
+    plans = many_tensors(split(6, 0), WINDOWS, islands)
+    assert sum(s.bytes_forwarded for _, s in plans) == 0
+    assert any(s.shared for _, s in plans)
+
+
+def test_long_runs_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not through a buffer of another rank: as many bytes are no dearer as a request of their own."""
+    monkeypatch.setattr(sharing, "_LONG_RUN", 1024)
+    assert all(not shared.shared for _, shared in many_tensors(split(8, 0), WINDOWS))
+
+
+def test_what_is_wanted_by_nobody_between_two_ranks_is_not_read() -> None:
+    wanted = [sharded((64, 64), [AxisCut(8, rank, Shard(0))]) for rank in (0, 2)]  # rows 0 to 7 and 16 to 23
+    whole = catalog_of({"w": ((64, 64), [Region((0, 0), (64, 64))])})
+    plans = [plan_load(whole, LiveLayout(rank, 2, {"w": layout}), REQUEST) for rank, layout in enumerate(wanted)]
+    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    for plan in plans:
+        assert share_reads(plan, whole, wants, slabs=WINDOWS).own == plan.reads
 
 
 def test_a_spec_tells_what_ranks_would_tell() -> None:
@@ -180,7 +245,7 @@ def test_between_islands_a_replica_travels_once() -> None:
     """4 copies on 2 islands: half of the bytes are read on each, and each half goes to the other island once."""
     wanted = [sharded((64, 64), [AxisCut(4, rank, Replicate())]) for rank in range(4)]
     islands = {0: "a", 1: "a", 2: "b", 3: "b"}
-    plans = shared_plans((64, 64), rows(64, 4), wanted, 1 << 20, islands)
+    plans = shared_plans((64, 64), rows(64, 4), wanted, SlabLimits(1 << 20), islands)
     itemsize = plans[0][0].tensors[0].dtype.itemsize
     assert sum(s.bytes_forwarded for _, s in plans) == 64 * 64 * itemsize
     assert sum(s.bytes_sent for _, s in plans) == 3 * 64 * 64 * itemsize
