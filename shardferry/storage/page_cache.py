@@ -1,12 +1,42 @@
-"""Ask the kernel whether a byte of a file is in its page cache."""
+"""Ask the kernel whether bytes of a file are in its page cache, without fetching any."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+
+_CACHESTAT = 451  # the system call's number, the same on all architectures but alpha; Linux 6.5
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _Pages(ctypes.Structure):
+    """What of a range is where, in pages."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("cached", "dirty", "in_writeback", "evicted", "recently_evicted")
+    )
 
 
 def is_cached(descriptor: int, byte_offset: int) -> bool:
-    """Whether a byte can be had without asking the disk. Where it can't, the kernel may begin to fetch its page."""
+    """Whether a byte can be had without asking the disk."""
+    found = cached_pages(descriptor, byte_offset, 1)
+    return _answers_at_once(descriptor, byte_offset) if found is None else found > 0
+
+
+def cached_pages(descriptor: int, byte_offset: int, nbytes: int) -> int | None:
+    """How many pages of a range the page cache has. None: the kernel doesn't tell, or not of this file."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    asked, found = _Range(byte_offset, nbytes), _Pages()
+    if libc.syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0):
+        return None
+    return int(found.cached)
+
+
+def _answers_at_once(descriptor: int, byte_offset: int) -> bool:
+    """For older kernels. Where the byte is not in the page cache, the kernel may begin to fetch its page."""
     # Else the kernel would begin to read ahead from here, and from each other place that is asked for.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     try:
