@@ -7,10 +7,13 @@ at it. Only the comparison counts, so that errors common to both don't matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
-from shardferry.plan import LoadPlan
+from shardferry.catalog import Catalog
+from shardferry.extents import JoinLimits
+from shardferry.plan_sample import PlanSample
+from shardferry.predict import predict_reads
 from shardferry.sharing import SharedPlan
 
 _ARENA_BYTES_PER_S = 2.5e9  # written into another rank's arena, by one rank
@@ -32,22 +35,26 @@ class Work:
     """What one rank does in a load."""
 
     bytes_read: int
-    num_requests: int  # about
+    num_requests: int
     bytes_delivered: int = 0  # into arenas of its island, for others
     bytes_forwarded: int = 0  # to other islands
 
     @classmethod
-    def direct(cls, plan: LoadPlan) -> Self:
-        """It reads for itself."""
-        nbytes = sum(read.source.numel * plan.tensors[read.tensor].dtype.itemsize for read in plan.reads)
-        return cls(nbytes, len(plan.reads))
+    def of(cls, sample: PlanSample, catalog: Catalog, limits: JoinLimits, shared: SharedPlan | None = None) -> Self:
+        """Of the plan that a sample was taken of.
 
-    @classmethod
-    def shared(cls, plan: LoadPlan, shared: SharedPlan) -> Self:
-        """It reads for others too."""
-        own = sum(read.source.numel * plan.tensors[read.tensor].dtype.itemsize for read in shared.own)
-        slabs = sum(read.numel * plan.tensors[read.tensor].dtype.itemsize for read in shared.shared)
-        return cls(own + slabs, len(shared.own) + len(shared.shared), shared.bytes_sent, shared.bytes_forwarded)
+        Args:
+            shared: the sample's part in shared reads; None where the rank reads for itself.
+        """
+        tensors_alone = replace(sample.plan, objects=())  # what one rank reads for all is alike in both ways
+        nbytes, num_requests = predict_reads(tensors_alone, catalog, limits, shared)
+        sent, forwarded = (0, 0) if shared is None else (shared.bytes_sent, shared.bytes_forwarded)
+        return cls(
+            round(nbytes * sample.times_bytes),
+            round(num_requests * sample.times_reads),
+            round(sent * sample.times_bytes),
+            round(forwarded * sample.times_bytes),
+        )
 
 
 @dataclass(frozen=True, slots=True)

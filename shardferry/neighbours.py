@@ -19,9 +19,10 @@ from shardferry.layout import RankLayout, TensorLayout
 from shardferry.peers import ArenaAddress
 from shardferry.plan import LoadPlan
 from shardferry.plan_cache import PlanCache
+from shardferry.plan_sample import PlanSample
 from shardferry.probe import answers_from_memory, measure_rates
-from shardferry.reader import Counters, ReadOptions
-from shardferry.sharing import SharedPlan, SlabLimits
+from shardferry.reader import Counters, ReadOptions, join_limits_of
+from shardferry.sharing import SharedPlan, SlabLimits, share_reads
 from shardferry.spec_layout import SpecLayout
 from shardferry.storage.base import RangeReader
 from shardferry.wants import SpecWants, ToldWants, Wants, told
@@ -110,17 +111,22 @@ class Neighbours:
         if because:
             return Strategy("direct", because)
         slabs = SlabLimits.of(storage.traits)
-        shared = self._shared(job, plan, companions, slabs)
+        shared: SharedPlan | None = None
         if job.read.strategy == "auto":
-            costs = agreement.share("planning", lambda: self._costs(job, plan, shared, storage, counters))
+            sample = PlanSample.of(plan)
+            sampled = self._shared_of(sample, job, companions, slabs)
+            costs = agreement.share("planning", lambda: self._costs(job, plan, sample, sampled, storage, counters))
             choice = compare(costs)
             if not choice.is_cooperative:
                 return Strategy("direct", choice.reason)
             because = choice.reason
+            shared = sampled if sample.is_whole else None
         if len(companions) < 2:
             return Strategy("direct", "no other rank shares memory with this one, and the process group carries none")
         num_islands = len(set(self.islands.values()))
         where = "on this node share memory" if num_islands == 1 else f"on {num_islands} islands of shared memory"
+        if shared is None:
+            shared = self._shared(job, plan, companions, slabs)
         return Strategy("cooperative", f"{len(companions)} ranks {where}" + (because and f"; {because}"), shared)
 
     def _nothing_to_gain(self) -> str:
@@ -139,26 +145,39 @@ class Neighbours:
         wants = self._wants(world_ranks)
         return job.plans.share_reads(plan, job.catalog, wants, slabs=slabs, islands=self.islands)
 
+    def _shared_of(self, sample: PlanSample, job: Job, world_ranks: list[int], slabs: SlabLimits) -> SharedPlan:
+        if sample.is_whole:
+            return self._shared(job, sample.plan, world_ranks, slabs)
+        return share_reads(sample.plan, job.catalog, self._wants(world_ranks), slabs=slabs, islands=self.islands)
+
     def _wants(self, world_ranks: list[int]) -> Wants:
         if self.spec is not None:
             return SpecWants(self.spec, world_ranks)
         return ToldWants({rank: self.words[rank].layouts or {} for rank in world_ranks})
 
     def _costs(
-        self, job: Job, plan: LoadPlan, shared: SharedPlan, storage: RangeReader, counters: Counters
+        self,
+        job: Job,
+        plan: LoadPlan,
+        sample: PlanSample,
+        shared: SharedPlan,
+        storage: RangeReader,
+        counters: Counters,
     ) -> RankCosts:
-        word, direct = self.words[self.world_rank], Work.direct(plan)
+        """Of the plan, by a sample of it, and the sample's part in shared reads."""
+        word, limits = self.words[self.world_rank], join_limits_of(storage.traits, job.read)
+        direct = from_storage = Work.of(sample, job.catalog, limits)
         rates = None if word.in_memory else measure_rates(plan, job.catalog, storage, counters)
-        from_storage = direct
         if rates is not None and rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
             on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
             is_all = len(on_this_node) == len(self.words)
-            in_node = shared if is_all else self._shared(job, plan, on_this_node, SlabLimits.of(storage.traits))
-            from_storage = Work.shared(plan, in_node)
+            slabs = SlabLimits.of(storage.traits)
+            in_node = shared if is_all else self._shared_of(sample, job, on_this_node, slabs)
+            from_storage = Work.of(sample, job.catalog, limits, in_node)
         return RankCosts(
             direct=direct,
             direct_from_storage=from_storage,
-            cooperative=Work.shared(plan, shared),
+            cooperative=Work.of(sample, job.catalog, limits, shared),
             rates=rates,
             concurrency=job.read.concurrency,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shardferry.catalog import Catalog
+from shardferry.collector import paused_gc
 from shardferry.decode import HEAD_BYTES, ItemLayout
 from shardferry.extents import JoinLimits, join, whole_items
 from shardferry.item_format import KnownValue, RawItem, TransformedItem
@@ -19,6 +20,7 @@ from shardferry.requests import Gather, Request, brings_head, requests_for
 from shardferry.sharing import SharedPlan, SharedRead
 
 
+@paused_gc()
 def predict_reads(
     plan: LoadPlan, catalog: Catalog, limits: JoinLimits, shared: SharedPlan | None = None
 ) -> tuple[int, int]:

@@ -90,9 +90,10 @@ def read_plan(
         StorageError: a file is missing, short, or not the one that the catalog was made of.
         DecodeError: an item is damaged or not what the metadata says.
     """
-    chunks = chunks_in_reading_order(
-        plan, catalog, None if sharing is None else sharing.plan, {} if sharing is None else sharing.rows
-    )
+    with paused_gc():
+        chunks = chunks_in_reading_order(
+            plan, catalog, None if sharing is None else sharing.plan, {} if sharing is None else sharing.rows
+        )
     limits = join_limits_of(storage.traits, options)
     reserved_bytes = 0 if sharing is None else sharing.reserved_bytes
     budget = Budget(options.memory_budget_bytes - reserved_bytes, timeout_s=options.timeout_s)

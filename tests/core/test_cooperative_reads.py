@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardferry import exchange
+from shardferry import exchange, plan_sample
 from shardferry.agreement import Agreement
 from shardferry.catalog import Catalog
 from shardferry.catalog_cache import CatalogCache
@@ -264,6 +264,20 @@ def test_auto_knows_what_the_page_cache_gives_to_others(
     assert [result["shared"] for result in results] == [is_shared] * 2
     if is_shared:
         assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
+
+
+def load_by_a_sample(path: str, topology: str) -> dict[str, Any]:
+    """On each rank, whose plan is too large to be worked out before it is known whether that is worth it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_sample, "_READS", 8)
+        return load(path, topology, "auto", ["a", "b"])
+
+
+def test_auto_decides_by_a_part_of_a_large_plan(ranks: RankPool, saved: str) -> None:
+    drop_from_page_cache(saved)
+    results = ranks.run(2, load_by_a_sample, saved, "whole")
+    assert [result["shared"] for result in results] == [1, 1]
+    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
 @pytest.mark.parametrize("topology", ["columns", "replicas"])
