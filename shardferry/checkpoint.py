@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from shardferry.storage.base import RangeReader, open_storage, read_file
 from shardferry.storage.retrying import RetryPolicy
 
 METADATA_FILE = ".metadata"
+_FIRST_BYTES = 1 << 20  # of it: all of most
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
 
 
@@ -74,9 +75,9 @@ def read_catalog(
     storage: RangeReader, *, cache: CatalogCache | None, storage_options: Mapping[str, Any] | None = None
 ) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
-    listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
+    listing, beginning = _listed(storage)
     versions = storage.versions()
-    catalog = _of_metadata(storage, list(listing), cache)
+    catalog = _of_metadata(storage, list(listing), beginning, cache)
     catalog = dataclasses.replace(
         catalog,
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
@@ -88,13 +89,31 @@ def read_catalog(
     return catalog
 
 
-def _of_metadata(storage: RangeReader, names: list[str], cache: CatalogCache | None) -> Catalog:
+def _listed(storage: RangeReader) -> tuple[dict[str, int | None], dict[str, bytes]]:
+    """What files there are, and how the usual metadata file begins: asked side by side where each question takes long."""
+    with ThreadPoolExecutor(1, thread_name_prefix="shardferry-open") as pool:
+        begun = pool.submit(_beginning, storage)
+        listing = storage.listing() if storage.traits.has_listing else _known_files(storage, begun)
+        data = begun.result()
+    return listing, {} if data is None else {METADATA_FILE: data}
+
+
+def _beginning(storage: RangeReader) -> bytes | None:
+    with suppress(MissingFile):
+        return storage.first_bytes(METADATA_FILE, _FIRST_BYTES)
+    return None
+
+
+def _of_metadata(
+    storage: RangeReader, names: list[str], beginning: Mapping[str, bytes], cache: CatalogCache | None
+) -> Catalog:
     sources = _metadata_files(storage.location, names)
     if not sources and is_safetensors(names):
         return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
     if not sources:
         raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
-    return with_safetensors_positions(_cached(MetadataFiles.read(storage, sources), storage.location, cache), storage)
+    files = MetadataFiles.read(storage, sources, beginning)
+    return with_safetensors_positions(_cached(files, storage.location, cache), storage)
 
 
 def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> Catalog:
@@ -108,11 +127,17 @@ def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> 
     return dataclasses.replace(catalog, metadata_digest=files.digest)
 
 
-def _known_files(storage: RangeReader) -> dict[str, int | None]:
-    """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there."""
+def _known_files(storage: RangeReader, begun: Future[bytes | None]) -> dict[str, int | None]:
+    """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there.
+
+    Args:
+        begun: done when the beginning of the metadata file was asked for, which tells its size.
+    """
     names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
 
     def size_of(name: str) -> int | None:
+        if name == METADATA_FILE:
+            begun.result()
         with suppress(MissingFile):
             return storage.size(name)
         return None

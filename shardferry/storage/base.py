@@ -67,6 +67,14 @@ class RangeReader(ByteReader, Protocol):
     def size(self, path: str) -> int:
         """Bytes of a file. Raises MissingFile, StorageError."""
 
+    def first_bytes(self, path: str, nbytes: int) -> bytes | None:
+        """The beginning of a file, so many bytes or all of it, where the same request tells the file's size; else None.
+
+        Raises:
+            MissingFile: there is no such file.
+            TransientStorageError: worth another try.
+        """
+
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         """Bytes of a file in place: nothing is fetched before it is looked at. Only where ``traits.maps_files`` says so.
 

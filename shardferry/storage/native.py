@@ -17,6 +17,7 @@ from shardferry.storage.base import copy_bytes, missing_file, not_mapped, writte
 from shardferry.storage.native_errors import storage_error
 from shardferry.storage.native_options import StoreOptions, StorePlace, place_of, split_options
 from shardferry.storage.traits import OBJECT_STORE, WEB_SERVER, StorageTraits
+from shardferry.storage.transient import TransientStorageError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
@@ -71,6 +72,22 @@ class NativeReader:
             with self._lock:
                 known = self._found.setdefault(path, known)
         return known["size"]
+
+    def first_bytes(self, path: str, nbytes: int) -> bytes | None:
+        import obstore
+
+        def request() -> bytes:
+            result = obstore.get(self._store, path, options={"range": (0, nbytes)})
+            self._check_same(path, result.meta)
+            return bytes(result.bytes())
+
+        try:
+            data = self._call(request, path, "its beginning can't be read")
+        except (MissingFile, TransientStorageError):
+            raise
+        except StorageError:  # empty, denied, or not served in ranges: whoever asks for its size is told
+            return None
+        return data if len(data) == min(nbytes, self.size(path)) else None
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         if nbytes := sum(map(len, buffers)):

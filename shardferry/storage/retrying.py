@@ -81,6 +81,9 @@ class RetryingReader:
     def size(self, path: str) -> int:
         return self._try(self._storage.size, path)
 
+    def first_bytes(self, path: str, nbytes: int) -> bytes | None:
+        return self._try(self._storage.first_bytes, path, nbytes)
+
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self._try(self._storage.read_into, path, byte_offset, *buffers)
 

@@ -9,9 +9,11 @@ import pytest
 
 import shardferry
 from schemas import StageConfig
+from shardferry import checkpoint
 from shardferry.checkpoint import storage_of
 from shardferry.errors import CheckpointNotFound
 from tests.core.test_keys import Net, adamw, check, fill, save
+from tests.support.range_server import served
 
 
 def test_load_from_a_url(tmp_path: Path) -> None:
@@ -43,6 +45,23 @@ def test_options_go_with_the_catalog(tmp_path: Path) -> None:
     check(other, optimizer)
     spec = StageConfig.model_validate({"checkpoint": {"location": "dir://ckpt", "storage_options": options}})
     assert spec.checkpoint.storage_options == options
+
+
+@pytest.mark.parametrize("first_bytes", [1 << 20, 1000], ids=["one request", "its rest by another"])
+def test_the_metadata_comes_with_the_first_answer(
+    tmp_path: Path, first_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net()
+    save(tmp_path / "ckpt", *fill(model, adamw(model)))
+    size = (tmp_path / "ckpt" / ".metadata").stat().st_size
+    monkeypatch.setattr(checkpoint, "_FIRST_BYTES", first_bytes)
+    with served(tmp_path / "ckpt") as server:
+        catalog = shardferry.open_checkpoint(server.url)
+        asked = [one for one in server.log if one.name == ".metadata"]
+    assert catalog.tensors == shardferry.open_checkpoint(str(tmp_path / "ckpt")).tensors
+    assert [one.method for one in asked] == ["GET"] * len(asked)
+    assert sum(min(one.stop, size) - one.start for one in asked) == size, "each byte once"
+    assert len(asked) == (1 if first_bytes > size else 2)
 
 
 def test_options_that_lead_nowhere(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ class Flaky:
         self._fail()
         return len(DATA)
 
+    def first_bytes(self, path: str, nbytes: int) -> bytes | None:
+        self._fail()
+        return DATA[:nbytes]
+
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self.asked.append((byte_offset, byte_offset + sum(map(len, buffers))))
         self._fail()
