@@ -10,6 +10,7 @@ import numpy as np
 
 from shardferry.plan import LoadPlan, ReadItem
 
+_MOST_WHOLE = 2048  # reads of a plan that is looked at whole: working it out twice would cost more than a sample saves
 _READS = 512
 _BLOCKS = 4  # of reads that stand together, as neighbours in a file are joined into one request
 
@@ -25,7 +26,7 @@ class PlanSample:
     @classmethod
     def of(cls, plan: LoadPlan) -> Self:
         """Of a small plan all reads; of a large one some blocks, spread evenly over it."""
-        if len(plan.reads) <= _READS:
+        if len(plan.reads) <= _MOST_WHOLE:
             return cls(plan, 1.0, 1.0)
         length = _READS // _BLOCKS
         starts = np.linspace(0, len(plan.reads) - length, _BLOCKS, dtype=np.int64).tolist()

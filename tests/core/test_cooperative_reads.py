@@ -269,6 +269,7 @@ def test_auto_knows_what_the_page_cache_gives_to_others(
 def load_by_a_sample(path: str, topology: str) -> dict[str, Any]:
     """On each rank, whose plan is too large to be worked out before it is known whether that is worth it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_sample, "_MOST_WHOLE", 8)
         patch.setattr(plan_sample, "_READS", 8)
         return load(path, topology, "auto", ["a", "b"])
 

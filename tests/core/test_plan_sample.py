@@ -47,6 +47,7 @@ def test_of_a_small_plan_it_is_the_plan(catalog: Catalog) -> None:
 
 
 def test_it_is_taken_from_all_over_the_plan(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_sample, "_MOST_WHOLE", 200)
     monkeypatch.setattr(plan_sample, "_READS", 80)
     plan = plan_of(catalog, 1)  # of two files
     sample = PlanSample.of(plan)
@@ -69,6 +70,7 @@ def test_it_costs_in_proportion(catalog: Catalog, rank: int, together: bool, mon
         return Work.of(sample, catalog, LIMITS, shared)
 
     whole = work(PlanSample.of(plan))
+    monkeypatch.setattr(plan_sample, "_MOST_WHOLE", 200)
     monkeypatch.setattr(plan_sample, "_READS", 160)
     sample = PlanSample.of(plan)
     foretold = work(sample)
