@@ -23,6 +23,13 @@ CONTENDERS: tuple[type[Contender], ...] = (
 )
 
 
-def contenders_of(case: Case, kind: StoreKind) -> list[type[Contender]]:
-    """Those that load a case from a kind of storage."""
-    return [contender for contender in CONTENDERS if not contender.why_not(case, kind)]
+OURS: tuple[type[Contender], ...] = (Floor, Shardferry, Direct, Cooperative)
+
+
+def contenders_of(case: Case, kind: StoreKind, *, ours_alone: bool = False) -> list[type[Contender]]:
+    """Those that load a case from a kind of storage.
+
+    Args:
+        ours_alone: the floor and Shardferry.
+    """
+    return [contender for contender in (OURS if ours_alone else CONTENDERS) if not contender.why_not(case, kind)]

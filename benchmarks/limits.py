@@ -43,16 +43,14 @@ class Verdict:
 
 
 def verdicts(kind: StoreKind, figures: Mapping[str, Figures]) -> list[Verdict]:
-    """Each limit against the figures of one case, by contender."""
-    ours, stock, floor = figures[Shardferry.name], figures[StockLoad.name], figures[Floor.name]
+    """Each limit against the figures of one case, by contender; those that stock has a part in where it was measured."""
+    ours, floor = figures[Shardferry.name], figures[Floor.name]
     together, direct = figures[Cooperative.name], figures[Direct.name]
-    faster, fewer = stock.wall_s / ours.wall_s, stock.bytes_asked / max(ours.bytes_asked, 1)
     found = [_at_most("x floor", ours.wall_s / floor.wall_s, MAX_FLOOR_RATIO[kind])]
     if kind is StoreKind.WARM:
         found.append(_fresh(ours, floor))
-    found.append(_at_least("stock/ours", faster, MIN_STOCK_RATIO[kind]))
-    if kind is StoreKind.THROTTLED:
-        found.append(_at_least("of stock's bytes/ours", faster / fewer, MIN_SHARE_OF_BYTES))
+    if StockLoad.name in figures:
+        found += _against_stock(kind, ours, figures[StockLoad.name])
     peak = max(ours.peak_over_shard, together.peak_over_shard, direct.peak_over_shard) / 2**20
     return [
         *found,
@@ -60,6 +58,14 @@ def verdicts(kind: StoreKind, figures: Mapping[str, Figures]) -> list[Verdict]:
         _at_most("auto/better", ours.wall_s / min(together.wall_s, direct.wall_s), MAX_AUTO_RATIO),
         _at_most("peak over shard, MiB", peak, max_peak_bytes() / 2**20, digits=0),
     ]
+
+
+def _against_stock(kind: StoreKind, ours: Figures, stock: Figures) -> list[Verdict]:
+    faster, fewer = stock.wall_s / ours.wall_s, stock.bytes_asked / max(ours.bytes_asked, 1)
+    found = [_at_least("stock/ours", faster, MIN_STOCK_RATIO[kind])]
+    if kind is StoreKind.THROTTLED:
+        found.append(_at_least("of stock's bytes/ours", faster / fewer, MIN_SHARE_OF_BYTES))
+    return found
 
 
 def _fresh(ours: Figures, floor: Figures) -> Verdict:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.cases import CASES, Case
@@ -34,6 +35,7 @@ _EXAMPLES = """\
 examples:
   python -m benchmarks.load --quick                              a first look at every store
   python -m benchmarks.load --store warm --cases 4-4,1-4         two of the cases with a warm page cache, full size
+  python -m benchmarks.load --store throttled --throttled-megabytes 1000 --ours    large, without the others
   python -m benchmarks.load --rounds 9 --json load.json          all samples and figures in a file
   python -m benchmarks.load --readme                             all, into benchmarks/README.md and benchmarks/results.svg
   python -m benchmarks.load --of warm.json --of cold.json --readme    the same of runs that are over, a store each
@@ -69,6 +71,7 @@ class Options:
     cases: Sequence[Case]
     stores: Sequence[StoreKind]
     rounds: int
+    ours_alone: bool
     sizes: Sizes
     directory: str | None
     json: Path | None
@@ -94,6 +97,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--store", choices=kinds, action="append", help="again for another one (default: all)")
     parser.add_argument("--rounds", type=int, help=f"counted rounds, one more goes before (default: {_ROUNDS})")
+    parser.add_argument(
+        "--ours", action="store_true", help="the floor and Shardferry alone: at sizes where the others take hours"
+    )
     parser.add_argument("--megabytes", type=int, help=f"state in files, in 10**6 bytes (default: {_FULL.files})")
     parser.add_argument(
         "--throttled-megabytes", type=int, help=f"state in the object store (default: {_FULL.throttled})"
@@ -116,6 +122,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         help="measure nothing: show what an earlier run wrote with --json; again for another run",
     )
     given = parser.parse_args(arguments)
+    measuring = ("quick", "store", "rounds", "ours", "megabytes", "throttled_megabytes", "cases", "directory")
+    if given.of and (asked := [name for name in measuring if getattr(given, name)]):
+        parser.error(
+            f"--of shows what was measured before, all of it: --{asked[0].replace('_', '-')} has no meaning there"
+        )
     by_name = {case.name: case for case in CASES}
     names = given.cases.split(",") if given.cases else list(_QUICK_CASES if given.quick else by_name)
     if unknown := [name for name in names if name not in by_name]:
@@ -131,6 +142,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         [by_name[name] for name in names],
         [StoreKind(kind) for kind in dict.fromkeys(given.store or kinds)],
         rounds,
+        given.ours,
         sizes,
         given.directory,
         given.json,
@@ -171,12 +183,13 @@ def _measure_case(
     shapes = options.sizes.shapes(case, kind)
     name = f"{case.model}-{state_bytes(shapes)}-saved-by-{case.saved_by}"
     store = Store(kind, f"{folder}/{name}", f"{root}/{name}")
-    _save_missing(case, store, shapes, pool)
+    _save_missing(case, store, shapes, pool, ours_alone=options.ours_alone)
     _say(f"{kind.value}, {case.title}: {options.rounds} rounds")
-    return summarize(pool.run(case.ranks, run_case, case, store, shapes, options.rounds))
+    work = partial(run_case, ours_alone=options.ours_alone)
+    return summarize(pool.run(case.ranks, work, case, store, shapes, options.rounds))
 
 
-def _save_missing(case: Case, store: Store, shapes: Shapes, pool: RankPool) -> None:
+def _save_missing(case: Case, store: Store, shapes: Shapes, pool: RankPool, *, ours_alone: bool) -> None:
     """Write the checkpoint, in every format that is read there, and have all of it in the page cache."""
     size = f"{state_bytes(shapes) / 1e6:.0f} MB of AdamW state"
     if not Path(store.directory).exists():
@@ -187,7 +200,7 @@ def _save_missing(case: Case, store: Store, shapes: Shapes, pool: RankPool) -> N
             _say(f"{case.saved_by} FSDP2 ranks save {size} and the weights")
             pool.run(case.saved_by, save_checkpoint, store.directory, shapes)
     warm_page_cache(store.directory)
-    for contender in contenders_of(case, store.kind):
+    for contender in contenders_of(case, store.kind, ours_alone=ours_alone):
         if not issubclass(contender, OwnFormat):
             continue
         directory = store.sibling(contender.name).directory
@@ -204,7 +217,7 @@ def needed_bytes(options: Options) -> int:
         for case in options.cases:
             nbytes = state_bytes(options.sizes.shapes(case, kind))
             formats[case.checkpoint, nbytes, "stock"] = int(_MODEL_SHARE * nbytes)
-            for contender in contenders_of(case, kind):
+            for contender in contenders_of(case, kind, ours_alone=options.ours_alone):
                 if issubclass(contender, OwnFormat):
                     formats[case.checkpoint, nbytes, contender.name] = nbytes
     return sum(formats.values())

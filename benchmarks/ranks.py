@@ -61,7 +61,7 @@ class RankPool:
         outcomes: list[tuple[bool, Any]] = []
         for world_rank, (process, pipe) in enumerate(members):
             if not wait([pipe, process.sentinel], timeout=_DEADLINE_S) or not pipe.poll(0):
-                raise RankFailed(f"rank {world_rank} of {world_size} died or hung in {work.__name__}")
+                raise RankFailed(f"rank {world_rank} of {world_size} died or hung in {getattr(work, '__name__', work)}")
             outcomes.append(pipe.recv())
         failures = [f"rank {world_rank}:\n{value}" for world_rank, (done, value) in enumerate(outcomes) if not done]
         if failures:

@@ -64,7 +64,7 @@ def variants(case: Case, kind: StoreKind) -> tuple[bool, ...]:
     return (False, True) if kind is StoreKind.WARM and case.model == "gpt" else (False,)
 
 
-def run_case(case: Case, store: Store, shapes: Shapes, rounds: int) -> RankRun:
+def run_case(case: Case, store: Store, shapes: Shapes, rounds: int, *, ours_alone: bool = False) -> RankRun:
     """On each rank: all rounds of a case. Contenders alternate, and another one begins each round.
 
     The first round is not counted: it pays for imports and first calls.
@@ -73,7 +73,7 @@ def run_case(case: Case, store: Store, shapes: Shapes, rounds: int) -> RankRun:
         WrongResult: a contender's result is not what was saved.
     """
     task = Task.of_this_rank(case, store, shapes)
-    contenders = [kind(task) for kind in contenders_of(case, store.kind)]
+    contenders = [kind(task) for kind in contenders_of(case, store.kind, ours_alone=ours_alone)]
     samples: list[Sample] = []
     for turn in range(rounds + 1):
         first = turn % len(contenders)

@@ -83,9 +83,9 @@ def phases_table(kind: StoreKind, cases: CaseResults) -> Table:
     names = list(next(iter(parts.values())))
     rows = []
     for case, figures in cases.items():
-        ours, stock = figures[Shardferry.name], figures[StockLoad.name]
+        ours, stock = figures[Shardferry.name], figures.get(StockLoad.name)
         milliseconds = [f"{1000 * ours.phases.get(name, 0):.0f}" for name in names]
-        rows.append([case.title, *milliseconds, f"{stock.cpu_s / ours.cpu_s:.2f}"])
+        rows.append([case.title, *milliseconds, "-" if stock is None else f"{stock.cpu_s / ours.cpu_s:.2f}"])
     title = f"Shardferry by phase, ms, slowest rank; stock's CPU time over its: {kind.title}"
     return Table(title, ["case", *names, "stock CPU/ours"], rows)
 

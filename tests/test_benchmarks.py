@@ -119,6 +119,26 @@ def test_limits_of_the_throttled_store() -> None:
     ]
 
 
+def test_the_floor_and_shardferry_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ours.json"
+    options = ["--store", "throttled", "--throttled-megabytes", "3", "--cases", "4-2", "--rounds", "1", "--ours"]
+    assert main([*options, "--directory", str(tmp_path), "--json", str(file)]) == 0
+    case = json.loads(file.read_text())["stores"]["throttled"]["4-2"]
+    assert set(case["contenders"]) == {"floor", *OURS}
+    assert not any("stock" in verdict["what"] for verdict in case["limits"])
+    assert "x floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option", [["--cases", "4-4"], ["--store", "warm"], ["--throttled-megabytes", "5"], ["--ours"]]
+)
+def test_what_was_measured_before_is_shown_whole(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--of", "earlier.json", *option])
+    assert stop.value.code == 2
+    assert f"{option[0]} has no meaning there" in capsys.readouterr().err
+
+
 def test_who_always_allocates_is_marked_where_the_others_destinations_are_touched() -> None:
     """Of stock's two, and of the cases that it was measured in."""
     figures = dict.fromkeys(("floor", *OURS, "stock dcp.load"), dataclasses.replace(FIGURES, fresh_wall_s=2.0))
