@@ -123,7 +123,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     given = parser.parse_args(arguments)
     measuring = ("quick", "store", "rounds", "ours", "megabytes", "throttled_megabytes", "cases", "directory")
-    if given.of and (asked := [name for name in measuring if getattr(given, name)]):
+    if given.of and (asked := [name for name in measuring if getattr(given, name) not in (None, False)]):
         parser.error(
             f"--of shows what was measured before, all of it: --{asked[0].replace('_', '-')} has no meaning there"
         )
@@ -134,6 +134,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     rounds = given.rounds if given.rounds is not None else _QUICK_ROUNDS if given.quick else _ROUNDS
     if rounds < 1 or any(size is not None and size < 1 for size in (given.megabytes, given.throttled_megabytes)):
         parser.error("--rounds and sizes begin at 1")
+    if given.ours and given.readme:
+        parser.error("--readme puts in what all contenders have done, --ours leaves most of them out")
     if (given.plot or given.readme) and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot and --readme need matplotlib: pip install --no-deps -r benchmarks/requirements.txt")
     standard = _QUICK if given.quick else _FULL

@@ -28,7 +28,7 @@ from shardferry.mesh import Mesh, Shard
 from shardferry.plan import plan_load
 from shardferry.plan_cache import PlanCache
 from shardferry.request import LoadRequest
-from shardferry.sharing import SlabLimits
+from shardferry.slabs import SlabLimits
 from shardferry.spec_layout import SpecLayout
 from shardferry.wants import SpecWants
 

@@ -25,7 +25,7 @@ from shardferry.plan_cache import PlanCache
 from shardferry.predict import predict_objects, predict_reads
 from shardferry.probe import answers_from_memory
 from shardferry.reader import join_limits_of
-from shardferry.sharing import SlabLimits
+from shardferry.slabs import SlabLimits
 from shardferry.spec_layout import SpecLayout
 from shardferry.storage.traits import StorageTraits
 from shardferry.wants import SpecWants
@@ -84,7 +84,8 @@ def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
 
 def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wants: SpecWants | None) -> list[_Reads]:
     """Of each plan's rank; it reads for itself where there are no wants of others."""
-    limits, slabs = join_limits(config, catalog), SlabLimits.of(_traits(catalog))
+    limits = join_limits(config, catalog)
+    slabs = SlabLimits.of(_traits(catalog), limits)
     cache, found = PlanCache.of(config.checkpoint.cache), []
     for plan in plans:
         shared = None if wants is None else cache.share_reads(plan, catalog, wants, slabs=slabs)

@@ -160,7 +160,7 @@ class Carrier:
             self._sink.carry_out(request, memory)
         for slab in self._placer.slabs(chunk, layout):
             assert self._courier is not None
-            self._courier.carry_out_of(slab, content)
+            self._courier.carry_out_in(slab, content)
 
     def _leases_several(self, work: Work) -> bool:
         """Whether it holds more at once than one buffer."""
@@ -214,4 +214,4 @@ class Carrier:
 
 def _largest_part(small: SmallChunks) -> int:
     """Bytes of a buffer for a slab of any of some chunks, or for staging what is wanted of one."""
-    return max(buffer_bytes(chunk.nbytes) for chunk in small.extent.members)
+    return max(buffer_bytes(max(chunk.nbytes, chunk.bytes_to_read)) for chunk in small.extent.members)

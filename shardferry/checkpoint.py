@@ -24,7 +24,7 @@ from shardferry.safetensors_files import (
     read_safetensors,
     with_safetensors_positions,
 )
-from shardferry.storage.base import RangeReader, open_storage, read_file
+from shardferry.storage.base import Beginning, RangeReader, open_storage, read_file
 from shardferry.storage.retrying import RetryPolicy
 
 METADATA_FILE = ".metadata"
@@ -91,17 +91,24 @@ def read_catalog(
 
 def _listed(storage: RangeReader) -> tuple[dict[str, int | None], dict[str, bytes]]:
     """What files there are, and how the usual metadata file begins: asked side by side where each question takes long."""
+    if not storage.traits.tells_sizes:
+        return storage.listing(), {}
     with ThreadPoolExecutor(1, thread_name_prefix="shardferry-open") as pool:
-        begun = pool.submit(_beginning, storage)
+        begun = pool.submit(storage.beginning, METADATA_FILE, _FIRST_BYTES)
         listing = storage.listing() if storage.traits.has_listing else _known_files(storage, begun)
-        data = begun.result()
-    return listing, {} if data is None else {METADATA_FILE: data}
+        with suppress(MissingFile):
+            beginning = begun.result()
+            if beginning is not None and _is_of(beginning, listing.get(METADATA_FILE), storage.versions()):
+                return listing, {METADATA_FILE: beginning.data}
+    return listing, {}
 
 
-def _beginning(storage: RangeReader) -> bytes | None:
-    with suppress(MissingFile):
-        return storage.first_bytes(METADATA_FILE, _FIRST_BYTES)
-    return None
+def _is_of(beginning: Beginning, size: int | None, versions: Mapping[str, str]) -> bool:
+    """Whether it is of the file that was listed, which may have been written meanwhile."""
+    listed = versions.get(METADATA_FILE)
+    if listed is not None and beginning.version is not None and listed.strip('"') != beginning.version.strip('"'):
+        return False  # Azure's listing has no quotation marks
+    return size == beginning.size
 
 
 def _of_metadata(
@@ -127,19 +134,18 @@ def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> 
     return dataclasses.replace(catalog, metadata_digest=files.digest)
 
 
-def _known_files(storage: RangeReader, begun: Future[bytes | None]) -> dict[str, int | None]:
+def _known_files(storage: RangeReader, begun: Future[Beginning | None]) -> dict[str, int | None]:
     """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there.
 
     Args:
-        begun: done when the beginning of the metadata file was asked for, which tells its size.
+        begun: the metadata file's beginning, which says whether that is there, and how long it is.
     """
     names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
 
     def size_of(name: str) -> int | None:
-        if name == METADATA_FILE:
-            begun.result()
         with suppress(MissingFile):
-            return storage.size(name)
+            beginning = begun.result() if name == METADATA_FILE else None
+            return storage.size(name) if beginning is None else beginning.size
         return None
 
     with ThreadPoolExecutor(len(names), thread_name_prefix="shardferry-open") as pool:

@@ -22,11 +22,13 @@ from shardferry.plan_cache import PlanCache
 from shardferry.plan_sample import PlanSample
 from shardferry.probe import answers_from_memory, measure_rates
 from shardferry.reader import Counters, ReadOptions, join_limits_of
-from shardferry.sharing import SharedPlan, SlabLimits, share_reads
+from shardferry.sharing import SharedPlan, share_reads
+from shardferry.slabs import SlabLimits
 from shardferry.spec_layout import SpecLayout
 from shardferry.storage.base import RangeReader
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 
+_DIRECT_READS = 256  # of which is foretold what a rank would ask of storage by itself
 MAX_TOLD_RANKS = 256  # with live layouts each rank hears of every other's
 
 
@@ -110,7 +112,7 @@ class Neighbours:
             because = self._nothing_to_gain()
         if because:
             return Strategy("direct", because)
-        slabs = SlabLimits.of(storage.traits)
+        slabs = _slab_limits(job, storage)
         shared: SharedPlan | None = None
         if job.read.strategy == "auto":
             sample = PlanSample.of(plan)
@@ -166,13 +168,12 @@ class Neighbours:
     ) -> RankCosts:
         """Of the plan, by a sample of it, and the sample's part in shared reads."""
         word, limits = self.words[self.world_rank], join_limits_of(storage.traits, job.read)
-        direct = from_storage = Work.of(sample, job.catalog, limits)
+        direct = from_storage = Work.of(PlanSample.of_reads(plan, _DIRECT_READS), job.catalog, limits)
         rates = None if word.in_memory else measure_rates(plan, job.catalog, storage, counters)
         if rates is not None and rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
             on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
             is_all = len(on_this_node) == len(self.words)
-            slabs = SlabLimits.of(storage.traits)
-            in_node = shared if is_all else self._shared_of(sample, job, on_this_node, slabs)
+            in_node = shared if is_all else self._shared_of(sample, job, on_this_node, _slab_limits(job, storage))
             from_storage = Work.of(sample, job.catalog, limits, in_node)
         return RankCosts(
             direct=direct,
@@ -191,6 +192,10 @@ class Neighbours:
                 available_bytes=min(word.available_bytes for word in words),
                 host=words[0].host,
             )
+
+
+def _slab_limits(job: Job, storage: RangeReader) -> SlabLimits:
+    return SlabLimits.of(storage.traits, join_limits_of(storage.traits, job.read))
 
 
 def word_of(

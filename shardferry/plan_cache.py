@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shardferry.cache_directory import MAX_BYTES, CacheChoice, CacheDirectory, directory_of
 from shardferry.catalog import Catalog
 from shardferry.column_file import FileKind, decode_file, encode_file
@@ -19,7 +21,8 @@ from shardferry.layout import NumberedLayouts
 from shardferry.plan import LoadPlan, PlannedTensor
 from shardferry.plan_check import check_columns
 from shardferry.plan_columns import COLUMNS, PlanColumns
-from shardferry.sharing import Islands, SharedPlan, SlabLimits, share_reads
+from shardferry.sharing import Islands, SharedPlan, share_reads
+from shardferry.slabs import SlabLimits
 from shardferry.wants import Wants
 
 PLAN_FILE = FileKind(
@@ -74,17 +77,25 @@ def encode_plan(plan: SharedPlan) -> list[bytes | memoryview]:
 
 
 def _digest(plan: LoadPlan, catalog: Catalog, wants: Wants, slabs: SlabLimits, islands: Islands | None) -> bytes:
-    """Of all that `share_reads` looks at. The catalog has what its metadata has, and nothing else that counts here."""
+    """Of all that `share_reads` looks at. The catalog has what its metadata has, and where items lie (safetensors files say so)."""
     words = [
         catalog.metadata_digest.hex(),
         plan.world_rank,
         _words_of_tensors(plan.tensors),
         wants.words(),
-        [slabs.max_bytes, slabs.window_bytes],
+        [slabs.max_bytes, slabs.window_bytes, _places(catalog) if slabs.window_bytes else ""],
         None if islands is None else _words_of_islands(islands),
     ]
     text = json.dumps(words, separators=(",", ":"), default=int)  # live layouts may have integers of NumPy
     return hashlib.sha256(text.encode()).digest()
+
+
+def _places(catalog: Catalog) -> str:
+    """A digest of where the items lie in the files."""
+    whole = hashlib.sha256()
+    for column in (catalog.chunk_file, catalog.chunk_byte_offset):
+        whole.update(np.ascontiguousarray(column).data)
+    return whole.hexdigest()
 
 
 def _words_of_tensors(tensors: Sequence[PlannedTensor]) -> object:

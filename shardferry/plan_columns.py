@@ -24,7 +24,8 @@ import numpy as np
 
 from shardferry.plan import PlannedTensor, ReadItem
 from shardferry.region import Region
-from shardferry.sharing import Delivery, Forward, Relayed, SharedPlan, SharedRead
+from shardferry.sharing import Forward, Relayed, SharedPlan, SharedRead
+from shardferry.slabs import Delivery
 
 # What is in elements, or a chunk's row in the catalog; all else numbers rows and ranks.
 _LONG = {

@@ -10,7 +10,9 @@ import numpy as np
 
 from shardferry.plan import LoadPlan, ReadItem
 
-_MOST_WHOLE = 2048  # reads of a plan that is looked at whole: working it out twice would cost more than a sample saves
+_MOST_WHOLE = (
+    2048  # reads of a plan whose shared reads are worked out whole: doing it twice would cost more than a sample saves
+)
 _READS = 512
 _BLOCKS = 4  # of reads that stand together, as neighbours in a file are joined into one request
 
@@ -20,23 +22,25 @@ class PlanSample:
     """Some reads of a plan, and how many times as much all of them are."""
 
     plan: LoadPlan
-    times_reads: float
-    times_bytes: float
+    times_reads: float = 1.0
+    times_bytes: float = 1.0
+    is_whole: bool = True
 
     @classmethod
     def of(cls, plan: LoadPlan) -> Self:
         """Of a small plan all reads; of a large one some blocks, spread evenly over it."""
-        if len(plan.reads) <= _MOST_WHOLE:
-            return cls(plan, 1.0, 1.0)
-        length = _READS // _BLOCKS
+        return cls(plan) if len(plan.reads) <= _MOST_WHOLE else cls.of_reads(plan, _READS)
+
+    @classmethod
+    def of_reads(cls, plan: LoadPlan, num_reads: int) -> Self:
+        """The same with at most so many reads."""
+        if len(plan.reads) <= num_reads:
+            return cls(plan)
+        length = num_reads // _BLOCKS
         starts = np.linspace(0, len(plan.reads) - length, _BLOCKS, dtype=np.int64).tolist()
         reads = tuple(read for start in starts for read in plan.reads[start : start + length])
         times_bytes = _nbytes(plan, plan.reads) / max(_nbytes(plan, reads), 1)
-        return cls(replace(plan, reads=reads), len(plan.reads) / len(reads), times_bytes)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.times_reads == 1.0
+        return cls(replace(plan, reads=reads), len(plan.reads) / len(reads), times_bytes, is_whole=False)
 
 
 def _nbytes(plan: LoadPlan, reads: Sequence[ReadItem]) -> int:

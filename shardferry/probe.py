@@ -36,7 +36,7 @@ def answers_from_memory(plan: LoadPlan, catalog: Catalog, storage: RangeReader) 
     places = np.linspace(0, len(plan.reads) - 1, min(_SAMPLES, len(plan.reads)), dtype=np.int64)
     chunks = [plan.reads[place].chunk for place in places.tolist()]
     missed = 0
-    for chunk in chunks:  # no further than needed: where a page is not in memory, asking for it may fetch it
+    for chunk in chunks:  # no further than needed: an older kernel may fetch a page that is asked for
         missed += not storage.is_in_memory(catalog.files[catalog.chunk_file[chunk]], _middle(catalog, chunk))
         if missed > (1 - _ENOUGH) * len(chunks):
             return False

@@ -17,7 +17,8 @@ from shardferry.items import TensorItem
 from shardferry.peers import Places
 from shardferry.region import Region, row_major_strides
 from shardferry.requests import InPlaceRead, Request
-from shardferry.sharing import Delivery, SharedRead
+from shardferry.sharing import SharedRead
+from shardferry.slabs import Delivery
 from shardferry.storage.base import ByteSource
 from shardferry.storage.memory import MemorySource
 
@@ -54,6 +55,15 @@ class PlacedSlab:
     @property
     def nbytes_read(self) -> int:
         return self.read.numel * self.item.dtype.itemsize
+
+    @property
+    def start_in_item(self) -> int | None:
+        """Bytes, where the item has the slab as it is; None where its elements lie there in another order."""
+        start = self.requests[0].byte_offset
+        for request in self.requests:
+            if not isinstance(request, InPlaceRead) or request.byte_offset - start != request.arena_offset:
+                return None
+        return start
 
 
 class Sink(Protocol):
@@ -110,14 +120,13 @@ class Courier:
             self._fill(slab, item_offset, source, buffer)
             self._give(slab, buffer, slab.read.deliveries)
 
-    def carry_out_of(self, slab: PlacedSlab, content: memoryview) -> None:
-        """The same of a slab whose item is in memory: out of its place there, where it is contiguous."""
-        first = slab.requests[0]
-        if all(isinstance(request, InPlaceRead) for request in slab.requests):
-            place = content[first.byte_offset : first.byte_offset + slab.nbytes_read]
-            self._give(slab, place, slab.read.deliveries)
-        else:
+    def carry_out_in(self, slab: PlacedSlab, content: memoryview) -> None:
+        """The same of a slab whose item is in memory: out of its place there, where it lies in one piece."""
+        start = slab.start_in_item
+        if start is None:
             self.carry_out(slab, 0, MemorySource(content))
+        else:
+            self._give(slab, content[start : start + slab.nbytes_read], slab.read.deliveries)
 
     @staticmethod
     def _fill(slab: PlacedSlab, item_offset: int, source: ByteSource, buffer: memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -41,6 +42,15 @@ class ByteSource(ByteReader, Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """How a file begins."""
+
+    data: bytes
+    size: int  # bytes, of the file
+    version: str | None  # of the file, an etag say
+
+
 class RangeReader(ByteReader, Protocol):
     """The files of one checkpoint."""
 
@@ -67,8 +77,8 @@ class RangeReader(ByteReader, Protocol):
     def size(self, path: str) -> int:
         """Bytes of a file. Raises MissingFile, StorageError."""
 
-    def first_bytes(self, path: str, nbytes: int) -> bytes | None:
-        """The beginning of a file, so many bytes or all of it, where the same request tells the file's size; else None.
+    def beginning(self, path: str, nbytes: int) -> Beginning | None:
+        """So many bytes from a file's start, or all of it, where the same request tells the file's size; else None.
 
         Raises:
             MissingFile: there is no such file.

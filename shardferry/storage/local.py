@@ -102,7 +102,7 @@ class LocalReader:
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size
 
-    def first_bytes(self, path: str, nbytes: int) -> None:
+    def beginning(self, path: str, nbytes: int) -> None:
         """A look at an open file costs nothing."""
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:

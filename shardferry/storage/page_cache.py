@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 
-_CACHESTAT = 451  # the system call's number, the same on all architectures but alpha; Linux 6.5
+_CACHESTAT = 451  # the system call's number on x86-64 and ARM; Linux 6.5
 
 
 class _Range(ctypes.Structure):
@@ -28,15 +29,19 @@ def is_cached(descriptor: int, byte_offset: int) -> bool:
 
 def cached_pages(descriptor: int, byte_offset: int, nbytes: int) -> int | None:
     """How many pages of a range the page cache has. None: the kernel doesn't tell, or not of this file."""
-    libc = ctypes.CDLL(None, use_errno=True)
     asked, found = _Range(byte_offset, nbytes), _Pages()
-    if libc.syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0):
+    if _libc().syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0):
         return None
     return int(found.cached)
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _answers_at_once(descriptor: int, byte_offset: int) -> bool:
-    """For older kernels. Where the byte is not in the page cache, the kernel may begin to fetch its page."""
+    """Where the kernel is older, or doesn't say it of a file of somebody else. Where the byte is not in the page cache, the kernel may begin to fetch its page."""
     # Else the kernel would begin to read ahead from here, and from each other place that is asked for.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     try:

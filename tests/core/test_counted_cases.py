@@ -141,3 +141,34 @@ def test_many_small_tensors_on_few_ranks(ranks: RankPool, many_small: Path) -> N
         asked = data(server.log)
     assert len(asked) <= 2 * SAVED_BY, "of 38400 items"
     assert sum(one.nbytes for one in asked) <= sum(file.stat().st_size for file in many_small.glob("*.distcp"))
+
+
+def permuted(fqn: str, name: str, order: tuple[int, ...]) -> torch.Tensor:
+    """The oracle's tensor, in memory in another order of its dimensions."""
+    full = full_tensor(fqn, name, PERMUTED[fqn])
+    back = [order.index(dim) for dim in range(len(order))]
+    return full.permute(order).contiguous().permute(back)
+
+
+PERMUTED: Shapes = {"long": (4, 3, 16384), "rows": (2, 16, 4096), "flat": (64, 512)}
+ORDERS = {"long": (1, 0, 2), "rows": (1, 0, 2), "flat": (1, 0)}
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
+@pytest.mark.parametrize("kind", ["files", "web server"])
+def test_items_in_another_order_than_their_ranks_read_for_each_other(
+    ranks: RankPool, tmp_path: Path, kind: str, compressed: bool
+) -> None:
+    """What is one slab of the chunk is many pieces of the item."""
+    saved = {}
+    for fqn, shape in PERMUTED.items():
+        for name in STATES:
+            chunk = Chunk(Region.whole(shape), permuted(fqn, name, ORDERS[fqn]), file=0, compressed=compressed)
+            assert not chunk.tensor.is_contiguous()
+            saved[f"optim.state.{fqn}.{name}"] = (shape, [chunk])
+    write_chunks(tmp_path / "ckpt", saved)
+    replicas, uneven = SpecLayout(Mesh((("dp", 2),)), (), {}), rows_over(3)
+    with served(tmp_path / "ckpt") as server:
+        location = server.url if kind == "web server" else str(tmp_path / "ckpt")
+        assert ranks.run(2, load_together, location, replicas, PERMUTED, "cooperative") == ["cooperative"] * 2
+        ranks.run(3, load_together, location, uneven, PERMUTED, "cooperative")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.large import synthetic_catalog
-from shardferry import plan_cache, sharing
+from shardferry import plan_cache, slabs
 from shardferry.catalog import Catalog
 from shardferry.catalog_cache import CatalogCache
 from shardferry.column_file import UnusableFile, encode_file
@@ -28,7 +28,8 @@ from shardferry.plan_cache import PLAN_FILE, PlanCache, encode_plan
 from shardferry.plan_check import check_columns
 from shardferry.plan_columns import COLUMNS, PlanColumns
 from shardferry.region import Region
-from shardferry.sharing import Islands, SharedPlan, SlabLimits, share_reads
+from shardferry.sharing import Islands, SharedPlan, share_reads
+from shardferry.slabs import SlabLimits
 from shardferry.spec_layout import HeldBy, SpecLayout
 from shardferry.wants import SpecWants, ToldWants, Wants, told
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
@@ -100,8 +101,8 @@ def kept(cache: PlanCache) -> dict[str, int]:
 def small_parts(least_part: int, long_run: int) -> Iterator[None]:
     """Small tensors must reach every branch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "_LEAST_PART", least_part)
-        patch.setattr(sharing, "_LONG_RUN", long_run)
+        patch.setattr(slabs, "_LEAST_PART", least_part)
+        patch.setattr(slabs, "_LONG_RUN", long_run)
         yield
 
 
@@ -187,8 +188,8 @@ def test_live_layouts_are_told_apart(cache: PlanCache) -> None:
 
 
 def test_another_slab(cache: PlanCache, load: Load) -> None:
-    for slabs in (SlabLimits(64), SlabLimits(1 << 20), SlabLimits(64, 256)):
-        other = dataclasses.replace(load, slabs=slabs)
+    for limits in (SlabLimits(64), SlabLimits(1 << 20), SlabLimits(64, 256)):
+        other = dataclasses.replace(load, slabs=limits)
         assert other.by(cache) == other.made_anew()
     assert len(kept(cache)) == 3
 

@@ -15,7 +15,8 @@ from shardferry.plan import LoadPlan, plan_load
 from shardferry.plan_sample import PlanSample
 from shardferry.region import Region
 from shardferry.request import LoadRequest
-from shardferry.sharing import SlabLimits, share_reads
+from shardferry.sharing import share_reads
+from shardferry.slabs import SlabLimits
 from shardferry.storage.traits import OBJECT_STORE
 from shardferry.wants import ToldWants, told
 from tests.support.catalogs import catalog_of
@@ -42,7 +43,7 @@ def plan_of(catalog: Catalog, rank: int) -> LoadPlan:
 
 def test_of_a_small_plan_it_is_the_plan(catalog: Catalog) -> None:
     plan = plan_of(catalog, 0)
-    assert PlanSample.of(plan) == PlanSample(plan, 1.0, 1.0)
+    assert PlanSample.of(plan) == PlanSample(plan)
     assert PlanSample.of(plan).is_whole
 
 

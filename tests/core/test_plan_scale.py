@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from benchmarks.large import TransformerSize, synthetic_catalog, tp_fsdp
-from shardferry import demand, layout, plan, sharing, wants
+from shardferry import demand, layout, plan, slabs, wants
 from shardferry.mesh import Mesh, Shard
 from shardferry.plan import check_cover, covering_chunks, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
-from shardferry.sharing import SlabLimits, share_reads
+from shardferry.sharing import share_reads
+from shardferry.slabs import SlabLimits
 from shardferry.spec_layout import Rule, SpecLayout
 from shardferry.wants import SpecWants
 from tests.support.simulation import simulate
@@ -49,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(plan, "_covering_rows")
     count(layout, "single_box")
-    count(sharing, "_delivery_of")
+    count(slabs, "_delivery_of")
     count(wants, "MeshBoxes")
     count(demand, "MeshBoxes")
     return counts
@@ -133,7 +134,8 @@ _PRINT_PLAN = """
 import sys
 from benchmarks.large import synthetic_catalog
 from shardferry.plan import plan_load
-from shardferry.sharing import SlabLimits, share_reads
+from shardferry.sharing import share_reads
+from shardferry.slabs import SlabLimits
 from shardferry.wants import SpecWants
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
 catalog, spec = synthetic_catalog(SMALL, SAVED), wanted(2, 4, tp=2)

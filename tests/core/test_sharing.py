@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardferry import sharing
-from shardferry.layout import AxisCut, TensorLayout, sharded
+from shardferry import slabs
+from shardferry.extents import JoinLimits
+from shardferry.layout import AxisCut, Box, TensorLayout, sharded
 from shardferry.live_layout import LiveLayout
 from shardferry.mesh import Mesh, Replicate, Shard
 from shardferry.plan import LoadPlan, plan_load
 from shardferry.region import Region
 from shardferry.request import LoadRequest
-from shardferry.sharing import Delivery, Islands, SharedPlan, SlabLimits, share_reads
+from shardferry.sharing import Islands, SharedPlan, share_reads
+from shardferry.slabs import Delivery, SlabLimits
 from shardferry.spec_layout import Rule, SpecLayout
+from shardferry.storage.traits import OBJECT_STORE
 from shardferry.wants import SpecWants, ToldWants, told
 from tests.core.test_cover import expected, grids, layouts, shapes
 from tests.support.catalogs import catalog_of
@@ -119,13 +122,13 @@ def test_every_wanted_element_arrives_once(
     long_run: int,
     num_islands: int,
 ) -> None:
-    shape, saved, wanted, slabs = load
+    shape, saved, wanted, limits = load
     islands = {rank: f"island {rank % num_islands}" for rank in range(len(wanted))}
     with pytest.MonkeyPatch.context() as patch:  # small tensors must reach every branch
-        patch.setattr(sharing, "_LEAST_PART", least_part)
-        patch.setattr(sharing, "_LONG_RUN", long_run)
-        plans = shared_plans(shape, saved, wanted, slabs, islands)
-        assert plans == shared_plans(shape, saved, wanted, slabs, islands), "plans are deterministic"
+        patch.setattr(slabs, "_LEAST_PART", least_part)
+        patch.setattr(slabs, "_LONG_RUN", long_run)
+        plans = shared_plans(shape, saved, wanted, limits, islands)
+        assert plans == shared_plans(shape, saved, wanted, limits, islands), "plans are deterministic"
     cluster = Cluster(shape, saved, wanted, islands)
     for plan, shared in plans:
         cluster.read(plan, shared)
@@ -149,7 +152,7 @@ def split(ranks: int, dim: int) -> list[TensorLayout]:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_rows_to_columns_reads_each_byte_once_and_evenly(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_LEAST_PART", 256)
+    monkeypatch.setattr(slabs, "_LEAST_PART", 256)
     plans = shared_plans((64, 64), rows(64, 4), split(ranks, 1), SlabLimits(1 << 20))
     read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64
@@ -214,10 +217,80 @@ def test_what_one_island_wants_is_not_read_on_another() -> None:
     assert any(s.shared for _, s in plans)
 
 
-def test_long_runs_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not through a buffer of another rank: as many bytes are no dearer as a request of their own."""
-    monkeypatch.setattr(sharing, "_LONG_RUN", 1024)
-    assert all(not shared.shared for _, shared in many_tensors(split(8, 0), WINDOWS))
+def wide_plans(
+    shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], num_tensors: int = 1
+) -> list[tuple[LoadPlan, SharedPlan]]:
+    """Of large tensors in an object store; nothing is read."""
+    names = [f"w{number:02}" for number in range(num_tensors)]
+    catalog = catalog_of(dict.fromkeys(names, (shape, saved)))
+    live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
+    plans = [plan_load(catalog, layout, REQUEST) for layout in live]
+    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    limits = SlabLimits.of(OBJECT_STORE, JoinLimits.of(OBJECT_STORE, max_gap_bytes=None, max_request_bytes=None))
+    return [(plan, share_reads(plan, catalog, wants, slabs=limits)) for plan in plans]
+
+
+def one_box(shape: tuple[int, ...], region: Region) -> TensorLayout:
+    """A rank that wants this of a tensor."""
+    return TensorLayout(shape, region.sizes, (Box(region, Region.whole(region.sizes)),))
+
+
+def elements_read(shared: SharedPlan) -> int:
+    return sum(read.numel for read in shared.shared) + sum(item.source.numel for item in shared.own)
+
+
+def test_a_long_run_that_one_rank_alone_wants_stays_with_it() -> None:
+    """As a request of its own it is no dearer, and it is read in place. What is beside it may be short."""
+    shape = (1024, 1024)  # 4 MiB
+    wanted = [one_box(shape, Region((0, 0), (960, 1024))), one_box(shape, Region((960, 0), (64, 1024)))]
+    for plan, shared in wide_plans(shape, [Region.whole(shape)], wanted):
+        assert shared.own == plan.reads
+        assert not shared.shared
+
+
+def test_columns_that_nobody_wants_are_no_reason_to_read_rows_whole() -> None:
+    shape = (1024, 1024)
+    parts = [Region((0, 0), (32, 64)), Region((32, 0), (32, 64))]
+    wanted = [one_box(shape, part) for part in parts]
+    for plan, shared in wide_plans(shape, [Region.whole(shape)], wanted):
+        assert shared.own == plan.reads
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tensors"),
+    [
+        pytest.param((2, 4096, 2048), 48, id="chunks of 64 MiB, divided by rows"),
+        pytest.param((4, 2097152), 24, id="32 MiB"),
+        pytest.param((1024, 1024), 96, id="a window each"),
+        pytest.param((64, 1024), 700, id="many in a window"),
+    ],
+)
+def test_what_all_want_is_read_by_all_alike(shape: tuple[int, ...], num_tensors: int) -> None:
+    ranks = 8
+    wanted = [sharded(shape, [AxisCut(ranks, rank, Replicate())]) for rank in range(ranks)]
+    read = [elements_read(s) for _, s in wide_plans(shape, [Region.whole(shape)], wanted, num_tensors)]
+    assert sum(read) == num_tensors * math.prod(shape)
+    assert max(read) <= 1.35 * sum(read) / ranks
+
+
+def test_slabs_of_a_window_have_one_reader_whatever_their_rows() -> None:
+    """Some are cut between two ranks, some are wanted by both."""
+    shape = (64, 64)
+    halves = [sharded(shape, [AxisCut(2, rank, Shard(0))]) for rank in range(2)]
+    both = sharded(shape, [AxisCut(2, 0, Replicate())])
+    names = [f"w{number:03}" for number in range(400)]
+    catalog = catalog_of(dict.fromkeys(names, (shape, [Region.whole(shape)])))
+    live = [
+        LiveLayout(rank, 2, {name: both if number % 3 else halves[rank] for number, name in enumerate(names)})
+        for rank in range(2)
+    ]
+    plans = [plan_load(catalog, layout, REQUEST) for layout in live]
+    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    for plan in plans:
+        shared = share_reads(plan, catalog, wants, slabs=WINDOWS)
+        read = {catalog.chunk_byte_offset[one.chunk] // WINDOWS.window_bytes for one in shared.shared}
+        num_here = sum(offset // WINDOWS.window_bytes in read for offset in catalog.chunk_byte_offset.tolist())
+        assert len(shared.shared) == num_here, "all of a window, or nothing of it"
 
 
 def test_what_is_wanted_by_nobody_between_two_ranks_is_not_read() -> None:

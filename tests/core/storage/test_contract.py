@@ -135,13 +135,14 @@ def test_beginnings(storage: RangeReader) -> None:
     """Of files shorter and longer than asked for, without a mistake about one that is empty or missing."""
     for name, data in FILES.items():
         for nbytes in (50, 1000):
-            begun = storage.first_bytes(name, nbytes)
-            assert begun in (None, data[:nbytes])
+            begun = storage.beginning(name, nbytes)
             assert (begun is not None) == (storage.traits.tells_sizes and bool(data)), name
+            if begun is not None:
+                assert (begun.data, begun.size) == (data[:nbytes], len(data))
         assert storage.size(name) == len(data)
     if storage.traits.tells_sizes:
         with pytest.raises(MissingFile):
-            storage.first_bytes("nowhere", 10)
+            storage.beginning("nowhere", 10)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -11,9 +15,12 @@ import shardferry
 from schemas import StageConfig
 from shardferry import checkpoint
 from shardferry.checkpoint import storage_of
-from shardferry.errors import CheckpointNotFound
+from shardferry.errors import CheckpointNotFound, StorageError
+from shardferry.storage import RangeReader, RetryingReader, open_storage
+from shardferry.storage.base import Beginning
 from tests.core.test_keys import Net, adamw, check, fill, save
 from tests.support.range_server import served
+from tests.support.s3_server import BUCKET, S3Server
 
 
 def test_load_from_a_url(tmp_path: Path) -> None:
@@ -62,6 +69,42 @@ def test_the_metadata_comes_with_the_first_answer(
     assert [one.method for one in asked] == ["GET"] * len(asked)
     assert sum(min(one.stop, size) - one.start for one in asked) == size, "each byte once"
     assert len(asked) == (1 if first_bytes > size else 2)
+
+
+class WrittenMeanwhile(RetryingReader):
+    """A storage whose files are listed just after another process wrote them again."""
+
+    def __init__(self, storage: RangeReader, write: Callable[[], object]) -> None:
+        super().__init__(storage)
+        self._write = write
+        self._begun = threading.Event()
+
+    def beginning(self, path: str, nbytes: int) -> Beginning | None:
+        found = super().beginning(path, nbytes)
+        self._begun.set()
+        return found
+
+    def listing(self) -> dict[str, int | None]:
+        assert self._begun.wait(60)
+        self._write()
+        return super().listing()
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_metadata_that_is_written_again_meanwhile(tmp_path: Path, s3: S3Server, same_size: bool) -> None:
+    """Its beginning is of before, the listing of after: nothing is made of the one."""
+    model, prefix = Net(), str(uuid.uuid4())
+    save(tmp_path / "ckpt", *fill(model, adamw(model)))
+    after = {file.name: file.read_bytes() for file in (tmp_path / "ckpt").iterdir()}
+    before = after | {".metadata": after[".metadata"][:: -1 if same_size else -2]}
+    s3.put(prefix, before)
+    url = f"s3://{BUCKET}/{prefix}"
+    what = r"\.metadata: its version is .*written again since\. Open the checkpoint"
+    storage = WrittenMeanwhile(open_storage(url, s3.options), lambda: s3.put(prefix, after))
+    with closing(storage), pytest.raises(StorageError, match=what):
+        checkpoint.read_catalog(storage, cache=None, storage_options=s3.options)
+    again = shardferry.open_checkpoint(url, storage_options=s3.options)
+    assert again.tensors == shardferry.open_checkpoint(str(tmp_path / "ckpt")).tensors
 
 
 def test_options_that_lead_nowhere(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.storage.base import RangeReader
+from shardferry.storage.base import Beginning, RangeReader
 from shardferry.storage.native import open_url
 from shardferry.storage.retrying import Clock, RetryingReader, RetryPolicy
 from shardferry.storage.traits import OBJECT_STORE, StorageTraits
@@ -63,9 +63,9 @@ class Flaky:
         self._fail()
         return len(DATA)
 
-    def first_bytes(self, path: str, nbytes: int) -> bytes | None:
+    def beginning(self, path: str, nbytes: int) -> Beginning | None:
         self._fail()
-        return DATA[:nbytes]
+        return Beginning(DATA[:nbytes], len(DATA), None)
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self.asked.append((byte_offset, byte_offset + sum(map(len, buffers))))
