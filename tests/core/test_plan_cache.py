@@ -194,6 +194,15 @@ def test_another_slab(cache: PlanCache, load: Load) -> None:
     assert len(kept(cache)) == 3
 
 
+def test_items_that_have_moved(cache: PlanCache, load: Load) -> None:
+    """Where they lie decides who reads them in windows, and not all metadata says it: safetensors files do themselves."""
+    in_windows = dataclasses.replace(load, slabs=SlabLimits(1 << 10, 1 << 12))
+    moved = dataclasses.replace(load.catalog, chunk_byte_offset=load.catalog.chunk_byte_offset + (1 << 11))
+    for one in (in_windows, dataclasses.replace(in_windows, catalog=moved)):
+        assert one.by(cache) == one.made_anew()
+    assert len(kept(cache)) == 2
+
+
 def test_how_islands_are_called_does_not_matter(cache: PlanCache, load: Load) -> None:
     """A node's name is of its last start."""
     load.by(cache)
