@@ -81,8 +81,7 @@ class Options:
     earlier: Sequence[Path]  # JSON files; where there are any nothing is measured
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Exits with status 2 where the arguments are wrong."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load",
         description=__doc__,
@@ -121,6 +120,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         metavar="FILE",
         help="measure nothing: show what an earlier run wrote with --json; again for another run",
     )
+    return parser
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Exits with status 2 where the arguments are wrong."""
+    parser = _parser()
     given = parser.parse_args(arguments)
     measuring = ("quick", "store", "rounds", "ours", "megabytes", "throttled_megabytes", "cases", "directory")
     if given.of and (asked := [name for name in measuring if getattr(given, name) not in (None, False)]):
@@ -142,7 +147,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     sizes = Sizes(given.megabytes or standard.files, given.throttled_megabytes or standard.throttled, standard.small)
     return Options(
         [by_name[name] for name in names],
-        [StoreKind(kind) for kind in dict.fromkeys(given.store or kinds)],
+        [StoreKind(kind) for kind in dict.fromkeys(given.store or StoreKind)],
         rounds,
         given.ours,
         sizes,

@@ -36,9 +36,12 @@ def shared_plans(
     wanted: list[TensorLayout],
     slabs: SlabLimits,
     islands: Islands | None = None,
+    num_tensors: int = 1,
 ) -> list[tuple[LoadPlan, SharedPlan]]:
-    catalog = catalog_of({"w": (shape, saved)})
-    live = [LiveLayout(rank, len(wanted), {"w": layout}) for rank, layout in enumerate(wanted)]
+    """Of each rank: of some tensors of one shape, saved and wanted alike, one behind the other in their files."""
+    names = [f"w{number:03}" for number in range(num_tensors)]
+    catalog = catalog_of(dict.fromkeys(names, (shape, saved)))
+    live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
     wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
     return [(plan, share_reads(plan, catalog, wants, slabs=slabs, islands=islands)) for plan in plans]
@@ -182,12 +185,7 @@ def many_tensors(
     wanted: list[TensorLayout], slabs: SlabLimits, islands: Islands | None = None
 ) -> list[tuple[LoadPlan, SharedPlan]]:
     """Of 64 tensors of 64 x 64, saved by 4 ranks, one chunk of each in a file."""
-    names = [f"w{number:02}" for number in range(64)]
-    catalog = catalog_of({name: ((64, 64), rows(64, 4)) for name in names})
-    live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
-    plans = [plan_load(catalog, layout, REQUEST) for layout in live]
-    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
-    return [(plan, share_reads(plan, catalog, wants, slabs=slabs, islands=islands)) for plan in plans]
+    return shared_plans((64, 64), rows(64, 4), wanted, slabs, islands, num_tensors=64)
 
 
 def stretches(shared: SharedPlan) -> int:
@@ -221,13 +219,8 @@ def wide_plans(
     shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], num_tensors: int = 1
 ) -> list[tuple[LoadPlan, SharedPlan]]:
     """Of large tensors in an object store; nothing is read."""
-    names = [f"w{number:02}" for number in range(num_tensors)]
-    catalog = catalog_of(dict.fromkeys(names, (shape, saved)))
-    live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
-    plans = [plan_load(catalog, layout, REQUEST) for layout in live]
-    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
     limits = SlabLimits.of(OBJECT_STORE, JoinLimits.of(OBJECT_STORE, max_gap_bytes=None, max_request_bytes=None))
-    return [(plan, share_reads(plan, catalog, wants, slabs=limits)) for plan in plans]
+    return shared_plans(shape, saved, wanted, limits, num_tensors=num_tensors)
 
 
 def one_box(shape: tuple[int, ...], region: Region) -> TensorLayout:
