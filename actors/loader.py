@@ -17,22 +17,22 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors.network import use_interface_of
-from actors.rendezvous import Meeting, join_meeting, open_meeting
-from schemas.stage_report import RankReport, Span
-from shardferry.agreement import Agreement
-from shardferry.cache_directory import CacheChoice
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
-from shardferry.handoff import ShardHandle, node_identity
-from shardferry.layout import RankLayout
+from shardferry.actors.network import use_interface_of
+from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
+from shardferry.checkpoint.cache_directory import CacheChoice
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
+from shardferry.exchange.agreement import Agreement
+from shardferry.handoff.handle import ShardHandle, node_identity
+from shardferry.handoff.receiver import Reception
+from shardferry.layout.spec import SpecLayout
+from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.plan import LoadPlan
-from shardferry.plan_cache import PlanCache
-from shardferry.reader import Counters, ReadOptions
-from shardferry.receiver import Reception
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.plan.plan_cache import PlanCache
+from shardferry.plan.planner import LoadPlan
+from shardferry.read.execute import Counters, ReadOptions
+from shardferry.schemas.stage_report import RankReport, Span
 
 Transport = Literal["shared_memory", "object_store"]
 

@@ -12,9 +12,9 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.loader import Loader, LoaderSettings
-from schemas.stage_config import StageConfig
+from shardferry.actors.loader import Loader, LoaderSettings
 from shardferry.errors import SpecError
+from shardferry.schemas.stage_config import StageConfig
 
 PROGRESS = "progress"  # the concurrency group of Loader.progress
 

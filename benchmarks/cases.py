@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.models import NUM_SMALL
-from shardferry.layout import AxisCut, TensorLayout, sharded
-from shardferry.mesh import Mesh, Replicate, Shard
-from shardferry.spec_layout import Rule, SpecLayout
+from shardferry.layout.mesh import Mesh, Replicate, Shard
+from shardferry.layout.spec import Rule, SpecLayout
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
 
 COPIES, AXIS = "copies", "dp"
 

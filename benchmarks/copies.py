@@ -22,10 +22,10 @@ import torch.distributed as dist
 from benchmarks.machine import describe
 from benchmarks.ranks import RankPool
 from benchmarks.table import Table, plain
-from shardferry import costs
 from shardferry.arena import HostArena
-from shardferry.exchange import MAX_IN_FLIGHT, MESSAGE_BYTES
-from shardferry.peers import ArenaAddress, PeerArenas
+from shardferry.exchange.peer_memory import ArenaAddress, PeerArenas
+from shardferry.exchange.point_to_point import MAX_IN_FLIGHT, MESSAGE_BYTES
+from shardferry.plan import costs
 
 _TOTAL_BYTES = 256 << 20  # from one rank, in a round
 _SLAB_BYTES = 1 << 20  # what a rank reads for others in one go: it is copied out of a core's cache

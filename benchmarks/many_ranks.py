@@ -14,8 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.checkpoint import OPTIMIZER_KEY, adamw
 from benchmarks.models import STATES, STEP, Shapes, fill_box
-from shardferry.layout import AxisCut, sharded
-from shardferry.mesh import Shard as ShardOf
+from shardferry.layout.mesh import Shard as ShardOf
+from shardferry.layout.tensor_layout import AxisCut, sharded
 
 
 def save_as_many(path: str, shapes: Shapes, num_ranks: int) -> None:

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from benchmarks.checkpoint import OPTIMIZER_KEY
 from benchmarks.meter import Spent
 from benchmarks.task import POISON, Contender, Task, WrongResult
-from shardferry.agreement import Agreement
 from shardferry.arena import HostArena
-from shardferry.checkpoint import METADATA_FILE, open_checkpoint
+from shardferry.checkpoint.open import METADATA_FILE, open_checkpoint
+from shardferry.checkpoint.param_groups import ParamGroup
+from shardferry.config import LoadRequest
+from shardferry.exchange.agreement import Agreement
 from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all
-from shardferry.param_groups import ParamGroup
-from shardferry.plan import LoadPlan, plan_load
-from shardferry.reader import Counters, ReadOptions, Strategy
-from shardferry.request import LoadRequest
+from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.read.execute import Counters, ReadOptions, Strategy
 from shardferry.storage.base import open_storage
 
 _REQUEST = LoadRequest(OPTIMIZER_KEY)

@@ -21,16 +21,16 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.large import LLAMA_405B, synthetic_catalog, tp_fsdp
-from pipeline.planning import plan_report
-from schemas.stage_config import StageConfig
-from shardferry.catalog import Catalog
-from shardferry.mesh import Mesh, Shard
-from shardferry.plan import plan_load
-from shardferry.plan_cache import PlanCache
-from shardferry.request import LoadRequest
-from shardferry.slabs import SlabLimits
-from shardferry.spec_layout import SpecLayout
-from shardferry.wants import SpecWants
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.config import LoadRequest
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
+from shardferry.pipeline.planning import plan_report
+from shardferry.plan.plan_cache import PlanCache
+from shardferry.plan.planner import plan_load
+from shardferry.plan.rank_layouts import SpecWants
+from shardferry.plan.split import SlabLimits
+from shardferry.schemas.stage_config import StageConfig
 
 SAVED = {
     "rows of 1024": SpecLayout(Mesh((("dp_shard", 1024),)), (), {"dp_shard": Shard(0)}),

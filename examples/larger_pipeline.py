@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import shardferry
-from pipeline import OptimizerLoadStage
-from schemas import StageConfig
+from shardferry.pipeline import OptimizerLoadStage
+from shardferry.schemas import StageConfig
 
 YESTERDAY, TODAY = 4, 2  # trainers
 STEPS = 6  # a day

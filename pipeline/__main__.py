@@ -1,7 +1,7 @@
-"""``python -m pipeline``: the same as the command ``shardferry``."""
+"""``python -m pipeline``, in the repository's root: the same as the command ``shardferry``."""
 
 import sys
 
-from pipeline.cli import main
+from shardferry.pipeline.cli import main
 
 sys.exit(main())

@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.display import byte_progress, human_bytes, print_plan, print_stage, print_table, show_ranks
-from schemas.stage_config import StageConfig
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint, opened_storage
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint, opened_storage
 from shardferry.errors import LayoutError, ShardferryError, SpecError
+from shardferry.pipeline.display import byte_progress, human_bytes, print_plan, print_stage, print_table, show_ranks
+from shardferry.schemas.stage_config import StageConfig
 
 _MANY = 40  # tensors; longer lists are cut on the terminal, never in JSON
 
@@ -47,7 +47,7 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 @app.command(epilog="Example: shardferry inspect ckpt/step-1000 --json | jq .problems")
 def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
     """What is in a checkpoint: tensors, topology it was saved in, sizes, versions, problems."""
-    from pipeline.inspecting import inspect_report
+    from shardferry.pipeline.inspecting import inspect_report
 
     report = inspect_report(open_checkpoint(checkpoint))
     if as_json:
@@ -88,8 +88,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Dry run from the checkpoint's metadata alone: what each rank would read. Starts no Ray and reads no data."""
-    from pipeline.overrides import override
-    from pipeline.planning import plan_report
+    from shardferry.pipeline.overrides import override
+    from shardferry.pipeline.planning import plan_report
 
     config = override(
         StageConfig.from_file(spec), mesh=mesh, world_size=world_size, storage_bandwidth=storage_bandwidth
@@ -117,10 +117,10 @@ def run(
     config = StageConfig.from_file(spec)
     catalog = _catalog_of(config, location)  # a wrong path should not cost the start of a cluster
     _check_writable(report, trace, html)
-    from pipeline.cluster import ray_for
-    from pipeline.exports import chrome_trace, html_page
-    from pipeline.planning import check_checkpoint, check_topology, target_layout
-    from pipeline.stage import OptimizerLoadStage
+    from shardferry.pipeline.cluster import ray_for
+    from shardferry.pipeline.exports import chrome_trace, html_page
+    from shardferry.pipeline.planning import check_checkpoint, check_topology, target_layout
+    from shardferry.pipeline.stage import OptimizerLoadStage
 
     layout = target_layout(config)
     check_checkpoint(catalog, config.checkpoint.request())
@@ -151,7 +151,7 @@ def verify(
     import json
     import threading
 
-    from shardferry.verify import verified_bytes, verify_checkpoint
+    from shardferry.read.verify import verified_bytes, verify_checkpoint
 
     catalog = open_checkpoint(checkpoint)
     total, lock, done = verified_bytes(catalog), threading.Lock(), [0]
@@ -179,7 +179,7 @@ def demo(
     ] = None,
 ) -> None:
     """The whole story on one machine: train on 4, save, load on 2 through the stage, go on training, same losses."""
-    from pipeline.demo.story import tell
+    from shardferry.pipeline.demo.story import tell
 
     if not tell(directory):
         raise typer.Exit(1)

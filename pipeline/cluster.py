@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import ray
 import torch
 
-from schemas.stage_config import StageConfig
 from shardferry.errors import SpecError
+from shardferry.schemas.stage_config import StageConfig
 
 _CONNECT_S = 10.0
 

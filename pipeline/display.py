@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from actors.loader import Progress as RankProgress
-from schemas.plan_report import PlanReport
-from schemas.stage_report import StageReport
+from shardferry.actors.loader import Progress as RankProgress
+from shardferry.schemas.plan_report import PlanReport
+from shardferry.schemas.stage_report import StageReport
 
 _LINE_EVERY_S = 5.0
 _MANY_RANKS = 32  # longer tables are summed up

@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from schemas.stage_report import StageReport
+from shardferry.schemas.stage_report import StageReport
 
 
 def chrome_trace(report: StageReport) -> str:

@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from schemas.plan_report import RankPlan
-from schemas.stage_config import StageConfig
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import opened_storage
-from shardferry.demand import Demand
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import opened_storage
 from shardferry.errors import StorageError
-from shardferry.extents import JoinLimits
-from shardferry.plan import LoadPlan, plan_load, planned_objects
-from shardferry.plan_cache import PlanCache
-from shardferry.predict import predict_objects, predict_reads
-from shardferry.probe import answers_from_memory
-from shardferry.reader import join_limits_of
-from shardferry.slabs import SlabLimits
-from shardferry.spec_layout import SpecLayout
+from shardferry.layout.spec import SpecLayout
+from shardferry.plan.demand import Demand
+from shardferry.plan.plan_cache import PlanCache
+from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
+from shardferry.plan.predict import predict_objects, predict_reads
+from shardferry.plan.probe import answers_from_memory
+from shardferry.plan.rank_layouts import SpecWants
+from shardferry.plan.split import SlabLimits
+from shardferry.read.coalesce import JoinLimits
+from shardferry.read.execute import join_limits_of
+from shardferry.schemas.plan_report import RankPlan
+from shardferry.schemas.stage_config import StageConfig
 from shardferry.storage.traits import StorageTraits
-from shardferry.wants import SpecWants
 
 MOST_PLANNED = 32  # ranks; one of the largest models takes a second
 

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from shardferry.catalog import Catalog, SavedTensor
-from shardferry.optimizer_index import top_level_keys
-from shardferry.plan import find_problems
+from shardferry.checkpoint.catalog import Catalog, SavedTensor
+from shardferry.checkpoint.optimizer_index import top_level_keys
+from shardferry.plan.planner import find_problems
 
 
 class TensorReport(BaseModel):

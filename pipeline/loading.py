@@ -11,15 +11,15 @@ from typing import Any
 
 import ray
 
-from actors.loader import Progress
-from actors.loader_group import LoaderGroup
-from pipeline.reporting import build_report
-from pipeline.waiting import Wait, gather
-from schemas.stage_config import StageConfig
-from schemas.stage_report import StageReport
+from shardferry.actors.loader import Progress
+from shardferry.actors.loader_group import LoaderGroup
 from shardferry.errors import RankError
-from shardferry.handoff import ShardHandle
-from shardferry.spec_layout import SpecLayout
+from shardferry.handoff.handle import ShardHandle
+from shardferry.layout.spec import SpecLayout
+from shardferry.pipeline.reporting import build_report
+from shardferry.pipeline.waiting import Wait, gather
+from shardferry.schemas.stage_config import StageConfig
+from shardferry.schemas.stage_report import StageReport
 
 ProgressCallback = Callable[[list[Progress]], None]
 _PROGRESS_EVERY_S = 0.5

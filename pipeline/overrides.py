@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from schemas.stage_config import StageConfig
 from shardferry.errors import SpecError
+from shardferry.schemas.stage_config import StageConfig
 
 SCALED_AXIS = "dp_shard"  # by --world-size, where the mesh has it; else the outermost
 

@@ -6,20 +6,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.forecast import forecast, join_limits
-from schemas.plan_report import Balance, PlanReport
-from schemas.stage_config import StageConfig
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import opened_storage
-from shardferry.demand import demand_of
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import opened_storage
+from shardferry.checkpoint.optimizer_index import index_optimizer
+from shardferry.config import LoadRequest
 from shardferry.errors import SpecError
-from shardferry.layout import RankLayout
-from shardferry.optimizer_index import index_optimizer
-from shardferry.plan import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
-from shardferry.reader import check_files
+from shardferry.layout.spec import SpecLayout
+from shardferry.layout.tensor_layout import RankLayout
+from shardferry.pipeline.forecast import forecast, join_limits
+from shardferry.plan.demand import demand_of
+from shardferry.plan.planner import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
+from shardferry.read.execute import check_files
 from shardferry.region import Region, union_numel
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.schemas.plan_report import Balance, PlanReport
+from shardferry.schemas.stage_config import StageConfig
 
 
 def target_layout(config: StageConfig) -> SpecLayout:

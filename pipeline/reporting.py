@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.planning import amplification, unique_bytes
-from schemas.stage_config import StageConfig
-from schemas.stage_report import RankReport, StageReport
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import opened_storage
-from shardferry.layout import RankLayout
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import opened_storage
+from shardferry.config import LoadRequest
+from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import read_values
-from shardferry.request import LoadRequest
+from shardferry.pipeline.planning import amplification, unique_bytes
+from shardferry.schemas.stage_config import StageConfig
+from shardferry.schemas.stage_report import RankReport, StageReport
 
 
 def build_report(

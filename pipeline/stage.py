@@ -11,14 +11,14 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.loader_group import LoaderGroup, start_loaders
-from pipeline.loading import Loading, ProgressCallback, Refs, StageResult
-from pipeline.planning import check_checkpoint, check_topology, target_layout
-from pipeline.waiting import Wait, gather
-from schemas.stage_config import StageConfig
-from shardferry.checkpoint import open_checkpoint
+from shardferry.actors.loader_group import LoaderGroup, start_loaders
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import SpecError
-from shardferry.spec_layout import SpecLayout
+from shardferry.layout.spec import SpecLayout
+from shardferry.pipeline.loading import Loading, ProgressCallback, Refs, StageResult
+from shardferry.pipeline.planning import check_checkpoint, check_topology, target_layout
+from shardferry.pipeline.waiting import Wait, gather
+from shardferry.schemas.stage_config import StageConfig
 
 Trainers = Sequence[ActorHandle[Any]]
 Location = str | Path | ray.ObjectRef[Any]

@@ -1,7 +1,7 @@
 """What people and files give us, and what we report, as pydantic models."""
 
-from schemas.plan_report import Balance, PlanReport, RankPlan
-from schemas.stage_config import (
+from shardferry.schemas.plan_report import Balance, PlanReport, RankPlan
+from shardferry.schemas.stage_config import (
     ActorsSpec,
     CheckpointSpec,
     HandoffSpec,
@@ -12,7 +12,7 @@ from schemas.stage_config import (
     TimeoutsSpec,
     TopologySpec,
 )
-from schemas.stage_report import RankReport, StageReport
+from shardferry.schemas.stage_report import RankReport, StageReport
 
 __all__ = [
     "ActorsSpec",

@@ -20,11 +20,11 @@ from pydantic import (
     model_validator,
 )
 
+from shardferry.config import DtypePolicy, KeyPolicy, LoadRequest, Selection, can_convert
 from shardferry.errors import LayoutError, SpecError
-from shardferry.mesh import Mesh, Placement, parse_placement
-from shardferry.reader import ReadOptions
-from shardferry.request import DtypePolicy, KeyPolicy, LoadRequest, Selection, can_convert
-from shardferry.spec_layout import HeldBy, Rule, SpecLayout
+from shardferry.layout.mesh import Mesh, Placement, parse_placement
+from shardferry.layout.spec import HeldBy, Rule, SpecLayout
+from shardferry.read.execute import ReadOptions
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 _MAX_RANKS = 1 << 20

@@ -1,12 +1,12 @@
 """Load sharded optimizer state from PyTorch distributed checkpoints, in whatever topology the next trainers need."""
 
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import ShardferryError
-from shardferry.handoff import Shard, ShardHandle
-from shardferry.keys import KeyReport
+from shardferry.handoff.handle import Shard, ShardHandle
+from shardferry.handoff.receiver import OptimizerReceiver
 from shardferry.load import load_optimizer_state
-from shardferry.receiver import OptimizerReceiver
+from shardferry.plan.match_keys import KeyReport
 from shardferry.region import Region
 
 __all__ = [

@@ -14,27 +14,27 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.agreement import Agreement
 from shardferry.arena import Arena, HostArena, allocate_arena
-from shardferry.catalog import Catalog
-from shardferry.catalog_cache import CatalogCache
-from shardferry.checkpoint import opened_storage, read_catalog
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.catalog_cache import CatalogCache
+from shardferry.checkpoint.open import opened_storage, read_catalog
+from shardferry.config import KeyPolicy, LoadRequest, Selection, dtype_policy
 from shardferry.errors import HandoffError
-from shardferry.exchange import Channel, Deadline
-from shardferry.handoff import InProcess, Payload, ShardHandle, SharedMemory
-from shardferry.install import fit
-from shardferry.keys import KeyReport
-from shardferry.layout import RankLayout, replicated
-from shardferry.live import LiveModel, live_layout
-from shardferry.manifest import Manifest, StateTensor, StateValue
-from shardferry.neighbours import Neighbours, Strategy, Word, taken_by_any, word_of
-from shardferry.plan import LoadPlan, plan_load, plan_tensors, value_keys
-from shardferry.plan_cache import PlanCache
-from shardferry.reader import Counters, ReadOptions, read_objects, read_plan, read_strategy
-from shardferry.request import KeyPolicy, LoadRequest, Selection, dtype_policy
+from shardferry.exchange.agreement import Agreement
+from shardferry.exchange.point_to_point import Channel, Deadline
+from shardferry.exchange.rank_info import Neighbours, Strategy, Word, taken_by_any, word_of
+from shardferry.exchange.together import Together
+from shardferry.handoff.handle import InProcess, Payload, ShardHandle, SharedMemory
+from shardferry.layout.tensor_layout import RankLayout, replicated
+from shardferry.optimizer.install import fit
+from shardferry.optimizer.live import LiveModel, live_layout
+from shardferry.plan.manifest import Manifest, StateTensor, StateValue
+from shardferry.plan.match_keys import KeyReport
+from shardferry.plan.plan_cache import PlanCache
+from shardferry.plan.planner import LoadPlan, plan_load, plan_tensors, value_keys
+from shardferry.read.execute import Counters, ReadOptions, read_objects, read_plan, read_strategy
 from shardferry.storage.base import RangeReader, open_storage
-from shardferry.storage.retrying import RetryPolicy
-from shardferry.together import Together
+from shardferry.storage.retry import RetryPolicy
 
 
 class PhaseClock:

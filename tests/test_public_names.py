@@ -21,7 +21,7 @@ PROMISED = {
 }
 
 
-@pytest.mark.parametrize("package", ["shardferry", "pipeline", "schemas", "shardferry.dcp"])
+@pytest.mark.parametrize("package", ["shardferry", "shardferry.pipeline", "shardferry.schemas", "shardferry.dcp"])
 def test_every_public_name_is_there_and_documented(package: str) -> None:
     module = importlib.import_module(package)
     assert module.__doc__

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from schemas import StageConfig
-from shardferry.mesh import Replicate, Shard
+from shardferry.layout.mesh import Replicate, Shard
+from shardferry.schemas import StageConfig
 from tests.support.commands import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

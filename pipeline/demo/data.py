@@ -13,7 +13,7 @@ GLOBAL_BATCH = 16  # sequences a step, over all ranks
 @cache
 def corpus() -> torch.Tensor:
     """The text as bytes, uint8 (length,)."""
-    text = (files("pipeline.demo") / "corpus.txt").read_bytes()
+    text = (files("shardferry.pipeline.demo") / "corpus.txt").read_bytes()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

@@ -12,8 +12,8 @@ from time import monotonic
 
 import torch.distributed as dist
 
-from pipeline.demo.training import build, save, train
 from shardferry.errors import RankError
+from shardferry.pipeline.demo.training import build, save, train
 
 
 def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 120.0) -> list[float]:

@@ -10,14 +10,14 @@ from typing import Any
 
 import ray
 
-from pipeline.cluster import ray_for
-from pipeline.demo.pretraining import pretrain
-from pipeline.demo.trainer import DemoTrainer
-from pipeline.display import byte_progress, human_bytes, print_table, show_ranks
-from pipeline.stage import OptimizerLoadStage
-from schemas.stage_config import StageConfig
-from schemas.stage_report import StageReport
 from shardferry.errors import SpecError
+from shardferry.pipeline.cluster import ray_for
+from shardferry.pipeline.demo.pretraining import pretrain
+from shardferry.pipeline.demo.trainer import DemoTrainer
+from shardferry.pipeline.display import byte_progress, human_bytes, print_table, show_ranks
+from shardferry.pipeline.stage import OptimizerLoadStage
+from shardferry.schemas.stage_config import StageConfig
+from shardferry.schemas.stage_report import StageReport
 
 SAVED_ON, LOADED_ON = 4, 2  # ranks
 PRETRAINED_STEPS, FURTHER_STEPS = 20, 8

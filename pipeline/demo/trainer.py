@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 
 import shardferry
-from pipeline.demo import training
-from pipeline.demo.model import GPT
+from shardferry.pipeline.demo import training
+from shardferry.pipeline.demo.model import GPT
 
 
 class DemoTrainer(shardferry.OptimizerReceiver):

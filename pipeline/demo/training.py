@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pipeline.demo.data import batch
-from pipeline.demo.model import GPT, GPTConfig, build_gpt
+from shardferry.pipeline.demo.data import batch
+from shardferry.pipeline.demo.model import GPT, GPTConfig, build_gpt
 
 
 def build() -> tuple[GPT, torch.optim.Optimizer]:

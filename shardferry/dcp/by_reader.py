@@ -13,14 +13,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from shardferry.agreement import Agreement
-from shardferry.catalog import KeyPath
+from shardferry.checkpoint.catalog import KeyPath
 from shardferry.dcp.cover import check_cover
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
 from shardferry.dcp.reader_with_offset import ReaderWithOffset
 from shardferry.dcp.targets import SavedState, Target, targets_of
 from shardferry.errors import CatalogError, CheckpointNotFound, PlanError, RankError, ShardferryError
+from shardferry.exchange.agreement import Agreement
 
 _OBJECT = "<bytes_io>"  # stands where a planner puts a Python object
 

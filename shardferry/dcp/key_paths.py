@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shardferry.catalog import KeyPath
+from shardferry.checkpoint.catalog import KeyPath
 from shardferry.errors import PlanError
-from shardferry.nesting import nest
+from shardferry.state_dicts import nest
 
 
 def optimizer_paths(

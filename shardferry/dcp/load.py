@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultLoadPlanner, StorageReader
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from shardferry.agreement import Agreement
 from shardferry.dcp.by_reader import load_by_reader
 from shardferry.dcp.groups import group_of_call
 from shardferry.dcp.ranged import load_ranged
 from shardferry.dcp.storages import has_ranges
 from shardferry.errors import SpecError
+from shardferry.exchange.agreement import Agreement
 
 
 def load_sharded_optimizer_state_dict(

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import StorageReader
 
-from shardferry.agreement import Agreement
 from shardferry.arena import allocate_arena
-from shardferry.catalog import Catalog, KeyPath
-from shardferry.catalog_cache import CatalogCache
-from shardferry.checkpoint import read_catalog
+from shardferry.checkpoint.catalog import Catalog, KeyPath
+from shardferry.checkpoint.catalog_cache import CatalogCache
+from shardferry.checkpoint.open import read_catalog
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
 from shardferry.dcp.storages import storage_of
 from shardferry.dcp.targets import SavedState, Target, targets_of
-from shardferry.plan import plan_tensors
-from shardferry.reader import Counters, ReadOptions, read_object, read_plan
+from shardferry.exchange.agreement import Agreement
+from shardferry.plan.planner import plan_tensors
+from shardferry.read.execute import Counters, ReadOptions, read_object, read_plan
 from shardferry.storage.base import RangeReader
 
 

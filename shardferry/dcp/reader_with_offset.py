@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from shardferry.dcp.cover import check_cover
 from shardferry.dcp.sharded_tensors import region_of, size_of
-from shardferry.decode import decode_object
 from shardferry.errors import PlanError
+from shardferry.read.zip_header import decode_object
 from shardferry.region import Region
 
 

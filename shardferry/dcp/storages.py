@@ -33,8 +33,8 @@ def storage_of(reader: StorageReader) -> RangeReader:
     """The storage that a reader reads from. Raises CheckpointNotFound."""
     assert isinstance(reader, FileSystemReader)
     if _is_fsspec(reader):
-        from shardferry.storage.remote import RemoteReader
-        from shardferry.storage.retrying import RetryingReader
+        from shardferry.storage.fsspec import RemoteReader
+        from shardferry.storage.retry import RetryingReader
 
         filesystem: Any = reader.fs  # torch's wrapper around fsspec's own, which was made with the caller's options
         return RetryingReader(RemoteReader(filesystem.fs, os.fspath(reader.path)))

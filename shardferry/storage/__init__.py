@@ -1,9 +1,9 @@
 """Where a checkpoint's bytes are, and how to get ranges of them."""
 
 from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.fsspec import RemoteReader
 from shardferry.storage.local import LocalReader
-from shardferry.storage.remote import RemoteReader
-from shardferry.storage.retrying import RetryingReader, RetryPolicy
+from shardferry.storage.retry import RetryingReader, RetryPolicy
 from shardferry.storage.traits import StorageTraits
 
 __all__ = [

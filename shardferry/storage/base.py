@@ -16,7 +16,7 @@ from shardferry.storage.runs import Runs
 from shardferry.storage.traits import StorageTraits
 
 if TYPE_CHECKING:
-    from shardferry.storage.retrying import RetryPolicy
+    from shardferry.storage.retry import RetryPolicy
 
 
 class ByteReader(Protocol):
@@ -115,13 +115,15 @@ def open_storage(
         CheckpointNotFound: no such directory, or a kind of URL that isn't known or whose package isn't installed.
         SpecError: an option that this kind of storage doesn't have.
     """
-    from shardferry.storage.retrying import RetryingReader
+    from shardferry.storage.retry import RetryingReader
 
     return RetryingReader(_storage_at(str(location), storage_options or {}), retry)
 
 
 def _storage_at(location: str, storage_options: Mapping[str, Any]) -> RangeReader:
-    from shardferry.storage import local, native, remote
+    from shardferry.storage import fsspec as remote
+    from shardferry.storage import local
+    from shardferry.storage import obstore as native
 
     scheme, separator, _ = location.partition("://")
     if not separator:

@@ -11,7 +11,7 @@ from shardferry.errors import StorageError
 class TransientStorageError(StorageError):
     """One request failed in a way that another attempt may not: a timeout, a busy server, a connection that was cut.
 
-    It never reaches whoever reads: `shardferry.storage.retrying` tries again, and says in the end how often it did.
+    It never reaches whoever reads: `shardferry.storage.retry` tries again, and says in the end how often it did.
     """
 
 

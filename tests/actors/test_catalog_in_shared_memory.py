@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import ray
 
-from shardferry.catalog import Catalog
-from shardferry.catalog_builder import build_catalog
-from shardferry.metadata import parse_metadata
+from shardferry.checkpoint.build import build_catalog
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.metadata import parse_metadata
 from tests.support.synthetic_metadata import SyntheticSave
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
-from shardferry.plan import PlannedTensor, plan_load
-from shardferry.request import LoadRequest
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
+from shardferry.plan.planner import PlannedTensor, plan_load
 from tests.support.covering import covering_pairs, traits
 from tests.support.matrix import Held, load_and_compare, save_and_describe
 from tests.support.networks import STATES, numbers_of, parameters

@@ -40,8 +40,8 @@ from torch.distributed.tensor import DTensor
 
 import shardferry.dcp as ours
 from shardferry import open_checkpoint
-from shardferry.decode import HEAD_BYTES, parse_head
 from shardferry.errors import PlanError, ShardferryError
+from shardferry.read.zip_header import HEAD_BYTES, parse_head
 from shardferry.storage import open_storage
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, hole

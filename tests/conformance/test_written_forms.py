@@ -14,14 +14,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import shardferry
-from shardferry.agreement import Agreement
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
+from shardferry.exchange.agreement import Agreement
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank
-from shardferry.mesh import Mesh, Shard
-from shardferry.reader import ReadOptions
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.read.execute import ReadOptions
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.matrix import load_and_compare, save_and_describe

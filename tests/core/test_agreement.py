@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from shardferry.agreement import Agreement
 from shardferry.errors import PlanError, RankError
+from shardferry.exchange.agreement import Agreement
 from tests.support.ranks import RankPool
 
 

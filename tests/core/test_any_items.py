@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.serialization import config
 
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint, storage_of
-from shardferry.layout import AxisCut, TensorLayout, flat_slice, sharded
-from shardferry.mesh import Replicate, Shard
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint, storage_of
+from shardferry.layout.mesh import Replicate, Shard
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, sharded
+from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
 from shardferry.storage import RemoteReader
-from shardferry.verify import verify_checkpoint
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.loads import bits, load_boxes, load_layouts
 from tests.support.oracle import full_tensor, random_bits

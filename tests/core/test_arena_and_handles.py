@@ -17,9 +17,9 @@ import torch
 from shardferry import errors
 from shardferry.arena import NAME, HostArena, available_host_bytes, check_host_room
 from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryError
-from shardferry.handoff import Payload, ShardHandle, SharedMemory
-from shardferry.layout import replicated
-from shardferry.manifest import Manifest, StateTensor, StateValue
+from shardferry.handoff.handle import Payload, ShardHandle, SharedMemory
+from shardferry.layout.tensor_layout import replicated
+from shardferry.plan.manifest import Manifest, StateTensor, StateValue
 
 SHAPE = (3, 5)
 CONTENT = torch.arange(15.0).view(SHAPE)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardferry.budget import Budget, buffer_bytes
 from shardferry.errors import StorageError
+from shardferry.read.buffers import Budget, buffer_bytes
 
 
 @given(st.integers(0, 1 << 40))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shardferry import busy
-from shardferry.busy import BusyTimes
+from shardferry import stats as busy
+from shardferry.stats import BusyTimes
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardedTensorProperties
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from shardferry.catalog import Catalog, SavedTensor
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.catalog import Catalog, SavedTensor
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CatalogError, CheckpointNotFound, UnsafeMetadata
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata, forbidden_global, index_of

@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardferry.catalog import NO_FILE, Catalog
-from shardferry.catalog_builder import build_catalog
+from shardferry.checkpoint.build import build_catalog
+from shardferry.checkpoint.catalog import NO_FILE, Catalog
+from shardferry.checkpoint.metadata import parse_metadata
+from shardferry.checkpoint.ragged import Ragged
 from shardferry.errors import CatalogError
-from shardferry.metadata import parse_metadata
-from shardferry.ragged import Ragged
 from tests.support.synthetic_metadata import SyntheticSave
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

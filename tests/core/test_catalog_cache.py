@@ -21,12 +21,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._extension import ZStandard
 
 import shardferry
-from shardferry import catalog_cache, catalog_file
-from shardferry.catalog import Catalog
-from shardferry.catalog_cache import CatalogCache
-from shardferry.catalog_file import decode_catalog, encode_catalog
-from shardferry.checkpoint import read_catalog
-from shardferry.column_file import UnusableFile
+from shardferry.checkpoint import catalog_cache, catalog_file
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.catalog_cache import CatalogCache
+from shardferry.checkpoint.catalog_file import decode_catalog, encode_catalog
+from shardferry.checkpoint.column_file import UnusableFile
+from shardferry.checkpoint.open import read_catalog
 from shardferry.storage.base import open_storage
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
@@ -78,13 +78,13 @@ def cached_files(cache: CatalogCache) -> list[Path]:
 def unpickled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The metadata files that were unpickled."""
     seen: list[str] = []
-    parse = shardferry.metadata_files.parse_metadata
+    parse = shardferry.checkpoint.metadata_files.parse_metadata
 
     def noting(data: memoryview, *, source: str) -> Any:
         seen.append(source)
         return parse(data, source=source)
 
-    monkeypatch.setattr("shardferry.metadata_files.parse_metadata", noting)
+    monkeypatch.setattr("shardferry.checkpoint.metadata_files.parse_metadata", noting)
     return seen
 
 

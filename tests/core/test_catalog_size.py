@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
 from tests.support.synthetic_metadata import SyntheticSave
 
 SAVE = SyntheticSave(num_parameters=113, grid=(42, 7), num_files=128)  # 99,666 chunks, a tenth of a large model's
@@ -36,7 +36,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import shardferry
-from shardferry import catalog_builder, catalog_cache, metadata_files
+from shardferry.checkpoint import build as catalog_builder
+from shardferry.checkpoint import catalog_cache
+from shardferry.checkpoint import metadata_files
 
 def peak_bytes():
     status = Path("/proc/self/status").read_text()

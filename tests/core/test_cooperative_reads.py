@@ -12,18 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardferry import exchange, plan_sample
-from shardferry.agreement import Agreement
-from shardferry.catalog import Catalog
-from shardferry.catalog_cache import CatalogCache
-from shardferry.checkpoint import read_catalog
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.catalog_cache import CatalogCache
+from shardferry.checkpoint.open import read_catalog
+from shardferry.config import LoadRequest
 from shardferry.errors import RankError, ShardferryError
+from shardferry.exchange import point_to_point as exchange
+from shardferry.exchange.agreement import Agreement
+from shardferry.layout.mesh import Mesh, Replicate, Shard
+from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
-from shardferry.mesh import Mesh, Replicate, Shard
-from shardferry.plan_cache import PlanCache
-from shardferry.reader import Counters, ReadOptions, Strategy
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.plan import plan_sample
+from shardferry.plan.plan_cache import PlanCache
+from shardferry.read.execute import Counters, ReadOptions, Strategy
 from shardferry.storage.base import open_storage
 from tests.support.damage import short_file
 from tests.support.models import STATES, STEP, save_fsdp2
@@ -195,7 +196,7 @@ def test_a_failing_reader_fails_all(ranks: RankPool, tmp_path: Path, nodes: list
 
 def die_before_reading(path: str) -> str:
     """Rank 1's arena is gone when the others write to it."""
-    from shardferry import peers
+    from shardferry.exchange import peer_memory as peers
 
     rank = dist.get_rank()
     original = peers.ArenaAddress.of

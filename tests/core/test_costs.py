@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardferry.costs import RankCosts, StorageRates, Work, compare
+from shardferry.plan.costs import RankCosts, StorageRates, Work, compare
 
 MIB = 1 << 20
 STORE = StorageRates(latency_s=0.02, bytes_per_s=1e8, shares_reads=False)

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cases import CASES, Case
-from shardferry.agreement import Agreement
-from shardferry.layout import RankLayout
+from shardferry.config import LoadRequest
+from shardferry.exchange.agreement import Agreement
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
+from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
-from shardferry.mesh import Mesh, Shard
-from shardferry.reader import Counters, ReadOptions, Strategy
+from shardferry.read.execute import Counters, ReadOptions, Strategy
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
 from shardferry.storage.base import open_storage
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.models import STATES, save_fsdp2

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
-from shardferry.layout import AxisCut, Box, TensorLayout, flat_slice, sharded
-from shardferry.live_layout import LiveLayout
-from shardferry.mesh import Replicate, Shard
-from shardferry.plan import ALIGNMENT, LoadPlan, plan_load
+from shardferry.layout.from_tensor import TorchCut, left_to_right
+from shardferry.layout.live import LiveLayout
+from shardferry.layout.mesh import Replicate, Shard
+from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, flat_slice, sharded
+from shardferry.plan.planner import ALIGNMENT, LoadPlan, plan_load
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.tensor_layout import TorchCut, left_to_right
 from tests.support.catalogs import catalog_of
 
 

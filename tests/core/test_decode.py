@@ -13,8 +13,8 @@ import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 from torch.utils.serialization import config
 
-from shardferry.decode import MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 from shardferry.errors import DecodeError
+from shardferry.read.zip_header import MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
 
 DTYPES = [
     torch.float64,

@@ -9,13 +9,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardferry.catalog import Catalog
-from shardferry.demand import demand_of
-from shardferry.mesh import Mesh, Placement, Replicate, Shard
-from shardferry.plan import plan_load
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.config import LoadRequest
+from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
+from shardferry.layout.spec import HeldBy, Rule, SpecLayout
+from shardferry.plan.demand import demand_of
+from shardferry.plan.planner import plan_load
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import HeldBy, Rule, SpecLayout
 from tests.core.test_cover import grids, shapes
 from tests.support.catalogs import catalog_of
 

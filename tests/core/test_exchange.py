@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from shardferry.errors import StorageError
-from shardferry.exchange import MAX_IN_FLIGHT, Channel, Deadline, Exchange, Inbox, Outbox
+from shardferry.exchange.point_to_point import MAX_IN_FLIGHT, Channel, Deadline, Exchange, Inbox, Outbox
+from shardferry.plan.cooperative import Forward, Relayed, SharedPlan, SharedRead
 from shardferry.region import Region
-from shardferry.sharing import Forward, Relayed, SharedPlan, SharedRead
 from tests.support.ranks import RankPool
 
 BOXES = {

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardferry.arena import HostArena
-from shardferry.checkpoint import open_checkpoint
-from shardferry.extents import JoinLimits, join
-from shardferry.item_format import RawItem
-from shardferry.items import StoredItem
-from shardferry.mesh import Mesh, Shard
-from shardferry.plan import plan_load
-from shardferry.reader import Counters, ReadOptions, read_plan
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.checkpoint.item_format import RawItem
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
+from shardferry.plan.planner import plan_load
+from shardferry.read.coalesce import JoinLimits, join
+from shardferry.read.execute import Counters, ReadOptions, read_plan
+from shardferry.read.items import StoredItem
 from shardferry.storage import runs
 from shardferry.storage.local import LocalReader
 from tests.core.test_reader import SMALL, check, save

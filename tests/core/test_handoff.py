@@ -19,18 +19,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as TorchShard
 
-from shardferry.agreement import Agreement
 from shardferry.arena import HostArena
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
 from shardferry.errors import HandoffError
-from shardferry.handoff import Payload, Shard, ShardHandle
+from shardferry.exchange.agreement import Agreement
+from shardferry.handoff.handle import Payload, Shard, ShardHandle
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.mesh import Shard as ShardOf
+from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.mesh import Mesh
-from shardferry.mesh import Shard as ShardOf
-from shardferry.plan import ALIGNMENT
-from shardferry.reader import ReadOptions
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import Rule, SpecLayout
+from shardferry.plan.planner import ALIGNMENT
+from shardferry.read.execute import ReadOptions
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool

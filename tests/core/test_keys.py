@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 import shardferry
+from shardferry.config import Renaming
 from shardferry.errors import InstallError, LayoutError, PlanError, SpecError
-from shardferry.keys import KeyReport
-from shardferry.request import Renaming
+from shardferry.plan.match_keys import KeyReport
 from tests.support.alone import save_alone
 from tests.support.models import fsdp1
 from tests.support.oracle import full_tensor

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.errors import LayoutError
-from shardferry.layout import AxisCut, flat_slice, sharded
-from shardferry.mesh import Mesh, Placement, Replicate, Shard, parse_placement
+from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard, parse_placement
+from shardferry.layout.spec import Rule, SpecLayout
+from shardferry.layout.tensor_layout import AxisCut, flat_slice, sharded
 from shardferry.region import Region
-from shardferry.spec_layout import Rule, SpecLayout
 
 Index = tuple[int, ...]
 

@@ -12,11 +12,11 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 import shardferry
-from pipeline.inspecting import inspect_report
-from shardferry.checkpoint import storage_of
+from shardferry.checkpoint.megatron import megatron_entry
+from shardferry.checkpoint.open import storage_of
 from shardferry.errors import LayoutError, PlanError
-from shardferry.megatron import megatron_entry
-from shardferry.verify import verify_checkpoint
+from shardferry.pipeline.inspecting import inspect_report
+from shardferry.read.verify import verify_checkpoint
 from tests.support.damage import edit_metadata
 from tests.support.models import STEP, Model, adamw, check_state, fsdp2
 from tests.support.oracle import full_tensor

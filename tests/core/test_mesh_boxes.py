@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardferry.layout import AxisCut, sharded
-from shardferry.mesh import Mesh, Placement, Replicate, Shard
-from shardferry.mesh_boxes import MeshBoxes, ranks_within
+from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
+from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
+from shardferry.layout.tensor_layout import AxisCut, sharded
 from shardferry.region import Region
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardferry.messages import broadcast_object, gather_objects
+from shardferry.exchange.messages import broadcast_object, gather_objects
 from tests.support.ranks import RankPool
 
 _CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.nn.parallel import DistributedDataParallel
 
 import shardferry
-from shardferry.keys import KeyReport
+from shardferry.plan.match_keys import KeyReport
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool

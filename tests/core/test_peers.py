@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shardferry.arena import HostArena
-from shardferry.peers import ArenaAddress, PeerArenas
+from shardferry.exchange.peer_memory import ArenaAddress, PeerArenas
 
 _SHAPE = (3, 5, 40)  # of a block in the cases below: a row of it has 160 bytes
 _TABLE = np.arange(4_000_000, dtype=np.uint32)

@@ -16,22 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.large import synthetic_catalog
-from shardferry import plan_cache, slabs
-from shardferry.catalog import Catalog
-from shardferry.catalog_cache import CatalogCache
-from shardferry.column_file import UnusableFile, encode_file
-from shardferry.layout import AxisCut, TensorLayout, flat_slice, sharded
-from shardferry.live_layout import LiveLayout
-from shardferry.mesh import Shard
-from shardferry.plan import LoadPlan, plan_load
-from shardferry.plan_cache import PLAN_FILE, PlanCache, encode_plan
-from shardferry.plan_check import check_columns
-from shardferry.plan_columns import COLUMNS, PlanColumns
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.catalog_cache import CatalogCache
+from shardferry.checkpoint.column_file import UnusableFile, encode_file
+from shardferry.layout.live import LiveLayout
+from shardferry.layout.mesh import Shard
+from shardferry.layout.spec import HeldBy, SpecLayout
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, sharded
+from shardferry.plan import plan_cache
+from shardferry.plan import split as slabs
+from shardferry.plan.cooperative import Islands, SharedPlan, share_reads
+from shardferry.plan.plan_cache import PLAN_FILE, PlanCache, encode_plan
+from shardferry.plan.plan_check import check_columns
+from shardferry.plan.plan_columns import COLUMNS, PlanColumns
+from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.rank_layouts import SpecWants, ToldWants, Wants, told
+from shardferry.plan.split import SlabLimits
 from shardferry.region import Region
-from shardferry.sharing import Islands, SharedPlan, share_reads
-from shardferry.slabs import SlabLimits
-from shardferry.spec_layout import HeldBy, SpecLayout
-from shardferry.wants import SpecWants, ToldWants, Wants, told
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
 from tests.core.test_sharing import node_loads
 from tests.support.catalogs import catalog_of

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from shardferry import plan_sample
-from shardferry.catalog import Catalog
-from shardferry.costs import Work
-from shardferry.extents import JoinLimits
-from shardferry.layout import AxisCut, TensorLayout, sharded
-from shardferry.live_layout import LiveLayout
-from shardferry.mesh import Shard
-from shardferry.plan import LoadPlan, plan_load
-from shardferry.plan_sample import PlanSample
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.config import LoadRequest
+from shardferry.layout.live import LiveLayout
+from shardferry.layout.mesh import Shard
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
+from shardferry.plan import plan_sample
+from shardferry.plan.cooperative import share_reads
+from shardferry.plan.costs import Work
+from shardferry.plan.plan_sample import PlanSample
+from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.rank_layouts import ToldWants, told
+from shardferry.plan.split import SlabLimits
+from shardferry.read.coalesce import JoinLimits
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.sharing import share_reads
-from shardferry.slabs import SlabLimits
 from shardferry.storage.traits import OBJECT_STORE
-from shardferry.wants import ToldWants, told
 from tests.support.catalogs import catalog_of
 
 NUM_TENSORS, RANKS = 300, 6

@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 
 from benchmarks.large import TransformerSize, synthetic_catalog, tp_fsdp
-from shardferry import demand, layout, plan, slabs, wants
-from shardferry.mesh import Mesh, Shard
-from shardferry.plan import check_cover, covering_chunks, plan_load
+from shardferry.config import LoadRequest
+from shardferry.layout import tensor_layout as layout
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import Rule, SpecLayout
+from shardferry.plan import demand
+from shardferry.plan import planner as plan
+from shardferry.plan import rank_layouts as wants
+from shardferry.plan import split as slabs
+from shardferry.plan.cooperative import share_reads
+from shardferry.plan.planner import check_cover, covering_chunks, plan_load
+from shardferry.plan.rank_layouts import SpecWants
+from shardferry.plan.split import SlabLimits
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.sharing import share_reads
-from shardferry.slabs import SlabLimits
-from shardferry.spec_layout import Rule, SpecLayout
-from shardferry.wants import SpecWants
 from tests.support.simulation import simulate
 
 REQUEST = LoadRequest("optim")
@@ -133,10 +137,10 @@ def test_a_cover_of_very_many_chunks_is_proven_without_comparing_them(monkeypatc
 _PRINT_PLAN = """
 import sys
 from benchmarks.large import synthetic_catalog
-from shardferry.plan import plan_load
-from shardferry.sharing import share_reads
-from shardferry.slabs import SlabLimits
-from shardferry.wants import SpecWants
+from shardferry.plan.planner import plan_load
+from shardferry.plan.cooperative import share_reads
+from shardferry.plan.split import SlabLimits
+from shardferry.plan.rank_layouts import SpecWants
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
 catalog, spec = synthetic_catalog(SMALL, SAVED), wanted(2, 4, tp=2)
 plan = plan_load(catalog, spec.rank(5), REQUEST)

@@ -20,26 +20,26 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from shardferry.checkpoint.safetensors import OFFSETS_REMARK, SHARDING_REMARK
+from shardferry.checkpoint.safetensors_files import INDEX_FILE, SUFFIX
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
-from shardferry.fsdp1 import flattened_parameters
-from shardferry.placing import strided_shard
+from shardferry.layout.placing import strided_shard
+from shardferry.optimizer.fsdp1 import flattened_parameters
+from shardferry.read.transforms import ZSTANDARD
 from shardferry.region import Region
-from shardferry.safetensors import OFFSETS_REMARK, SHARDING_REMARK
-from shardferry.safetensors_files import INDEX_FILE, SUFFIX
-from shardferry.transforms import ZSTANDARD
 from tests.support.models import SHAPES, Model, fsdp1
 from tests.support.ranks import RankPool
 
 
 def test_strided_shard() -> None:
-    """shardferry/handoff.py"""
+    """shardferry/handoff/handle.py"""
     placement = strided_shard(0, 2)
     assert not placement.is_replicate()
     assert (placement.dim, placement.split_factor) == (0, 2)
 
 
 def test_shard_param_info_fields() -> None:
-    """shardferry/fsdp1.py"""
+    """shardferry/optimizer/fsdp1.py"""
     wanted = {"in_shard", "offset_in_shard", "numel_in_shard", "intra_param_start_idx"}
     assert wanted <= set(_ShardParamInfo._fields)
 
@@ -55,7 +55,7 @@ def flat_parameter_tells_where_parameters_are() -> dict[str, int]:
 
 
 def test_flat_parameters(ranks: RankPool) -> None:
-    """shardferry/fsdp1.py: both ranks' slices make up each parameter."""
+    """shardferry/optimizer/fsdp1.py: both ranks' slices make up each parameter."""
     one, other = ranks.run(2, flat_parameter_tells_where_parameters_are)
     assert {fqn: one[fqn] + other[fqn] for fqn in one} == {f: torch.Size(s).numel() for f, s in SHAPES.items()}
 
@@ -69,18 +69,18 @@ def tied_flat_parameter() -> tuple[str, ...]:
 
 
 def test_flat_parameters_tell_which_are_tied(ranks: RankPool) -> None:
-    """shardferry/fsdp1.py"""
+    """shardferry/optimizer/fsdp1.py"""
     assert ranks.run(2, tied_flat_parameter) == [("0.weight", "1.weight")] * 2
 
 
 def test_transformations_that_torch_brings() -> None:
-    """shardferry/transforms.py: one more is one more to undo."""
+    """shardferry/read/transforms.py: one more is one more to undo."""
     assert set(ExtensionRegistry().extensions) == {ZSTANDARD}
     assert ZStandard().get_descriptor() == f"{ZSTANDARD}/1"
 
 
 def test_names_in_and_around_safetensors_files() -> None:
-    """shardferry/safetensors.py, shardferry/safetensors_files.py"""
+    """shardferry/checkpoint/safetensors.py, shardferry/checkpoint/safetensors_files.py"""
     assert (_hf_utils.CUSTOM_METADATA_KEY, _hf_utils.SAVED_OFFSETS_KEY) == (SHARDING_REMARK, OFFSETS_REMARK)
     assert (_hf_utils._metadata_fn, _hf_utils.SUFFIX) == (INDEX_FILE, SUFFIX)
 
@@ -129,7 +129,7 @@ def specs_of_flattened_dtensors() -> list[tuple[int, ...]]:
 
 
 def test_flattened_dtensors(ranks: RankPool) -> None:
-    """shardferry/fsdp1.py: FSDP1 over TP keeps what the DTensors were."""
+    """shardferry/optimizer/fsdp1.py: FSDP1 over TP keeps what the DTensors were."""
     assert ranks.run(4, specs_of_flattened_dtensors) == [[(8, 4), (8,)]] * 4
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shardferry.ramp import Ramp
+from shardferry.read.ramp import Ramp
 
 MB = 1_000_000
 

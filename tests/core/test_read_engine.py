@@ -14,13 +14,13 @@ import torch
 from torch.utils.serialization import config
 
 from shardferry.arena import HostArena
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
-from shardferry.extents import JoinLimits
-from shardferry.layout import single_box
-from shardferry.plan import LoadPlan, plan_tensors
-from shardferry.predict import predict_reads
-from shardferry.reader import Counters, ReadOptions, read_plan
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.layout.tensor_layout import single_box
+from shardferry.plan.planner import LoadPlan, plan_tensors
+from shardferry.plan.predict import predict_reads
+from shardferry.read.coalesce import JoinLimits
+from shardferry.read.execute import Counters, ReadOptions, read_plan
 from shardferry.region import Region
 from shardferry.storage.local import LocalReader
 from shardferry.storage.traits import LOCAL_FILES, OBJECT_STORE, StorageTraits

@@ -11,14 +11,14 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from shardferry.arena import HostArena
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
 from shardferry.errors import DecodeError, StorageError
-from shardferry.mesh import Mesh, Shard
-from shardferry.plan import LoadPlan, plan_load
-from shardferry.reader import Counters, ReadOptions, read_plan
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
+from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.read.execute import Counters, ReadOptions, read_plan
 from shardferry.storage import LocalReader
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, edit_metadata

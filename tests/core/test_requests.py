@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardferry import requests
-from shardferry.decode import ItemLayout
-from shardferry.extents import JoinLimits
+from shardferry.read import requests
+from shardferry.read.coalesce import JoinLimits
+from shardferry.read.requests import Gather, InPlaceRead, Request, brings_head, requests_for
+from shardferry.read.zip_header import ItemLayout
 from shardferry.region import Region, row_major_strides
-from shardferry.requests import Gather, InPlaceRead, Request, brings_head, requests_for
 from shardferry.storage import runs
 from shardferry.storage.traits import LOCAL_FILES
 

@@ -18,21 +18,21 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from shardferry.checkpoint import open_checkpoint, storage_of
+from shardferry.checkpoint.open import open_checkpoint, storage_of
+from shardferry.checkpoint.optimizer_index import index_optimizer
+from shardferry.checkpoint.safetensors import parse_header
+from shardferry.config import LoadRequest
 from shardferry.errors import CatalogError, PlanError, StorageError
-from shardferry.extents import JoinLimits
-from shardferry.mesh import Mesh
-from shardferry.mesh import Shard as Cut
-from shardferry.optimizer_index import index_optimizer
-from shardferry.plan import plan_load
-from shardferry.predict import predict_reads
-from shardferry.reader import Counters, read_object
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.mesh import Shard as Cut
+from shardferry.layout.spec import SpecLayout
+from shardferry.plan.planner import plan_load
+from shardferry.plan.predict import predict_reads
+from shardferry.read.coalesce import JoinLimits
+from shardferry.read.execute import Counters, read_object
+from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.safetensors import parse_header
-from shardferry.spec_layout import SpecLayout
 from shardferry.storage.traits import LOCAL_FILES
-from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor, random_bits

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardferry import slabs
-from shardferry.extents import JoinLimits
-from shardferry.layout import AxisCut, Box, TensorLayout, sharded
-from shardferry.live_layout import LiveLayout
-from shardferry.mesh import Mesh, Replicate, Shard
-from shardferry.plan import LoadPlan, plan_load
+from shardferry.config import LoadRequest
+from shardferry.layout.live import LiveLayout
+from shardferry.layout.mesh import Mesh, Replicate, Shard
+from shardferry.layout.spec import Rule, SpecLayout
+from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, sharded
+from shardferry.plan import split as slabs
+from shardferry.plan.cooperative import Islands, SharedPlan, share_reads
+from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.rank_layouts import SpecWants, ToldWants, told
+from shardferry.plan.split import Delivery, SlabLimits
+from shardferry.read.coalesce import JoinLimits
 from shardferry.region import Region
-from shardferry.request import LoadRequest
-from shardferry.sharing import Islands, SharedPlan, share_reads
-from shardferry.slabs import Delivery, SlabLimits
-from shardferry.spec_layout import Rule, SpecLayout
 from shardferry.storage.traits import OBJECT_STORE
-from shardferry.wants import SpecWants, ToldWants, told
 from tests.core.test_cover import expected, grids, layouts, shapes
 from tests.support.catalogs import catalog_of
 

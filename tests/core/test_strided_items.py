@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardferry.agreement import Agreement
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
+from shardferry.exchange.agreement import Agreement
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.mesh import Mesh, Shard
-from shardferry.reader import ReadOptions
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import Rule, SpecLayout
+from shardferry.read.execute import ReadOptions
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 

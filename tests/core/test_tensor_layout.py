@@ -16,8 +16,8 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardferry.errors import LayoutError
-from shardferry.layout import TensorLayout
-from shardferry.tensor_layout import TorchCut, layout_of_tensor, left_to_right
+from shardferry.layout.from_tensor import TorchCut, layout_of_tensor, left_to_right
+from shardferry.layout.tensor_layout import TensorLayout
 from tests.support.ranks import RankPool
 
 MESHES = ((4,), (2, 2), (4, 2), (2, 2, 2))

@@ -10,18 +10,18 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._extension import ZStandard
 
-from shardferry.checkpoint import open_checkpoint, storage_of
+from shardferry.checkpoint.item_format import TransformedItem
+from shardferry.checkpoint.open import open_checkpoint, storage_of
 from shardferry.errors import DecodeError
-from shardferry.extents import JoinLimits
-from shardferry.item_format import TransformedItem
-from shardferry.layout import single_box
-from shardferry.plan import plan_tensors
-from shardferry.predict import predict_reads
-from shardferry.reader import Counters, read_object
+from shardferry.layout.tensor_layout import single_box
+from shardferry.plan.planner import plan_tensors
+from shardferry.plan.predict import predict_reads
+from shardferry.read.coalesce import JoinLimits
+from shardferry.read.execute import Counters, read_object
+from shardferry.read.transforms import ZSTANDARD
+from shardferry.read.verify import verified_bytes, verify_checkpoint
 from shardferry.region import Region
 from shardferry.storage.traits import LOCAL_FILES
-from shardferry.transforms import ZSTANDARD
-from shardferry.verify import verified_bytes, verify_checkpoint
 from tests.support import damage
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole

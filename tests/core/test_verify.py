@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from shardferry.checkpoint import open_checkpoint, storage_of
-from shardferry.verify import verified_bytes, verify_checkpoint
+from shardferry.checkpoint.open import open_checkpoint, storage_of
+from shardferry.read.verify import verified_bytes, verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 

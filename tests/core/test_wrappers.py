@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shardferry
-from shardferry.wrappers import torch_optimizers
+from shardferry.optimizer.wrappers import torch_optimizers
 from tests.support.alone import save_alone
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardferry.agreement import Agreement
 from shardferry.arena import DeviceArena, allocate_arena
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.open import open_checkpoint
+from shardferry.config import LoadRequest
 from shardferry.errors import ArenaError
+from shardferry.exchange.agreement import Agreement
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank
-from shardferry.mesh import Mesh, Shard
-from shardferry.reader import ReadOptions, Strategy
-from shardferry.request import LoadRequest
-from shardferry.spec_layout import SpecLayout
+from shardferry.read.execute import ReadOptions, Strategy
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
@@ -87,7 +87,7 @@ def load_replicas(path: str, strategy: Strategy) -> int:
 
 
 def _columns() -> SpecLayout:
-    from shardferry.spec_layout import Rule
+    from shardferry.layout.spec import Rule
 
     return SpecLayout(Mesh((("dp", 3),)), (Rule("vector", {}),), {"dp": Shard(1)})
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
-from schemas import StageConfig
 from shardferry.errors import SpecError
+from shardferry.pipeline.cli import main
+from shardferry.schemas import StageConfig
 from tests.support.synthetic_metadata import SyntheticSave
 
 SAVE = SyntheticSave(num_parameters=50, grid=(240,), num_files=64, states=("exp_avg", "exp_avg_sq"))  # 24,000 chunks

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from pipeline import OptimizerLoadStage
-from pipeline.cli import main
-from schemas import StageConfig
+from shardferry.pipeline import OptimizerLoadStage
+from shardferry.pipeline.cli import main
+from shardferry.schemas import StageConfig
 from tests.support.synthetic_metadata import SyntheticSave
 
 SAVE = SyntheticSave(num_parameters=50, grid=(240,), num_files=2, states=("exp_avg", "exp_avg_sq"), piece=4)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.demo.story import FURTHER_STEPS
+from shardferry.pipeline.demo.story import FURTHER_STEPS
 from tests.support.commands import Finished, shardferry
 from tests.support.leftovers import nothing_left
 

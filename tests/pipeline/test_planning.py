@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from benchmarks.large import TransformerSize, synthetic_catalog
-from pipeline.display import print_plan
-from pipeline.forecast import Forecast, forecast
-from pipeline.overrides import override, parse_mesh
-from pipeline.planning import plan_report, target_layout, unique_bytes
-from schemas.stage_config import StageConfig
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import open_checkpoint
-from shardferry.demand import demand_of
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import PlanError, SpecError
-from shardferry.layout import AxisCut, TensorLayout, sharded
-from shardferry.live_layout import LiveLayout
-from shardferry.mesh import Mesh, Shard
+from shardferry.layout.live import LiveLayout
+from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.spec import SpecLayout
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
+from shardferry.pipeline.display import print_plan
+from shardferry.pipeline.forecast import Forecast, forecast
+from shardferry.pipeline.overrides import override, parse_mesh
+from shardferry.pipeline.planning import plan_report, target_layout, unique_bytes
+from shardferry.plan.demand import demand_of
 from shardferry.region import Region
-from shardferry.spec_layout import SpecLayout
+from shardferry.schemas.stage_config import StageConfig
 from tests.support.commands import shardferry
 from tests.support.metadata_only import write_metadata
 

@@ -12,10 +12,10 @@ import pytest
 import ray
 import torch
 
-from pipeline import Loading, OptimizerLoadStage
-from schemas import StageConfig
 from shardferry import ShardHandle
 from shardferry.errors import HandoffError, InstallError, LayoutError, PlanError, RankError, SpecError
+from shardferry.pipeline import Loading, OptimizerLoadStage
+from shardferry.schemas import StageConfig
 from tests.support.leftovers import arena_holders
 from tests.support.models import SHAPES, STATES, STEP, Model, adamw, check_state, fsdp2
 from tests.support.oracle import full_tensor

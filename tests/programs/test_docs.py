@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from pipeline import OptimizerLoadStage
-from schemas import StageConfig
 from shardferry import Region, ShardHandle
+from shardferry.pipeline import OptimizerLoadStage
+from shardferry.schemas import StageConfig
 from tests.programs.conftest import SaveWith
 from tests.programs.whole_state import WholeState
 from tests.support.commands import REPOSITORY

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from schemas import StageConfig
 from shardferry.errors import SpecError
-from shardferry.mesh import Replicate, Shard
+from shardferry.layout.mesh import Replicate, Shard
+from shardferry.schemas import StageConfig
 
 DESIGN = """
 checkpoint: {location: ckpt/step-1000, optimizer_key: optim}

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardferry.catalog import Catalog
-from shardferry.catalog_builder import build_catalog
-from shardferry.metadata import parse_metadata
+from shardferry.checkpoint.build import build_catalog
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.metadata import parse_metadata
 from shardferry.region import Region
 
 Saved = Mapping[str, tuple[Sequence[int], Sequence[Region]]]  # FQN -> shape and chunks

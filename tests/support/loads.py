@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from shardferry.arena import HostArena
-from shardferry.catalog import Catalog
-from shardferry.checkpoint import storage_of
-from shardferry.layout import TensorLayout, single_box
-from shardferry.plan import plan_tensors
-from shardferry.reader import Counters, ReadOptions, read_plan
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import storage_of
+from shardferry.layout.tensor_layout import TensorLayout, single_box
+from shardferry.plan.planner import plan_tensors
+from shardferry.read.execute import Counters, ReadOptions, read_plan
 from shardferry.region import Region
 from shardferry.storage import RangeReader
 

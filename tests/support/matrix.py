@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import shardferry
-from shardferry.live import LiveModel, live_layout
-from shardferry.live_layout import LiveLayout
+from shardferry.layout.live import LiveLayout
+from shardferry.optimizer.live import LiveModel, live_layout
 from tests.support.networks import HYPERPARAMETERS, OTHERS, STATES, STEP, group_of, state_of
 from tests.support.topologies import Topology
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardferry.catalog import Catalog
+from shardferry.checkpoint.catalog import Catalog
 
 
 def write_metadata(catalog: Catalog, directory: Path) -> Path:

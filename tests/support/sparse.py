@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardferry.decode import parse_head
+from shardferry.read.zip_header import parse_head
 
 
 def write_sparse_checkpoint(path: Path, *, num_tensors: int, rows: int, columns: int) -> None:

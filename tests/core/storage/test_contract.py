@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from shardferry.budget import Budget
-from shardferry.checkpoint import open_checkpoint
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.source import Counters, StorageSource
+from shardferry.read.buffers import Budget
+from shardferry.read.source import Counters, StorageSource
 from shardferry.storage import RangeReader, RemoteReader, RetryingReader, open_storage
 from shardferry.storage.runs import Runs
 from tests.support.range_server import served

@@ -12,10 +12,10 @@ import fsspec
 import pytest
 
 import shardferry
-from schemas import StageConfig
-from shardferry import checkpoint
-from shardferry.checkpoint import storage_of
+from shardferry.checkpoint import open as checkpoint
+from shardferry.checkpoint.open import storage_of
 from shardferry.errors import CheckpointNotFound, StorageError
+from shardferry.schemas import StageConfig
 from shardferry.storage import RangeReader, RetryingReader, open_storage
 from shardferry.storage.base import Beginning
 from tests.core.test_keys import Net, adamw, check, fill, save

@@ -16,12 +16,12 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
-from shardferry.checkpoint import open_checkpoint, read_catalog, storage_of
+from shardferry.checkpoint.open import open_checkpoint, read_catalog, storage_of
 from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.reader import check_files
+from shardferry.read.execute import check_files
+from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
 from shardferry.storage import RemoteReader, open_storage
-from shardferry.verify import verify_checkpoint
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor

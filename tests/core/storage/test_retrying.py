@@ -11,8 +11,8 @@ import pytest
 
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
 from shardferry.storage.base import Beginning, RangeReader
-from shardferry.storage.native import open_url
-from shardferry.storage.retrying import Clock, RetryingReader, RetryPolicy
+from shardferry.storage.obstore import open_url
+from shardferry.storage.retry import Clock, RetryingReader, RetryPolicy
 from shardferry.storage.traits import OBJECT_STORE, StorageTraits
 from shardferry.storage.transient import TransientStorageError, is_transient
 from tests.support.range_server import Fault, Throttle, served

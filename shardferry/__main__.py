@@ -1,0 +1,7 @@
+"""``python -m shardferry``: the same as the command ``shardferry``."""
+
+import sys
+
+from shardferry.pipeline.cli import main
+
+sys.exit(main())

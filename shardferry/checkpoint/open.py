@@ -1,0 +1,189 @@
+"""Open a checkpoint: read its metadata once, safely, into a catalog."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from shardferry.checkpoint.build import build_catalog
+from shardferry.checkpoint.cache_directory import CacheChoice
+from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.catalog_cache import CatalogCache
+from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
+from shardferry.checkpoint.metadata_files import MetadataFiles
+from shardferry.checkpoint.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    is_safetensors,
+    read_safetensors,
+    with_safetensors_positions,
+)
+from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
+from shardferry.storage.base import Beginning, RangeReader, open_storage, read_file
+from shardferry.storage.retry import RetryPolicy
+
+METADATA_FILE = ".metadata"
+_FIRST_BYTES = 1 << 20  # of it: all of most
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
+
+
+def open_checkpoint(
+    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheChoice = True
+) -> Catalog:
+    """What the checkpoint at ``location`` holds.
+
+    Args:
+        location: a directory, its ``file://`` URL, or the URL of an object store (``s3://bucket/run/step-1000``), of a web
+            server, or of anything else that fsspec can open.
+        storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
+            reads.
+        cache: a directory that keeps the catalogs of large checkpoints, by the digest of their metadata. True: the user's
+            own, ``$XDG_CACHE_HOME/shardferry`` (docs/scale.md). False: none.
+
+    Raises:
+        CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
+        UnsafeMetadata: the metadata names a forbidden global, or a file outside the checkpoint.
+        CatalogError: the metadata is damaged.
+    """
+    with closing(open_storage(location, storage_options)) as storage:
+        return read_catalog(storage, cache=CatalogCache.of(cache), storage_options=storage_options)
+
+
+@contextmanager
+def opened_storage(catalog: Catalog, *, retry: RetryPolicy | None = None) -> Iterator[RangeReader]:
+    """As `storage_of`, closed at the end of the ``with``."""
+    with closing(storage_of(catalog, retry=retry)) as storage:
+        yield storage
+
+
+def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeReader:
+    """The storage that a catalog is of; its files must be those that the catalog was made of.
+
+    Raises CheckpointNotFound where it is gone.
+    """
+    storage = open_storage(catalog.location, catalog.storage_options, retry=retry)
+    storage.expect(catalog.file_versions)
+    return storage
+
+
+def read_catalog(
+    storage: RangeReader, *, cache: CatalogCache | None, storage_options: Mapping[str, Any] | None = None
+) -> Catalog:
+    """The catalog of an opened storage; see `open_checkpoint`."""
+    listing, beginning = _listed(storage)
+    versions = storage.versions()
+    catalog = _of_metadata(storage, list(listing), beginning, cache)
+    catalog = dataclasses.replace(
+        catalog,
+        file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
+        file_versions={file: versions[file] for file in catalog.files if file in versions},
+        storage_options=dict(storage_options or {}),
+    )
+    if COMMON_FILE in listing:
+        return with_common_values(catalog, read_file(storage, COMMON_FILE))
+    return catalog
+
+
+def _listed(storage: RangeReader) -> tuple[dict[str, int | None], dict[str, bytes]]:
+    """What files there are, and how the usual metadata file begins: asked side by side where each question takes long."""
+    if not storage.traits.tells_sizes:
+        return storage.listing(), {}
+    with ThreadPoolExecutor(1, thread_name_prefix="shardferry-open") as pool:
+        begun = pool.submit(storage.beginning, METADATA_FILE, _FIRST_BYTES)
+        listing = storage.listing() if storage.traits.has_listing else _known_files(storage, begun)
+        with suppress(MissingFile):
+            beginning = begun.result()
+            if beginning is not None and _is_of(beginning, listing.get(METADATA_FILE), storage.versions()):
+                return listing, {METADATA_FILE: beginning.data}
+    return listing, {}
+
+
+def _is_of(beginning: Beginning, size: int | None, versions: Mapping[str, str]) -> bool:
+    """Whether it is of the file that was listed, which may have been written meanwhile."""
+    listed = versions.get(METADATA_FILE)
+    if listed is not None and beginning.version is not None and listed.strip('"') != beginning.version.strip('"'):
+        return False  # Azure's listing has no quotation marks
+    return size == beginning.size
+
+
+def _of_metadata(
+    storage: RangeReader, names: list[str], beginning: Mapping[str, bytes], cache: CatalogCache | None
+) -> Catalog:
+    sources = _metadata_files(storage.location, names)
+    if not sources and is_safetensors(names):
+        return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
+    if not sources:
+        raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
+    files = MetadataFiles.read(storage, sources, beginning)
+    return with_safetensors_positions(_cached(files, storage.location, cache), storage)
+
+
+def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> Catalog:
+    """What the metadata files alone say; only that is cached, and whatever else is kept has the digest for its key."""
+    if cache is None or files.nbytes < cache.min_metadata_bytes:
+        return build_catalog(files.parsed(location), location=location)
+    catalog = cache.get(files.digest, location=location)
+    if catalog is None:
+        catalog = build_catalog(files.parsed(location), location=location)
+        cache.put(files.digest, catalog)
+    return dataclasses.replace(catalog, metadata_digest=files.digest)
+
+
+def _known_files(storage: RangeReader, begun: Future[Beginning | None]) -> dict[str, int | None]:
+    """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there.
+
+    Args:
+        begun: the metadata file's beginning, which says whether that is there, and how long it is.
+    """
+    names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
+
+    def size_of(name: str) -> int | None:
+        with suppress(MissingFile):
+            beginning = begun.result() if name == METADATA_FILE else None
+            return storage.size(name) if beginning is None else beginning.size
+        return None
+
+    with ThreadPoolExecutor(len(names), thread_name_prefix="shardferry-open") as pool:
+        found = zip(names, pool.map(size_of, names), strict=True)
+        return {name: size for name, size in found if size is not None}
+
+
+def _metadata_files(location: str, names: list[str]) -> list[str]:
+    if METADATA_FILE in names:
+        return [METADATA_FILE]
+    parts = {int(found[1]): name for name in names if (found := _RANK_METADATA.fullmatch(name))}
+    _check_ranks(location, parts)
+    return [parts[rank] for rank in sorted(parts)]
+
+
+def _check_ranks(location: str, parts: Mapping[int, str]) -> None:
+    """Each rank wrote its own metadata: one that is missing before the last was lost. (After the last, none can know.)"""
+    last = max(parts, default=-1)
+    lost = sorted(set(range(last)) - set(parts))
+    if lost:
+        raise CatalogError(
+            f"{location}: {len(parts)} ranks wrote metadata of their own, up to {parts[last]}, but that of rank {lost[0]} "
+            f"is missing ({len(lost)} of {last + 1} are); without it its share can't be found. Copy all of the checkpoint, "
+            "or use another one"
+        )
+
+
+def _no_checkpoint(location: str, names: list[str]) -> CheckpointNotFound:
+    saved = sum(name.endswith(".distcp") for name in names)
+    hint = "the save was not completed" if saved else "this is no distributed checkpoint"
+    return CheckpointNotFound(
+        f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
+    )
+
+
+def _not_served(location: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"{location}: no {METADATA_FILE} file, and no {INDEX_FILE}. Other files can't be found here, as a web server doesn't "
+        "list what it has: neither metadata that each rank wrote for itself (__0.metadata, ...) nor whether the save was "
+        'completed. Where the server has an index page of the directory, storage_options={"client": "fsspec"} reads that'
+    )

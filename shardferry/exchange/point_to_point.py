@@ -1,0 +1,304 @@
+"""Carry boxes between ranks that share no memory, over their process group, while both go on reading.
+
+A reader packs what goes to one relay into messages of some MiB. Each begins with a header that says which boxes are in it,
+so that boxes go as soon as they are read, in whatever order that is. A relay has one thread for each reader; it asks for the
+next header, then for the bytes, and brings them to the arenas of its island::
+
+    reader   slab 7 ─┐                                         ┌─ relay: box 3 -> arenas of ranks 4 and 5
+             slab 9 ─┴─ message [header: boxes 3, 4][bytes] ───┴─        box 4 -> arena of rank 6
+
+Nobody waits for ever: messages in flight are bounded on both sides, a relay always takes the next one, whatever it then fails
+at, and a reader that fails says so to its relays. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shardferry.errors import StorageError
+from shardferry.plan.cooperative import Relayed, SharedPlan
+from shardferry.stats import BusyTimes
+
+MESSAGE_BYTES = (
+    8 << 20
+)  # a message is sent when the next box doesn't fit any more; small ones cost as much as one of 1 MiB
+LEAST_MESSAGE_BYTES = 64 << 10  # where many relays share the budget
+MAX_IN_FLIGHT = 8  # messages of one rank, each way
+_MAX_BOXES = 256  # of a message
+_HEADER_TAG, _BYTES_TAG = 0x5FE0, 0x5FE1  # of the process group's messages
+_FAILED = -1  # in a header, instead of the number of boxes
+
+Deliver = Callable[[Relayed, memoryview], None]  # a box, and its elements packed row-major
+
+
+class Deadline:
+    """Until when an exchange must be done."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._stop_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def wait(self, work: dist.Work, world_rank: int) -> None:
+        """Raises StorageError where a message to or from a rank doesn't come through in time, or the rank has ended."""
+        try:
+            if self._stop_s is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=max(0.001, self._stop_s - time.monotonic())))
+        except RuntimeError as error:
+            late = self._stop_s is not None and time.monotonic() >= self._stop_s
+            what = (
+                f"not done within timeouts.load_s ({self._timeout_s} s)"
+                if late
+                else "it has ended, or can't be reached"
+            )
+            raise StorageError(f"the exchange with rank {world_rank} failed: {what} ({error})") from error
+
+
+@dataclass(frozen=True)
+class Channel:
+    """How ranks talk: a process group that carries host memory."""
+
+    process_group: dist.ProcessGroup
+    deadline: Deadline
+    busy: BusyTimes = field(default_factory=BusyTimes)
+
+    def send(self, world_rank: int, header: torch.Tensor, data: torch.Tensor | None) -> list[dist.Work]:
+        """Post a message; it is sent when the works are done."""
+        parts = [(header, _HEADER_TAG), *([] if data is None else [(data, _BYTES_TAG)])]
+        works = [dist.isend(part, group=self.process_group, group_dst=world_rank, tag=tag) for part, tag in parts]
+        return [work for work in works if work is not None]
+
+    def receive(self, world_rank: int, into: torch.Tensor, tag: int) -> None:
+        """Wait for a part of a message. Raises StorageError."""
+        work = dist.irecv(into, group=self.process_group, group_src=world_rank, tag=tag)
+        assert work is not None
+        self.deadline.wait(work, world_rank)
+
+
+@dataclass(slots=True)
+class _Message:
+    """Boxes on their way to one relay."""
+
+    data: torch.Tensor  # uint8
+    indices: list[int] = field(default_factory=list)
+    nbytes: int = 0
+
+    def has_room(self, nbytes: int) -> bool:
+        return len(self.indices) < _MAX_BOXES and self.nbytes + nbytes <= self.data.numel()
+
+    def add(self, index: int, block: np.ndarray) -> None:
+        place = self.data.numpy()[self.nbytes : self.nbytes + block.nbytes]
+        np.copyto(place.view(block.dtype).reshape(block.shape), block)
+        self.indices.append(index)
+        self.nbytes += block.nbytes
+
+    def header(self) -> torch.Tensor:
+        header = _empty_header()
+        header[:2] = torch.tensor([len(self.indices), self.nbytes])
+        header[2 : 2 + len(self.indices)] = torch.tensor(self.indices, dtype=torch.int64)
+        return header
+
+
+def _empty_header() -> torch.Tensor:
+    return torch.zeros(2 + _MAX_BOXES, dtype=torch.int64)
+
+
+class Outbox:
+    """What a rank sends to relays on other islands. `put` may be called from several threads.
+
+    Args:
+        message_bytes: a message holds as much; one larger box gets a message of its own.
+    """
+
+    def __init__(self, channel: Channel, relays: Sequence[int], message_bytes: int) -> None:
+        self._channel = channel
+        self._open: dict[int, _Message] = {}
+        self._locks = {relay: threading.Lock() for relay in relays}  # of its open message, and of the order of sending
+        self._buffers = _Buffers(len(relays) + MAX_IN_FLIGHT, message_bytes)
+        self._in_flight = threading.Semaphore(MAX_IN_FLIGHT)
+        self._waiters = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="shardferry-send")
+        self._failure: StorageError | None = None
+
+    def put(self, relay: int, index: int, block: np.ndarray) -> None:
+        """Pack a box; it is sent with others. Waits while too much is in flight.
+
+        Args:
+            index: the box's place among all that goes to this relay.
+
+        Raises:
+            StorageError: something didn't come through.
+        """
+        if self._failure is not None:
+            raise self._failure
+        with self._locks[relay]:
+            message = self._open.get(relay)
+            if message is not None and not message.has_room(block.nbytes):
+                self._send(relay, self._open.pop(relay))
+                message = None
+            if message is None:
+                message = self._open[relay] = _Message(self._buffers.take(block.nbytes))
+            message.add(index, block)
+
+    def _send(self, relay: int, message: _Message) -> None:
+        self._in_flight.acquire()
+        works = self._channel.send(relay, message.header(), message.data[: message.nbytes])
+        self._waiters.submit(self._wait, relay, works, message)
+
+    def _wait(self, relay: int, works: Sequence[dist.Work], message: _Message) -> None:
+        try:
+            with self._channel.busy.at("exchange"):
+                for work in works:
+                    self._channel.deadline.wait(work, relay)
+        except StorageError as error:
+            self._failure = error
+        finally:
+            self._buffers.give(message.data)
+            self._in_flight.release()
+
+    def finish(self) -> None:
+        """Send what is left, and wait until all has gone. Raises StorageError."""
+        for relay, lock in self._locks.items():
+            with lock:
+                if relay in self._open:
+                    self._send(relay, self._open.pop(relay))
+        self._waiters.shutdown(wait=True)
+        if self._failure is not None:
+            raise self._failure
+
+    def give_up(self) -> None:
+        """Tell every relay that no more comes. Raises nothing: what went wrong is known better elsewhere."""
+        header = _empty_header()
+        header[0] = _FAILED
+        for relay in self._locks:
+            with suppress(RuntimeError, StorageError):  # the relay has ended
+                for work in self._channel.send(relay, header, None):
+                    self._channel.deadline.wait(work, relay)
+        self._waiters.shutdown(wait=True)
+
+
+class _Buffers:
+    """Message buffers, used again and again; at most so many are out."""
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        self._left = threading.Semaphore(count)
+        self._nbytes = nbytes
+        self._free: list[torch.Tensor] = []
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        self._left.acquire()
+        if nbytes > self._nbytes:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.empty(self._nbytes, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        if buffer.numel() == self._nbytes:
+            self._free.append(buffer)
+        self._left.release()
+
+    @contextmanager
+    def lent(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """A buffer with room for so many bytes."""
+        buffer = self.take(nbytes)
+        try:
+            yield buffer
+        finally:
+            self.give(buffer)
+
+
+class Inbox:
+    """What a rank takes from readers on other islands, each on a thread of its own."""
+
+    def __init__(
+        self, channel: Channel, relayed: Mapping[int, Sequence[Relayed]], deliver: Deliver, message_bytes: int
+    ) -> None:
+        self._channel = channel
+        self._deliver = deliver
+        self._buffers = _Buffers(MAX_IN_FLIGHT, message_bytes)
+        self._pool = ThreadPoolExecutor(max(1, len(relayed)), thread_name_prefix="shardferry-receive")
+        self._readers = [self._pool.submit(self._take_all, reader, boxes) for reader, boxes in relayed.items()]
+
+    def finish(self) -> None:
+        """Wait until everything has come, or the readers have failed. Raises the first error of delivering."""
+        self._pool.shutdown(wait=True)
+        for taken in self._readers:
+            taken.result()
+
+    def drain(self) -> None:
+        """The same, for a rank that has failed: what goes wrong now is not of interest."""
+        self._pool.shutdown(wait=True)
+
+    def _take_all(self, reader: int, boxes: Sequence[Relayed]) -> None:
+        num_left, header = len(boxes), _empty_header()
+        failure: Exception | None = None
+        while num_left:
+            self._channel.receive(reader, header, _HEADER_TAG)
+            num_boxes, nbytes, *indices = header.tolist()
+            if num_boxes == _FAILED:  # it raises its own error, and the ranks' agreement brings that to all
+                return
+            num_left -= num_boxes
+            with self._buffers.lent(nbytes) as buffer:
+                with self._channel.busy.at("exchange"):
+                    self._channel.receive(reader, buffer[:nbytes], _BYTES_TAG)
+                try:
+                    if failure is None:
+                        self._deliver_all([boxes[index] for index in indices[:num_boxes]], buffer.numpy().data)
+                except Exception as error:  # the reader goes on sending: its messages must be taken
+                    failure = error
+        if failure is not None:
+            raise failure
+
+    def _deliver_all(self, boxes: Sequence[Relayed], data: memoryview) -> None:
+        start = 0
+        for relayed in boxes:
+            nbytes = relayed.nbytes
+            self._deliver(relayed, data[start : start + nbytes])
+            start += nbytes
+
+
+class Exchange:
+    """Both directions, as long as a ``with`` lasts: leaving it, everything has gone out and has come in.
+
+    Args:
+        memory_budget_bytes: of all messages that are being packed, sent and taken; many relays share it.
+    """
+
+    def __init__(self, channel: Channel, plan: SharedPlan, deliver: Deliver, *, memory_budget_bytes: int) -> None:
+        relays = sorted(plan.relays)
+        num_messages = len(relays) + 2 * MAX_IN_FLIGHT
+        message_bytes = min(MESSAGE_BYTES, max(LEAST_MESSAGE_BYTES, memory_budget_bytes // num_messages))
+        self.buffer_bytes = num_messages * message_bytes
+        self.outbox = Outbox(channel, relays, message_bytes)
+        self._inbox = Inbox(channel, plan.relayed, deliver, message_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.outbox.give_up()
+            self._inbox.drain()
+            return
+        try:
+            self.outbox.finish()
+        except StorageError:
+            self._inbox.drain()
+            raise
+        self._inbox.finish()

@@ -1,0 +1,96 @@
+"""Say what a rank wants by what its live model holds: a layout for each parameter, entry and buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shardferry.errors import LayoutError
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.tensor_layout import TensorLayout, replicated
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEntry:
+    """One state entry that a live optimizer has already."""
+
+    layout: TensorLayout | None  # None: as its parameter
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LiveLayout:
+    """What the live model of one rank holds: a layout for each parameter that its optimizer trains."""
+
+    world_rank: int
+    world_size: int
+    parameters: Mapping[str, TensorLayout]
+    mesh: Mesh | None = None
+    spec: None = None  # what other ranks want is not known
+    entries: Mapping[tuple[str, str], LiveEntry] = field(default_factory=dict)  # by FQN and state name
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # FQN: the parameter's other names
+    frozen: frozenset[str] = frozenset()
+    groups: tuple[tuple[str, ...], ...] | None = None  # FQNs of each param group; None: flat parameters have no order
+    buffers: Mapping[str, TensorLayout] = field(default_factory=dict)  # what a model has besides its parameters
+    untrained: Mapping[str, TensorLayout] = field(default_factory=dict)  # parameters of no optimizer
+    extras: frozenset[str] = frozenset()  # FQNs of modules' extra states
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of parameters and buffers
+
+    def fqns(self) -> Sequence[str]:
+        return tuple(self.parameters)
+
+    def holds(self, fqn: str) -> bool:
+        return fqn in self.parameters
+
+    def parameter_shape(self, fqn: str) -> tuple[int, ...] | None:
+        layout = self.parameters.get(fqn)
+        return None if layout is None else layout.global_shape
+
+    def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        return self._same_shape(fqn, self.parameters[fqn], shape)
+
+    def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
+        known = self.entries.get((fqn, name))
+        if known is None or known.layout is None:
+            return None
+        if known.layout.global_shape != shape:
+            raise LayoutError(
+                f"{fqn}: the live optimizer's {name!r} has the shape {known.layout.global_shape}, the saved one {shape}; "
+                "this checkpoint belongs to another optimizer"
+            )
+        return known.layout
+
+    def dtype(self, fqn: str, name: str) -> torch.dtype | None:
+        if not name:
+            return self.dtypes.get(fqn)
+        known = self.entries.get((fqn, name))
+        return None if known is None else known.dtype
+
+    def weights(self) -> Sequence[str]:
+        return (*self.parameters, *self.untrained, *self.buffers, *sorted(self.extras))
+
+    def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        if fqn in self.extras:
+            return replicated(shape)
+        layout = self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
+        return self._same_shape(fqn, layout, shape)
+
+    def aliases(self, fqn: str) -> Sequence[str]:
+        return self.tied.get(fqn, ())
+
+    def positions(self) -> Sequence[Sequence[str]] | None:
+        return self.groups
+
+    def may_lack(self, fqn: str) -> bool:
+        return fqn in self.frozen
+
+    @staticmethod
+    def _same_shape(fqn: str, layout: TensorLayout, shape: tuple[int, ...]) -> TensorLayout:
+        if layout.global_shape != shape:
+            raise LayoutError(
+                f"{fqn}: the model's parameter has the shape {layout.global_shape}, the saved one {shape}; "
+                "this checkpoint belongs to another model"
+            )
+        return layout

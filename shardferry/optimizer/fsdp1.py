@@ -1,0 +1,104 @@
+"""Where FSDP1 (FullyShardedDataParallel) keeps each parameter inside its flat ones.
+
+The only place that looks into FSDP1's private flat-parameter handles; tests/core/test_private_apis.py fails when torch
+changes them. Source: torch/distributed/fsdp/_flat_param.py, FlatParamHandle and _ShardParamInfo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from shardferry.errors import LayoutError
+from shardferry.layout.from_tensor import layout_of_placements
+from shardferry.layout.tensor_layout import Box, TensorLayout, flat_slice
+from shardferry.region import Region
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPart:
+    """What a flat tensor holds of one original parameter."""
+
+    fqn: str  # with the wrappers' prefixes
+    layout: TensorLayout
+    position: int  # elements, in the flat tensor
+    aliases: tuple[str, ...] = ()  # other names of the same (tied) parameter
+
+
+@dataclass(frozen=True)
+class FlattenedParameter:
+    """A tensor that an optimizer of an FSDP1 model may train: a flat parameter, or one original parameter's slice of it."""
+
+    tensor: torch.Tensor
+    parts: tuple[FlatPart, ...]
+
+
+def flattened_parameters(model: torch.nn.Module) -> Iterator[FlattenedParameter]:
+    """All tensors of a model that FSDP1 has flattened; none for other models."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            yield from _of_handle(module._handle, f"{prefix}." if prefix else "")
+
+
+def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
+    flat = handle.flat_param
+    aliases = _aliases(flat)
+    parts = [
+        replace(
+            _part(prefix + fqn, tuple(shape), info, extension),
+            aliases=tuple(prefix + alias for alias in aliases.get(fqn, ())),
+        )
+        for fqn, shape, info, extension in zip(
+            flat._fqns, flat._shapes, flat._shard_param_infos, flat._param_extensions, strict=True
+        )
+    ]
+    if flat._params is None:
+        yield FlattenedParameter(flat, tuple(parts))
+        return
+    for parameter, part in zip(flat._params, parts, strict=True):
+        yield FlattenedParameter(parameter, (replace(part, position=0),))
+
+
+def _aliases(flat: Any) -> dict[str, list[str]]:
+    """The other names of tied parameters, by the name under which FSDP1 has flattened them."""
+    aliases: dict[str, list[str]] = {}
+    for shared in flat._shared_param_infos:
+        first = _joined(shared.prim_module_name, shared.prim_param_name)
+        aliases.setdefault(first, []).append(_joined(shared.module_name, shared.param_name))
+    return aliases
+
+
+def _joined(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _part(fqn: str, shape: tuple[int, ...], info: Any, extension: Any) -> FlatPart:
+    """``extension`` is the DTensorSpec of a parameter that was a DTensor (FSDP1 over TP): its local tensor was flattened."""
+    start, numel, position = 0, 0, 0
+    if info.in_shard:
+        start, numel, position = info.intra_param_start_idx, info.numel_in_shard, info.offset_in_shard
+    layout = flat_slice(shape, start=start, stop=start + numel)
+    if extension is not None:
+        mesh, placements, whole = extension.mesh, extension.placements, tuple(extension.shape)
+        layout = _within(layout, layout_of_placements(mesh, placements, whole, shape, name=fqn), fqn)
+    return FlatPart(fqn, layout, position)
+
+
+def _within(flat: TensorLayout, local: TensorLayout, fqn: str) -> TensorLayout:
+    """The layout of a slice of a flattened local tensor, which is itself one box of the whole."""
+    if len(local.boxes) > 1:
+        raise LayoutError(
+            f"{fqn}: FSDP1 has flattened a tensor of {len(local.boxes)} boxes of the whole {local.global_shape}; "
+            "it can slice one, as TP by Shard gives it. Use FSDP2 (fully_shard)"
+        )
+    origin = local.boxes[0].region.offsets if local.boxes else (0,) * len(local.global_shape)
+    boxes = (Box(Region(_sum(box.region.offsets, origin), box.region.sizes), box.local) for box in flat.boxes)
+    return TensorLayout(local.global_shape, flat.local_shape, tuple(boxes))
+
+
+def _sum(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,178 @@
+"""Compare what is wanted with what is saved: missing, unexpected and mismatched keys, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from shardferry.checkpoint.saved_optimizer import SavedOptimizer
+from shardferry.config import LoadRequest, Selection
+from shardferry.errors import LayoutError, PlanError
+from shardferry.layout.tensor_layout import RankLayout
+
+_SHOWN = 5  # names in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A wanted parameter that is saved."""
+
+    fqn: str  # as wanted
+    saved: str  # its name in the checkpoint, after renaming: another one of a tied parameter's, say
+
+
+@dataclass(frozen=True, slots=True)
+class KeyReport:
+    """What did not fit, and was allowed not to."""
+
+    missing: tuple[str, ...]  # FQNs that this rank wants and the checkpoint hasn't
+    unexpected: tuple[str, ...]  # FQNs that the checkpoint has and no rank wants
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Which of the saved names one rank takes. The names are the same on all ranks, so that ranks can be joined."""
+
+    names: tuple[str, ...] = ()
+    taken: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(cls, names: Iterable[str], found: Sequence[Found], layout: RankLayout) -> Claims:
+        """A parameter that was found takes all of its tied names."""
+        taken = {name for parameter in found for name in (parameter.saved, *layout.aliases(parameter.fqn))}
+        taken.update(parameter.fqn for parameter in found)
+        ordered = tuple(sorted(names))
+        return cls(ordered, tuple(name in taken for name in ordered))
+
+    def check(self, taken_by_any: Sequence[bool], request: LoadRequest, location: str) -> tuple[str, ...]:
+        """The names that no rank takes.
+
+        Raises:
+            PlanError: there are some, and the request does not ignore them.
+        """
+        left = tuple(name for name, taken in zip(self.names, taken_by_any, strict=True) if not taken)
+        if left and not request.keys.ignore_unexpected:
+            raise PlanError(
+                f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(self.names)} saved names are "
+                f"unexpected: {shown(left)}); give the model that was saved, exclude them, or set keys: ignore_unexpected"
+            )
+        return left
+
+
+def check_globs(selection: Selection, saved: Collection[str]) -> None:
+    """Refuse a renaming or a selection that is about nothing that was saved: it is mistyped, or of another checkpoint.
+
+    ``exclude`` may be about what only the live model has.
+
+    Args:
+        saved: all names before renaming.
+
+    Raises:
+        PlanError: the message has the nearest names.
+    """
+    for renaming in selection.rename:
+        if not any(renaming.apply(name) is not None for name in saved):
+            raise _fits_nothing("rename", renaming.saved, saved)
+    if not (selection.include or selection.exclude):
+        return
+    here = {selection.wanted_name(name) for name in saved}
+    for glob in selection.include:
+        if not any(fnmatchcase(name, glob) for name in here):
+            raise _fits_nothing("include", glob, here)
+    if not any(map(selection.selects, here)):
+        raise PlanError(
+            f"include {list(selection.include)} and exclude {list(selection.exclude)} leave none of the {len(here)} saved "
+            "names; nothing would be loaded"
+        )
+
+
+def _fits_nothing(word: str, glob: str, names: Collection[str]) -> PlanError:
+    return PlanError(
+        f"{word}: {glob!r} fits none of the {len(names)} saved names; the nearest are {nearest(glob, names)}. "
+        "Correct it, or leave it out"
+    )
+
+
+def find_state(saved: SavedOptimizer, layout: RankLayout, request: LoadRequest) -> tuple[list[Found], tuple[str, ...]]:
+    """The wanted parameters of the optimizer that are saved, and those that aren't.
+
+    Raises:
+        PlanError: some are missing, and the request does not allow it.
+    """
+    wanted = layout.fqns()
+    if wanted is None:
+        known = dict.fromkeys([*saved.state, *sorted(saved.grouped)])
+        return [Found(fqn, fqn) for fqn in known if layout.holds(fqn)], ()
+    found: list[Found] = []
+    missing: list[str] = []
+    grouped = saved.grouped
+    for fqn in filter(request.selection.selects, wanted):
+        name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
+        if name is not None and (not saved.param_groups or name in grouped):
+            found.append(Found(fqn, name))
+        elif not layout.may_lack(fqn):
+            missing.append(fqn)
+    if missing and not request.keys.allow_missing:
+        raise PlanError(_missing_state(missing, saved, len(wanted)))
+    return found, tuple(missing)
+
+
+def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -> str:
+    first = missing[0]
+    if first in saved.state:
+        return (
+            f"{first}: its state is saved under {saved.optimizer_key!r}, but it is in none of the {len(saved.param_groups or ())} saved "
+            f"param groups ({len(missing)} of {num_wanted} wanted parameters are not); pipeline stages that save unflattened "
+            "overwrite each other's groups: save with flatten_optimizer_state_dict=True, or set keys: allow_missing"
+        )
+    return (
+        f"{first}: the checkpoint has no state for this parameter under {saved.optimizer_key!r} "
+        f"({len(missing)} of {num_wanted} wanted parameters are missing: {shown(missing)}; {len(saved.state)} are saved); "
+        f"the nearest saved names are {nearest(first, saved.state)}. Rename them, or set keys: allow_missing"
+    )
+
+
+def find_weights(
+    saved: Collection[str], layout: RankLayout, request: LoadRequest, location: str
+) -> tuple[list[Found], tuple[str, ...]]:
+    """The wanted parameters and buffers that are saved, and those that aren't. Raises PlanError as `find_state` does."""
+    wanted = layout.weights()
+    if wanted is None:
+        return [Found(fqn, fqn) for fqn in saved if layout.holds(fqn)], ()
+    found: list[Found] = []
+    missing: list[str] = []
+    for fqn in filter(request.selection.selects, wanted):
+        name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved), None)
+        if name is None:
+            missing.append(fqn)
+        else:
+            found.append(Found(fqn, name))
+    if missing and not request.keys.allow_missing:
+        raise PlanError(
+            f"{missing[0]}: {location} has no weights of this name under model_key {request.model_key!r} "
+            f"({len(missing)} of {len(wanted)} wanted ones are missing: {shown(missing)}); the nearest saved names are "
+            f"{nearest(missing[0], saved)}. Rename them, or set keys: allow_missing"
+        )
+    return found, tuple(missing)
+
+
+def mismatch_error(mismatched: Sequence[Exception]) -> Exception:
+    """One error for all parameters that don't fit: the first one's words, and how many more there are."""
+    first = mismatched[0]
+    if len(mismatched) == 1:
+        return first
+    names = list(dict.fromkeys(str(error).partition(":")[0] for error in mismatched))
+    return LayoutError(f"{first} ({len(mismatched)} entries of {len(names)} parameters are mismatched: {shown(names)})")
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """The names most like one, for people who mistyped."""
+    return ", ".join(get_close_matches(name, names, n=3, cutoff=0.0)) or "none"
+
+
+def shown(names: Sequence[str]) -> str:
+    """Some of many names."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
