@@ -19,19 +19,20 @@ import torch.distributed as dist
 
 from shardferry.actors.network import use_interface_of
 from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
+from shardferry.arena import host_identity
 from shardferry.checkpoint.cache_directory import CacheChoice
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
-from shardferry.handoff.handle import ShardHandle, node_identity
+from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.receiver import Reception
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan.planner import LoadPlan
-from shardferry.read.execute import Counters, ReadOptions
 from shardferry.schemas.stage_report import RankReport, Span
+from shardferry.stats import Counters
 
 Transport = Literal["shared_memory", "object_store"]
 
@@ -142,7 +143,7 @@ class Loader:
     def _choose_transport(self, target: SpecLayout | Reception) -> Transport:
         if self._settings.transport != "auto":
             return self._settings.transport
-        near = target.node == node_identity() if isinstance(target, Reception) else self._settings.one_node
+        near = target.node == host_identity() if isinstance(target, Reception) else self._settings.one_node
         return "shared_memory" if near and self._device.type == "cpu" else "object_store"
 
     @contextmanager

@@ -10,7 +10,7 @@ from benchmarks.ours import Cooperative, Direct, Shardferry
 from benchmarks.run import Figures
 from benchmarks.stock import StockLoad
 from benchmarks.stores import StoreKind
-from shardferry.read.execute import ReadOptions
+from shardferry.config import ReadOptions
 
 MAX_BYTES_RATIO = 1.02  # bytes asked of storage by all ranks over the unique needed ones, cooperative
 MAX_FLOOR_RATIO = {StoreKind.WARM: 1.25, StoreKind.COLD: 1.10, StoreKind.THROTTLED: 1.10}  # wall time; touched

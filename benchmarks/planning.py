@@ -19,14 +19,13 @@ from functools import partial
 
 from benchmarks.large import LLAMA_405B, synthetic_catalog, tp_fsdp
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.planning import plan_report
-from shardferry.plan.cooperative import share_reads
+from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.planner import plan_load
-from shardferry.plan.rank_layouts import SpecWants
-from shardferry.plan.split import SlabLimits
+from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.schemas.stage_config import StageConfig
 
 SAVED = {
@@ -65,11 +64,11 @@ def _plan(catalog: Catalog, world_size: int) -> None:
 def _share(catalog: Catalog, world_size: int) -> Callable[[], None]:
     spec = _spec(world_size)
     plan = plan_load(catalog, spec.rank(world_size - 5), LoadRequest("optim"))
-    islands = {rank: str(rank // 8) for rank in range(world_size)}
+    memory_groups = {rank: str(rank // 8) for rank in range(world_size)}
 
     def share() -> None:
-        wants = SpecWants(spec, range(world_size))
-        share_reads(plan, catalog, wants, slabs=SlabLimits(1 << 20), islands=islands)
+        layouts = LayoutsFromSpec(spec, range(world_size))
+        assign_reads(plan, catalog, layouts, limits=SplitLimits(max_part_bytes=1 << 20), memory_groups=memory_groups)
 
     return share
 

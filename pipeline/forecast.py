@@ -8,24 +8,19 @@ neighbours: what a rank wants is known of each, what it reads is then taken to b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
-from shardferry.errors import StorageError
+from shardferry.config import ReadLimits
 from shardferry.layout.spec import SpecLayout
-from shardferry.plan.cooperative import share_reads
+from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.demand import Demand
 from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
-from shardferry.plan.predict import predict_objects, predict_reads
-from shardferry.plan.probe import answers_from_memory
-from shardferry.plan.rank_layouts import SpecWants
-from shardferry.plan.split import SlabLimits
-from shardferry.read.coalesce import JoinLimits
-from shardferry.read.execute import join_limits_of
+from shardferry.plan.rank_layouts import LayoutsFromSpec
+from shardferry.read.schedule import count_objects, requests_of_plan
 from shardferry.schemas.plan_report import RankPlan
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.storage.traits import StorageTraits
@@ -63,14 +58,18 @@ def forecast(
     chosen = _spaced(np.unique(kinds), most_planned)
     request = config.checkpoint.request()
     plans = [replace(plan_load(catalog, layout.rank(rank), request), objects=()) for rank in chosen.tolist()]
-    is_cooperative = may_share and not (config.read.strategy == "auto" and _all_in_memory(catalog, plans))
+    is_cooperative = may_share and not (config.read.strategy == "auto" and _traits(catalog).is_local)
     if not is_cooperative:
         kinds = demand.twins
-    reads = _reads(config, catalog, plans, SpecWants(layout, range(layout.world_size)) if is_cooperative else None)
+    reads = _reads(
+        config, catalog, plans, LayoutsFromSpec(layout, range(layout.world_size)) if is_cooperative else None
+    )
     places = np.searchsorted(chosen, kinds, side="right") - 1  # of its kind, else the nearest before it
     ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
     objects = planned_objects(catalog, request)
-    bytes_read, num_requests = predict_objects(objects, catalog, join_limits(config, catalog))
+    bytes_read, num_requests = count_objects(
+        catalog, [planned.key for planned in objects], read_limits(config, catalog)
+    )
     ranks[0] = _with_objects(ranks[0], sum(planned.nbytes for planned in objects), bytes_read, num_requests)
     return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != kinds).any()))
 
@@ -82,29 +81,23 @@ def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
     return kinds[np.linspace(0, len(kinds) - 1, most).astype(np.int64)]
 
 
-def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wants: SpecWants | None) -> list[_Reads]:
-    """Of each plan's rank; it reads for itself where there are no wants of others."""
-    limits = join_limits(config, catalog)
-    slabs = SlabLimits.of(_traits(catalog), limits)
-    found = []
+def _reads(
+    config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], layouts: LayoutsFromSpec | None
+) -> list[_Reads]:
+    """The reads of each plan's rank; without the layouts of the others it reads for itself."""
+    limits = read_limits(config, catalog)
+    split, found = _traits(catalog).split_limits(limits), []
     for plan in plans:
-        shared = None if wants is None else share_reads(plan, catalog, wants, slabs=slabs)
-        nbytes, num_requests = predict_reads(plan, catalog, limits, shared)
-        sent, received = (0, 0) if shared is None else (shared.bytes_sent, shared.bytes_received)
+        cooperative = None if layouts is None else assign_reads(plan, catalog, layouts, limits=split)
+        nbytes, num_requests = requests_of_plan(plan, catalog, limits, cooperative)
+        sent, received = (0, 0) if cooperative is None else (cooperative.bytes_sent, cooperative.bytes_received)
         found.append(_Reads(plan.bytes_needed, nbytes, sent, received, num_requests))
     return found
 
 
-def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
-    """Where the files are not here, they are not in this machine's memory either."""
-    with opened_storage(catalog) as storage, suppress(StorageError):
-        return all(answers_from_memory(plan, catalog, storage) for plan in plans)
-    return False
-
-
-def join_limits(config: StageConfig, catalog: Catalog) -> JoinLimits:
-    """How the spec, or else the kind of storage, wants reads joined and split."""
-    return join_limits_of(_traits(catalog), config.read.options(config.timeouts.load_s))
+def read_limits(config: StageConfig, catalog: Catalog) -> ReadLimits:
+    """How far the spec, or else the kind of storage, lets reads be coalesced."""
+    return _traits(catalog).read_limits(config.read.options(config.timeouts.load_s))
 
 
 def _traits(catalog: Catalog) -> StorageTraits:

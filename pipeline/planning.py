@@ -13,7 +13,7 @@ from shardferry.config import LoadRequest
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout
-from shardferry.pipeline.forecast import forecast, join_limits
+from shardferry.pipeline.forecast import forecast, read_limits
 from shardferry.plan.demand import demand_of
 from shardferry.plan.planner import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
 from shardferry.read.execute import check_files
@@ -74,7 +74,7 @@ def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: flo
     unique = demand.unique + object_bytes(catalog, request)
     planned = sum(rank.bytes_read for rank in found.ranks)
     options = config.read.options(config.timeouts.load_s)
-    in_flight = min(options.memory_budget_bytes, options.concurrency * join_limits(config, catalog).max_request_bytes)
+    in_flight = min(options.memory_budget, options.concurrency * read_limits(config, catalog).max_request_bytes)
     waits = -(-max(rank.num_requests for rank in found.ranks) // options.concurrency)
     bandwidth = config.read.storage_bandwidth
     return PlanReport(

@@ -20,15 +20,23 @@ from pydantic import (
     model_validator,
 )
 
-from shardferry.config import DtypePolicy, KeyPolicy, LoadRequest, Selection, can_convert
+from shardferry.config import (
+    MIN_MEMORY_BUDGET_BYTES,
+    DtypePolicy,
+    KeyPolicy,
+    LoadRequest,
+    ReadOptions,
+    Selection,
+    Strategy,
+    can_convert,
+)
 from shardferry.errors import LayoutError, SpecError
 from shardferry.layout.mesh import Mesh, Placement, parse_placement
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
-from shardferry.read.execute import ReadOptions
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 _MAX_RANKS = 1 << 20
-_LEAST_BUDGET = 8 << 20  # bytes
+_READ = ReadOptions()
 _FOUND = reprlib.Repr()  # a few lines of YAML can stand for gigabytes
 _FOUND.maxstring = _FOUND.maxother = 200
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -177,58 +185,55 @@ class ActorsSpec(Spec):
 
 
 class ReadSpec(Spec):
-    """How each rank reads."""
+    """How each rank reads. Names and defaults are those of `shardferry.config.ReadOptions`."""
 
-    memory_budget: ByteSize = Field(
-        ByteSize(1 << 30),
-        description="bytes of buffers beside the arena, each rank; reads that land in place take none",
-    )
-    concurrency: int = Field(16, ge=1, le=1024, description="requests in flight, each rank")
-    strategy: Literal["auto", "direct", "cooperative"] = Field(
-        "auto",
+    strategy: Strategy = Field(
+        _READ.strategy,
         description="direct: each rank reads what it needs itself; cooperative: ranks read for each other, each byte once; "
-        "auto: what takes less time, by a short probe of the storage",
+        "auto: direct from local files on one node, else cooperative",
+    )
+    concurrency: int = Field(_READ.concurrency, ge=1, le=1024, description="requests in flight, per rank")
+    memory_budget: ByteSize = Field(
+        ByteSize(_READ.memory_budget),
+        description="bytes of buffers beside the arena, per rank; reads that land in place take none",
     )
     max_gap: ByteSize | None = Field(
-        None, description="bytes that may be read in vain to join two reads; default: by the kind of storage"
-    )
-    max_over_read: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="bytes of one request that may be read in vain, over the wanted ones; gaps below 4 KiB aren't "
-        "counted; default: by the kind of storage",
+        None, description="bytes between two byte ranges of one request; default: by the kind of storage"
     )
     max_request: ByteSize | None = Field(
         None, gt=0, description="bytes of one request; default: by the kind of storage"
     )
-    max_attempts: int = Field(5, ge=1, le=100, description="of each request that fails in passing: a timeout, a 503")
+    max_attempts: int = Field(
+        _READ.max_attempts,
+        ge=1,
+        le=100,
+        description="of each request that fails for a passing reason: a timeout, a 503",
+    )
     storage_bandwidth: ByteSize | None = Field(
-        None, description="bytes a second that the storage gives to the whole job, for the lower bound in reports"
+        None, description="bytes per second that the storage gives to the whole job, for the lower bound in reports"
     )
     node_bandwidth: ByteSize | None = Field(None, gt=0, description="the same to one node")
     exchange_bandwidth: ByteSize | None = Field(
-        None, gt=0, description="bytes a second that a rank can send to other nodes, for the lower bound in reports"
+        None, gt=0, description="bytes per second that a rank can send to other nodes, for the lower bound in reports"
     )
 
     @field_validator("memory_budget")
     @classmethod
     def _holds_one_request(cls, value: ByteSize) -> ByteSize:
-        if value < _LEAST_BUDGET:
-            raise ValueError(f"{value} bytes hold no request; the least is {_LEAST_BUDGET} bytes (8MiB)")
+        if value < MIN_MEMORY_BUDGET_BYTES:
+            raise ValueError(f"{value} bytes hold no request; the least is {MIN_MEMORY_BUDGET_BYTES} bytes (8MiB)")
         return value
 
-    def options(self, timeout_s: float) -> ReadOptions:
+    def options(self, load_s: float) -> ReadOptions:
         """The same in the core's terms."""
         return ReadOptions(
-            self.concurrency,
-            timeout_s,
-            self.strategy,
-            self.max_gap,
-            self.max_request,
-            self.max_attempts,
-            max_over_read=self.max_over_read,
-            memory_budget_bytes=self.memory_budget,
+            strategy=self.strategy,
+            concurrency=self.concurrency,
+            memory_budget=self.memory_budget,
+            max_gap=self.max_gap,
+            max_request=self.max_request,
+            max_attempts=self.max_attempts,
+            load_s=load_s,
         )
 
 

@@ -13,17 +13,25 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
 from shardferry.errors import ArenaError
+from shardferry.stats import BusyTimes
 
 _NOWHERE: np.ndarray = np.empty(0, dtype=np.int64)
 NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
 _PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
+
+
+def host_identity() -> str:
+    """Names this machine and process namespace: where it is equal, ``/proc/<pid>`` means the same process."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def available_host_bytes() -> int:
@@ -96,17 +104,21 @@ class HostArena:
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         self.memory = memoryview(pages)
 
-    def keep_to_itself(self) -> None:
-        """Give up the memory file, which nothing was written to yet, for memory that no other process can open.
+    @classmethod
+    def private(cls, nbytes: int) -> Self:
+        """An arena that no other process can open.
 
-        The kernel gives that in huge pages where it gives memory files none (its usual settings): first touches take a quarter
-        of the time. Raises ArenaError.
+        The kernel gives private memory in huge pages where it gives memory files none (its usual settings): first touches take a
+        quarter of the time. Raises ArenaError.
         """
-        self.close()
+        arena = cls.__new__(cls)
+        arena.nbytes = arena.directory_offset = max(nbytes, 1)
+        arena.device, arena.descriptor, arena.directory = torch.device("cpu"), -1, _NOWHERE
         try:
-            self._hold(mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            arena._hold(mmap.mmap(-1, arena.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         except OSError as error:
-            raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
+            raise ArenaError(f"an arena of {arena.nbytes} bytes can't be mapped: {error}") from error
+        return arena
 
     @property
     def is_shareable(self) -> bool:
@@ -191,6 +203,99 @@ Arena = HostArena | DeviceArena
 def allocate_arena(nbytes: int, device: torch.device) -> Arena:
     """One arena on the host or on a GPU. Raises ArenaError where there is no room."""
     return HostArena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)
+
+
+class Destination(Protocol):
+    """Memory that read bytes are put into: an arena, or a buffer. Safe to use from several threads."""
+
+    def writable(self, byte_offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
+        """Contiguous host memory to fill inside the ``with``; on leaving, the bytes are at ``byte_offset``."""
+
+    def write(self, byte_offset: int, data: memoryview) -> None:
+        """Copy contiguous bytes."""
+
+    def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
+        """Copy an array of elements to strided positions.
+
+        Args:
+            byte_offset: of the first element.
+            byte_strides: of the destination, one step in each dimension of ``elements``.
+        """
+
+
+class HostMemory:
+    """A `Destination` in this process's memory."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+
+    def writable(self, byte_offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
+        return nullcontext(self.memory[byte_offset : byte_offset + nbytes])
+
+    def write(self, byte_offset: int, data: memoryview) -> None:
+        self.memory[byte_offset : byte_offset + len(data)] = data
+
+    def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
+        np.ndarray(elements.shape, elements.dtype, self.memory, byte_offset, byte_strides)[...] = elements
+
+
+class DeviceMemory:
+    """A `Destination` on a GPU: bytes go through a pinned staging buffer.
+
+    Args:
+        busy: clocks the copies to the device.
+    """
+
+    def __init__(self, arena: DeviceArena, busy: BusyTimes) -> None:
+        self._arena = arena
+        self._busy = busy
+
+    @contextmanager
+    def writable(self, byte_offset: int, nbytes: int) -> Iterator[memoryview]:
+        with self._arena.staging(nbytes) as staging:
+            yield staging.numpy().data
+            with self._busy.at("device copy"):
+                self._arena.tensor(byte_offset, (nbytes,), torch.uint8).copy_(staging, non_blocking=True)
+                self._arena.wait_for_copies()
+
+    def write(self, byte_offset: int, data: memoryview) -> None:
+        with self.writable(byte_offset, len(data)) as staging:
+            staging[:] = data
+
+    def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
+        itemsize = elements.itemsize
+        dtype = _TORCH_ELEMENT[itemsize]
+        with self._arena.staging(elements.nbytes) as staging:
+            packed: np.ndarray[Any, Any] = staging.numpy().view(elements.dtype).reshape(elements.shape)
+            np.copyto(packed, elements)
+            with self._busy.at("device copy"):
+                all_elements = self._arena.tensor(0, (self._arena.nbytes // itemsize,), dtype)
+                strides = [stride // itemsize for stride in byte_strides]
+                target = torch.as_strided(all_elements, elements.shape, strides, byte_offset // itemsize)
+                target.copy_(staging.view(dtype).view(elements.shape), non_blocking=True)
+                self._arena.wait_for_copies()
+
+
+_NUMPY_ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+_TORCH_ELEMENT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def strided_view(
+    memory: memoryview, *, byte_offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> np.ndarray:
+    """An array view of elements in memory, by their size alone; bit patterns are kept.
+
+    Args:
+        strides: elements.
+        itemsize: bytes of an element: 1, 2, 4, 8 or 16.
+    """
+    byte_strides = tuple(stride * itemsize for stride in strides)
+    return np.ndarray(sizes, _NUMPY_ELEMENT[itemsize], memory, byte_offset, byte_strides)
+
+
+def destination_of(arena: Arena, busy: BusyTimes) -> Destination:
+    """An arena as a destination of reads."""
+    return HostMemory(arena.memory) if isinstance(arena, HostArena) else DeviceMemory(arena, busy)
 
 
 def open_memory_file(pid: int, descriptor: int, inode: int) -> int:

@@ -1,12 +1,17 @@
-"""Say what is asked of a checkpoint: which keys, under which names, and what to do where they don't fit."""
+"""Every option of a load, with its one default: which keys, how they are read, and the limits that follow from a storage.
+
+People set these through the stage's spec (schemas/stage_config.py) or as keywords of `load_optimizer_state`; both take their
+names and defaults from here.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -133,3 +138,86 @@ class LoadRequest:
     def wanted_dtype(self, name: str) -> torch.dtype | None:
         """The dtype that is asked for a state entry by name; None where any will do."""
         return next((dtype for glob, dtype in self.wanted_dtypes if fnmatchcase(name, glob)), None)
+
+
+Strategy = Literal["auto", "direct", "cooperative"]
+MIN_MEMORY_BUDGET_BYTES = 8 << 20  # room for one request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How one rank reads. The names are those of the spec's ``read`` section, and ``timeouts.load_s``."""
+
+    strategy: Strategy = "auto"  # direct: each rank reads what it needs; cooperative: each byte once for all ranks
+    concurrency: int = 16  # requests in flight
+    memory_budget: int = 1 << 30  # bytes of buffers beside the arena
+    max_gap: int | None = None  # bytes between two byte ranges of one request; None: the storage's own limit
+    max_request: int | None = None  # bytes of one request; None: the storage's own limit
+    max_attempts: int = 5  # of a request that fails for a passing reason
+    load_s: float | None = 3600.0  # seconds for planning and reading; None: no deadline
+    node: str | None = None  # ranks with the same name share memory; None: detected
+
+    def __post_init__(self) -> None:
+        """Raises SpecError."""
+        if self.strategy not in get_args(Strategy):
+            raise SpecError(f"strategy: {self.strategy!r} is not one of {', '.join(get_args(Strategy))}")
+        for name, least in (("concurrency", 1), ("max_attempts", 1), ("max_gap", 0), ("max_request", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SpecError(f"{name}: {value} is below {least}, the least")
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> ReadOptions:
+        """From keywords of a call. Raises SpecError for a name that is not an option."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(keywords) - set(known)):
+            raise SpecError(f"{unknown[0]!r} is not a read option; there are {', '.join(known)}")
+        return cls(**keywords)
+
+
+class ReadKeywords(TypedDict, total=False):
+    """`ReadOptions` as keywords of a function."""
+
+    strategy: Strategy
+    concurrency: int
+    memory_budget: int
+    max_gap: int | None
+    max_request: int | None
+    max_attempts: int
+    load_s: float | None
+    node: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """How far byte ranges of one file are coalesced into requests, and where requests are split. All in bytes."""
+
+    max_gap_bytes: int  # between two ranges of one request
+    max_over_read: float  # unwanted bytes of a request over the wanted ones
+    max_request_bytes: int
+    max_item_bytes: int  # a larger item is never fetched whole together with its neighbours
+    maps_files: bool = False  # strided ranges are looked at through a mapping: the bytes between them are not fetched
+    opens_with_data: bool = True  # an item's header and its first data are one request
+    free_gap_bytes: int = 4096  # smaller gaps don't count as over-read: disks, page caches and networks give no less
+    long_run_bytes: int = 64 * 1024  # of a mapped file: longer contiguous runs are read one by one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitLimits:
+    """How saved chunks are split among the ranks that read for each other. All in bytes."""
+
+    max_part_bytes: int  # that one rank reads at a time for others; a single row may be longer
+    window_bytes: int = 0  # of a file: small parts in one window have one reader; 0: each chunk has its own
+    min_part_bytes: int = 1 << 20  # a part is divided among its ranks down to this
+    long_run_bytes: int = (
+        1 << 20
+    )  # boxes that share nothing, with contiguous runs this long, are read by their own ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageLimits:
+    """How boxes travel between ranks that share no memory."""
+
+    message_bytes: int = 8 << 20  # a message is sent when the next box doesn't fit
+    min_message_bytes: int = 64 << 10  # where many relays share the budget
+    max_in_flight: int = 8  # messages of one rank, in each direction

@@ -1,29 +1,31 @@
-"""Load one rank's optimizer state: plan, agree, allocate, read, seal. Used by loader actors and inside trainers alike."""
+"""Load one rank's optimizer state: plan, agree, allocate, read, seal. Loader actors and trainers' processes call the same code."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from shardferry._gc import paused_gc
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import opened_storage, read_catalog
-from shardferry.config import KeyPolicy, LoadRequest, Selection, dtype_policy
+from shardferry.config import KeyPolicy, LoadRequest, MessageLimits, ReadKeywords, ReadOptions, Selection, dtype_policy
 from shardferry.errors import HandoffError
 from shardferry.exchange.agreement import Agreement
+from shardferry.exchange.delivery import open_delivery
+from shardferry.exchange.peer_memory import ArenaAddress
 from shardferry.exchange.point_to_point import Channel, Deadline
-from shardferry.exchange.rank_info import Neighbours, Strategy, Word, taken_by_any, word_of
-from shardferry.exchange.together import Together
+from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken_by_any
+from shardferry.exchange.strategy import ChosenStrategy, choose_strategy, plan_cooperation
 from shardferry.handoff.handle import InProcess, Payload, ShardHandle, SharedMemory
 from shardferry.layout.tensor_layout import RankLayout, replicated
 from shardferry.optimizer.install import fit
@@ -31,28 +33,10 @@ from shardferry.optimizer.live import LiveModel, live_layout
 from shardferry.plan.manifest import Manifest, StateTensor, StateValue
 from shardferry.plan.match_keys import KeyReport
 from shardferry.plan.planner import LoadPlan, plan_load, plan_tensors, value_keys
-from shardferry.read.execute import Counters, ReadOptions, read_objects, read_plan, read_strategy
+from shardferry.read.execute import Cooperation, read_objects, read_plan
+from shardferry.stats import Counters, PhaseClock
 from shardferry.storage.base import RangeReader, open_storage
 from shardferry.storage.retry import RetryPolicy
-
-
-class PhaseClock:
-    """Seconds by phase; of a phase within another one, they count to the inner one alone."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._within_s = 0.0  # of phases within the one that is under way
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside the ``with`` to a phase."""
-        start, beside_s, self._within_s = time.perf_counter(), self._within_s, 0.0
-        try:
-            yield
-        finally:
-            spent_s = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent_s - self._within_s
-            self._within_s = beside_s + spent_s
 
 
 @dataclass
@@ -64,7 +48,7 @@ class LoadedShard:
     arena: Arena
     counters: Counters
     seconds: dict[str, float]
-    strategy: Strategy
+    strategy: ChosenStrategy
     unexpected: tuple[str, ...] = ()  # saved, wanted by no rank, allowed
 
     @property
@@ -115,14 +99,15 @@ class LoadedShard:
 
 @dataclass(frozen=True)
 class LoadJob:
-    """What to load, for one rank, and how."""
+    """What one rank loads, and how."""
 
     catalog: Catalog
     layout: RankLayout
     request: LoadRequest
     device: torch.device
     read: ReadOptions
-    stays_here: bool = False  # the shard is for this process alone
+    stays_here: bool = False  # no other process will open the shard
+    messages: MessageLimits = field(default_factory=MessageLimits)  # between ranks that share no memory
 
 
 def load_rank(
@@ -141,7 +126,7 @@ def load_rank(
         counters: grows while the rank reads.
         announce: called once with the plan, before anything is read.
         arena: to be filled, with room for the plan (see `arena_for`); default: a new one.
-        values: where one rank has read them for all already, see `open_for_all`.
+        values: the saved Python values where one rank has read them for all, see `open_for_all`.
         storage: of the checkpoint, open already; default: opened here, and closed.
 
     Raises:
@@ -151,32 +136,29 @@ def load_rank(
     counters, clock = counters or Counters(), PhaseClock()
     if values is None:
         with clock.phase("values"):
-            values = agreement.from_first("reading the param groups", lambda: _read_values(job, counters))
-    with ExitStack() as opened:
+            values = agreement.from_rank0("reading the param groups", lambda: _read_values(job, counters))
+    with ExitStack() as opened, paused_gc():
         with clock.phase("agree"):
-            ready, words = _prepare(
-                job, agreement, values, arena, clock, lambda: storage or opened.enter_context(_opened(job))
-            )
-            unexpected = _check_claims(ready.plan, job, words)
+            open_files = lambda: storage or opened.enter_context(_opened(job))  # noqa: E731
+            ready, ranks = _prepare(job, agreement, values, arena, clock, open_files)
+            unexpected = _check_claims(ready.plan, job, ranks)
             announce(ready.plan)
-            neighbours = Neighbours.of(job, words, agreement)
-            neighbours.check_room()
-            strategy = neighbours.strategy(job, ready.plan, ready.storage, agreement, counters)
+            check_room(ranks)
+            strategy = _choose_strategy(job, ready, ranks, agreement)
         with clock.phase("read"):
-            together = _together(job, strategy, neighbours, agreement)
-            agreement.attempt("reading", lambda: _read(job, ready, counters, together))
+            agreement.all_or_raise("reading", lambda: _read(job, ready, ranks, strategy, agreement, counters))
     manifest = _manifest(ready.plan, values)
     return LoadedShard(ready.plan, manifest, ready.arena, counters, clock.seconds, strategy, unexpected)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ready:
-    """What a rank has before anything is read."""
+    """What a rank has prepared before anything is read."""
 
     plan: LoadPlan
     arena: Arena
-    storage: RangeReader
     is_new: bool  # the arena: nothing was written to it
+    storage: RangeReader
 
 
 def _prepare(
@@ -186,22 +168,89 @@ def _prepare(
     arena: Arena | None,
     clock: PhaseClock,
     open_files: Callable[[], RangeReader],
-) -> tuple[_Ready, list[Word]]:
-    """This rank's plan, arena and storage, and every rank's word that it has them."""
+) -> tuple[_Ready, list[RankInfo]]:
+    """This rank's plan, arena and storage, and what every rank tells once it has them."""
     made: list[_Ready] = []
 
-    def prepare() -> Word:
+    def prepare() -> RankInfo:
         with clock.phase("plan"):
             plan = plan_load(job.catalog, job.layout, job.request, values)
         with clock.phase("allocate"):
-            place = _allocate(job, plan, arena)
+            to_fill = _allocate(job, plan, arena)
         storage = open_files()
         storage.expect(job.catalog.file_versions)
-        made.append(_Ready(plan, place, storage, is_new=arena is None))
-        return word_of(job, plan, place, storage, agreement, is_new=arena is None)
+        made.append(_Ready(plan, to_fill, arena is None, storage))
+        return rank_info(plan, to_fill, job.layout, job.read, agreement, is_new_arena=arena is None)
 
-    words = agreement.share("planning", prepare)
-    return made[0], words
+    ranks = agreement.gather("planning", prepare)
+    return made[0], ranks
+
+
+def _choose_strategy(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> ChosenStrategy:
+    """The strategy, with this rank's part where ranks read for each other."""
+    traits, is_connected = ready.storage.traits, agreement.host_group is not None
+    chosen = choose_strategy(
+        ranks,
+        world_rank=agreement.rank,
+        asked=job.read.strategy,
+        is_local=traits.is_local,
+        is_connected=is_connected,
+    )
+    if chosen.name == "direct":
+        return chosen
+    limits = traits.split_limits(traits.read_limits(job.read))
+    plan = plan_cooperation(ready.plan, job.catalog, job.layout, ranks, is_connected=is_connected, limits=limits)
+    return replace(chosen, plan=plan)
+
+
+def _read(
+    job: LoadJob,
+    ready: _Ready,
+    ranks: Sequence[RankInfo],
+    strategy: ChosenStrategy,
+    agreement: Agreement,
+    counters: Counters,
+) -> None:
+    plan, own = ready.plan, ranks[agreement.rank]
+    ranks_on_node = sum(rank.node == own.node for rank in ranks)
+    if strategy.plan is None:
+        if job.stays_here and ready.is_new and isinstance(ready.arena, HostArena):
+            ready.arena.close()
+            ready.arena = HostArena.private(plan.arena_bytes)
+        read_plan(plan, job.catalog, ready.storage, ready.arena, job.read, counters, ranks_on_node=ranks_on_node)
+        return
+    group = agreement.host_group
+    delivery = open_delivery(
+        plan,
+        strategy.plan,
+        ready.arena,
+        rows=_rows_of(job.catalog),
+        addresses=_addresses(ranks, own.memory_group),
+        channel=None if group is None else Channel(group, Deadline(job.read.load_s)),
+        memory_budget_bytes=job.read.memory_budget,
+        busy=counters.busy,
+        limits=job.messages,
+    )
+    with delivery as way:
+        read_plan(
+            plan,
+            job.catalog,
+            ready.storage,
+            ready.arena,
+            job.read,
+            counters,
+            Cooperation(strategy.plan, way),
+            ranks_on_node=ranks_on_node,
+        )
+
+
+def _addresses(ranks: Sequence[RankInfo], memory_group: str) -> dict[int, ArenaAddress]:
+    """The arenas of a memory group, by world rank."""
+    return {
+        rank: info.address
+        for rank, info in enumerate(ranks)
+        if info.memory_group == memory_group and info.address is not None
+    }
 
 
 def _opened(job: LoadJob) -> AbstractContextManager[RangeReader]:
@@ -220,7 +269,7 @@ def read_values(
     options: ReadOptions | None = None,
     counters: Counters | None = None,
 ) -> dict[str, Any]:
-    """Everything that is no sharded tensor, by key: read by one rank for all. Raises StorageError, DecodeError."""
+    """Everything that is not a sharded tensor, by key: one rank reads it for all. Raises StorageError, DecodeError."""
     options, counters = options or ReadOptions(), counters or Counters()
     keys = value_keys(catalog, request)
     objects = [key for key in keys if key in catalog.objects]
@@ -240,15 +289,15 @@ def _read_whole(
     return {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
-def _check_claims(plan: LoadPlan, job: LoadJob, words: Sequence[Word]) -> tuple[str, ...]:
-    """Names that are saved and wanted by no rank. All ranks find the same; all raise where these are not ignored."""
+def _check_claims(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:
+    """Names that are saved and that no rank takes. Every rank finds the same; all raise if the request doesn't ignore them."""
     state, weights = plan.state_claims, plan.weight_claims
-    taken = taken_by_any(words, len(state.taken) + len(weights.taken))
+    taken = taken_by_any(ranks, len(state.taken) + len(weights.taken))
     unexpected = state.check(taken[: len(state.taken)], job.request, job.catalog.location)
     return unexpected + weights.check(taken[len(state.taken) :], job.request, job.catalog.location)
 
 
-def rows_of(catalog: Catalog) -> dict[str, int]:
+def _rows_of(catalog: Catalog) -> dict[str, int]:
     """The catalog's tensors in order, by key: the same on all ranks."""
     return {key: row for row, key in enumerate(catalog.tensors)}
 
@@ -264,29 +313,10 @@ def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None) -> Arena:
         on_host = job.device.type == "cpu"
         arena = arena_for(plan, job.catalog) if on_host else allocate_arena(plan.arena_bytes, job.device)
     if isinstance(arena, HostArena):  # says to the ranks of its node where the tensors are
-        rows = rows_of(job.catalog)
+        rows = _rows_of(job.catalog)
         for tensor in plan.tensors:
             arena.directory[rows[tensor.key]] = tensor.arena_offset
     return arena
-
-
-def _together(job: LoadJob, strategy: Strategy, neighbours: Neighbours, agreement: Agreement) -> Together | None:
-    if strategy.plan is None:
-        return None
-    group = agreement.host_group
-    channel = None if group is None else Channel(group, Deadline(job.read.timeout_s))
-    return Together(strategy.plan, neighbours.addresses, channel)
-
-
-def _read(job: LoadJob, ready: _Ready, counters: Counters, together: Together | None) -> None:
-    plan, arena, storage = ready.plan, ready.arena, ready.storage
-    if together is None:
-        if job.stays_here and ready.is_new and isinstance(arena, HostArena):
-            arena.keep_to_itself()
-        read_plan(plan, job.catalog, storage, arena, job.read, counters)
-        return
-    with together.begin(plan, arena, rows_of(job.catalog), job.read.memory_budget_bytes, counters.busy) as sharing:
-        read_plan(plan, job.catalog, storage, arena, job.read, counters, sharing)
 
 
 def _manifest(plan: LoadPlan, values: Mapping[str, Any]) -> Manifest:
@@ -319,8 +349,7 @@ def load_optimizer_state(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: str = "error",
-    strategy: str = "auto",
-    concurrency: int = 16,
+    **read: Unpack[ReadKeywords],
 ) -> KeyReport:
     """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
 
@@ -335,17 +364,17 @@ def load_optimizer_state(
         model_key: the model's key in the state dict that was saved, to load its weights and buffers too.
         storage_options: of a URL: credentials, an endpoint.
         process_group: default: the whole job where torch.distributed is initialised, else this process alone.
-        keys: ``strict``, or what may be: ``allow_missing`` leaves live state of parameters that were not saved as it is,
-            ``ignore_unexpected`` leaves saved state that no rank wants. Or a list of both.
-        rename: glob over saved FQNs to what they are called here, ``{"_orig_mod.*": "*"}``; the first that fits.
-        include, exclude: globs over the FQNs here; what is not meant stays as it is.
+        keys: ``strict``; or ``allow_missing``, which leaves live state of parameters that were not saved as it is;
+            ``ignore_unexpected``, which leaves saved state that no rank wants; or a list of both.
+        rename: glob over saved FQNs to their names here, ``{"_orig_mod.*": "*"}``; the first that matches.
+        include, exclude: globs over the FQNs here; the state of other parameters stays as it is.
         dtype: ``error`` or ``cast``, where live state (or with ``model_key`` a weight) has another dtype than was saved.
-        strategy: ``cooperative`` lets ranks read for each other, so that each byte leaves storage once; with ``direct`` each
-            reads for itself; ``auto`` does what takes less time, by a short probe of the storage.
-        concurrency: reads in flight of this rank.
+        **read: the options of the spec's ``read`` section, and ``load_s``; see `shardferry.config.ReadOptions`. With
+            ``strategy="cooperative"`` ranks read for each other, so that each byte leaves storage once; with ``"direct"`` each
+            rank reads for itself; ``"auto"`` reads directly from local files on one node, else cooperatively.
 
     Returns:
-        What was missing or unexpected, as far as ``keys`` lets it pass.
+        The keys that were missing or unexpected and that ``keys`` tolerated.
 
     Raises:
         ShardferryError: nothing of the optimizer has been changed. Where one rank fails, all raise.
@@ -357,21 +386,24 @@ def load_optimizer_state(
 
     def prepare() -> tuple[LoadRequest, RankLayout, ReadOptions, RangeReader]:
         request = LoadRequest(
-            optimizer_key, model_key, Selection.of(rename, include, exclude), KeyPolicy.of(keys), dtype_policy(dtype)
+            optimizer_key=optimizer_key,
+            model_key=model_key,
+            selection=Selection.of(rename, include, exclude),
+            keys=KeyPolicy.of(keys),
+            dtype=dtype_policy(dtype),
         )
         layout = live_layout(live, world_rank=agreement.rank, world_size=agreement.size)
-        options = ReadOptions(concurrency, strategy=read_strategy(strategy))
-        return request, layout, options, open_storage(location, storage_options)
+        return request, layout, ReadOptions.of(read), open_storage(location, storage_options)
 
-    request, layout, options, storage = agreement.attempt("reading the model's layout", prepare)
+    request, layout, options, storage = agreement.all_or_raise("reading the model's layout", prepare)
     with closing(storage):
         counters = Counters()
         catalog, values = open_for_all(storage, agreement, request, options, counters, storage_options)
         job = LoadJob(catalog, layout, request, live.device, options, stays_here=True)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     shard = loaded.handle("in_process", exclusive=True).open()
-    install = agreement.attempt("fitting the state to the optimizer", lambda: fit(shard, live))
-    agreement.attempt("installing the state", install)
+    install = agreement.all_or_raise("fitting the state to the optimizer", lambda: fit(shard, live))
+    agreement.all_or_raise("installing the state", install)
     return KeyReport(loaded.plan.missing, loaded.unexpected)
 
 
@@ -383,7 +415,7 @@ def open_for_all(
     counters: Counters,
     storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Catalog, dict[str, Any]]:
-    """Rank 0 reads the metadata, and all that is no sharded tensor; the others get both from it, in one go.
+    """Rank 0 reads the metadata and everything that is not a sharded tensor; one broadcast gives both to all ranks.
 
     Args:
         storage: of the checkpoint.
@@ -395,4 +427,4 @@ def open_for_all(
         storage.expect(catalog.file_versions)
         return catalog, read_values(catalog, request, storage, options, counters)
 
-    return agreement.from_first("opening the checkpoint", read)
+    return agreement.from_rank0("opening the checkpoint", read)

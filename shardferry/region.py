@@ -68,6 +68,25 @@ class Region:
         return "[" + ", ".join(f"{o}:{e}" for o, e in zip(self.offsets, self.ends, strict=True)) + "]"
 
 
+@dataclass(frozen=True, slots=True)
+class BoxCopy:
+    """One copy: a box of a saved chunk, and where it goes in a rank's local tensor."""
+
+    source: Region  # in the chunk, elements
+    offset: int  # elements, from the start of the local tensor
+    strides: tuple[int, ...]  # elements of the local tensor, one step in each dimension of `source`
+
+    def within(self, dim: int, start: int, stop: int) -> BoxCopy | None:
+        """The part of the copy between two positions of one dimension of the chunk; None where there is none."""
+        first = self.source.offsets[dim]
+        begin, end = max(start, first), min(stop, first + self.source.sizes[dim])
+        if begin >= end:
+            return None
+        offsets = (*self.source.offsets[:dim], begin, *self.source.offsets[dim + 1 :])
+        sizes = (*self.source.sizes[:dim], end - begin, *self.source.sizes[dim + 1 :])
+        return BoxCopy(Region(offsets, sizes), self.offset + (begin - first) * self.strides[dim], self.strides)
+
+
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor of this shape."""
     strides = [1] * len(shape)

@@ -41,8 +41,8 @@ def load_by_reader(
         local: _Tensors = {target.key: _allocate(target, device_of(group)) for target in targets}
         return paths, targets, local
 
-    paths, targets, local = agreement.attempt("planning", prepare)
-    for_planner = agreement.attempt("planning", lambda: {t.key: t.for_planner(local[t.key]) for t in targets})
+    paths, targets, local = agreement.all_or_raise("planning", prepare)
+    for_planner = agreement.all_or_raise("planning", lambda: {t.key: t.for_planner(local[t.key]) for t in targets})
     state_dict: dict[str, Any] = {key: for_planner.get(key, _OBJECT) for key in paths}
     planner = planner or ReaderWithOffset({})
     _load(state_dict, reader, planner, group)

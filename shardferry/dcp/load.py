@@ -69,7 +69,7 @@ def _agree_on_the_way(agreement: Agreement, arguments: tuple[Any, Any, Any, Any]
         ranged = has_ranges(reader) and (planner is None or type(planner) is DefaultLoadPlanner)
         return optimizer_key, ranged, f"{type(reader).__name__} and {type(planner).__name__}"
 
-    answers = agreement.share("looking at the arguments", check)
+    answers = agreement.gather("looking at the arguments", check)
     for rank, (optimizer_key, ranged, how) in enumerate(answers):
         if (optimizer_key, ranged) != answers[0][:2]:
             raise SpecError(

@@ -13,13 +13,15 @@ from shardferry.arena import allocate_arena
 from shardferry.checkpoint.catalog import Catalog, KeyPath
 from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import read_catalog
+from shardferry.config import ReadOptions
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
 from shardferry.dcp.storages import storage_of
 from shardferry.dcp.targets import SavedState, Target, targets_of
 from shardferry.exchange.agreement import Agreement
 from shardferry.plan.planner import plan_tensors
-from shardferry.read.execute import Counters, ReadOptions, read_object, read_plan
+from shardferry.read.execute import read_objects, read_plan
+from shardferry.stats import Counters
 from shardferry.storage.base import RangeReader
 
 
@@ -27,14 +29,14 @@ def load_ranged(
     model: Mapping[str, Any], optimizer_key: str, reader: StorageReader, group: dist.ProcessGroup, agreement: Agreement
 ) -> dict[str, Any]:
     """See `shardferry.dcp.load_sharded_optimizer_state_dict`; all ranks of the agreement must call it."""
-    storage = agreement.attempt("opening the checkpoint", lambda: storage_of(reader))
+    storage = agreement.all_or_raise("opening the checkpoint", lambda: storage_of(reader))
     try:
-        catalog = agreement.from_first(
+        catalog = agreement.from_rank0(
             "reading the metadata", lambda: read_catalog(storage, cache=CatalogCache.of(True))
         )
         storage.expect(catalog.file_versions)
-        paths, targets = agreement.attempt("planning", lambda: _targets(catalog, optimizer_key, model, group))
-        values = agreement.attempt(
+        paths, targets = agreement.all_or_raise("planning", lambda: _targets(catalog, optimizer_key, model, group))
+        values = agreement.all_or_raise(
             "loading", lambda: _read(catalog, storage, paths, targets, device_of(group), agreement)
         )
     finally:
@@ -66,5 +68,5 @@ def _read(
     read_plan(plan, catalog, storage, arena, ReadOptions(), counters)
     local = iter([arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype) for t in plan.tensors])
     tensors = {target.key: target.result([next(local) for _ in target.layouts]) for target in targets}
-    objects = {key: read_object(catalog, key, storage, counters) for key in paths if key in catalog.objects}
+    objects = read_objects([key for key in paths if key in catalog.objects], catalog, storage, ReadOptions(), counters)
     return {key: tensors[key] if key in tensors else objects[key] for key in paths}

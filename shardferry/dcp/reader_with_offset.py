@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from shardferry.dcp.cover import check_cover
 from shardferry.dcp.sharded_tensors import region_of, size_of
 from shardferry.errors import PlanError
-from shardferry.read.zip_header import decode_object
+from shardferry.read.items import decode_object
 from shardferry.region import Region
 
 

@@ -1,4 +1,4 @@
-"""Let the ranks of a process group agree before each goes on: all go on, or all raise."""
+"""Let the ranks of a process group agree on each step: all go on, or all raise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from shardferry._gc import paused_gc
 from shardferry.errors import RankError, ShardferryError
 from shardferry.exchange.messages import broadcast_object, gather_objects
 
@@ -17,7 +16,7 @@ T = TypeVar("T")
 
 
 class Agreement:
-    """A meeting point of the ranks of a group; trivial for a process on its own.
+    """Collective steps of the ranks of a process group; trivial for a process on its own.
 
     Args:
         process_group: None where the process is alone.
@@ -30,51 +29,42 @@ class Agreement:
 
     @property
     def host_group(self) -> dist.ProcessGroup | None:
-        """The process group where it carries host memory between ranks; None for a process on its own, and for NCCL alone."""
+        """The process group if it carries host memory between ranks; None for a single process, and for NCCL alone."""
         group = self._group
         return group if group is not None and _collective_device(group).type == "cpu" else None
 
-    def attempt(self, step: str, work: Callable[[], T]) -> T:
-        """Do this rank's part of a step, and go on only if every rank could do its part.
+    def all_or_raise(self, step: str, work: Callable[[], T]) -> T:
+        """Do this rank's part of a step, and return only if every rank did its part.
 
         Raises:
             ShardferryError: this rank failed; its own error.
             RankError: another rank failed; names it and carries its message.
         """
-        value, error = _outcome(work)
+        value, error = _attempt(work)
         if self._group is not None and self._somebody_failed(error is not None):
-            _raise_failures(step, self._gather(_Answer(None, None if error is None else _words(error))), error)
+            _raise_failures(step, self._gather(_Outcome(None, None if error is None else _message(error))), error)
         if error is not None:
             raise error
         return cast(T, value)
 
-    def share(self, step: str, work: Callable[[], T]) -> list[T]:
-        """Like `attempt`, for results that are small: returns every rank's, by rank."""
-        value, error = _outcome(work)
-        answers = self._gather(_Answer(value, None if error is None else _words(error)))
-        _raise_failures(step, answers, error)
-        return [cast(T, answer.value) for answer in answers]
+    def gather(self, step: str, work: Callable[[], T]) -> list[T]:
+        """Like `all_or_raise`, and returns every rank's result, by rank; results should be small."""
+        value, error = _attempt(work)
+        outcomes = self._gather(_Outcome(value, None if error is None else _message(error)))
+        _raise_failures(step, outcomes, error)
+        return [cast(T, outcome.value) for outcome in outcomes]
 
-    def from_first(self, step: str, work: Callable[[], T]) -> T:
-        """Like `attempt`, for what one rank does for all: rank 0 works, and every rank gets its result."""
-        value, error = _outcome(work) if self.rank == 0 else (None, None)
-        answer = _Answer(value, None if error is None else _words(error))
+    def from_rank0(self, step: str, work: Callable[[], T]) -> T:
+        """Like `all_or_raise`, for a step that rank 0 does for all: every rank gets its result."""
+        value, error = _attempt(work) if self.rank == 0 else (None, None)
+        outcome = _Outcome(value, None if error is None else _message(error))
         if self._group is not None:
-            with paused_gc():
-                answer = broadcast_object(answer, self._group, _collective_device(self._group))
-        _raise_failures(step, [answer], error)
-        return cast(T, answer.value)
-
-    def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """For each place, whether some rank has it set. All ranks give as many."""
-        if self._group is None or not flags:
-            return list(flags)
-        joined = torch.tensor(flags, dtype=torch.uint8, device=_collective_device(self._group))
-        dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=self._group)
-        return [bool(flag) for flag in joined.tolist()]
+            outcome = broadcast_object(outcome, self._group, _collective_device(self._group))
+        _raise_failures(step, [outcome], error)
+        return cast(T, outcome.value)
 
     def _somebody_failed(self, failed: bool) -> bool:
-        """One number each, which costs a tenth of a gather of objects; words travel only where there are any."""
+        """One number per rank: a tenth of the cost of gathering objects. Messages are gathered only after a failure."""
         flag = torch.tensor([int(failed)], dtype=torch.int32, device=_collective_device(self._group))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
@@ -82,33 +72,32 @@ class Agreement:
     def _gather(self, value: T) -> list[T]:
         if self._group is None:
             return [value]
-        with paused_gc():
-            return gather_objects(value, self._group, _collective_device(self._group))
+        return gather_objects(value, self._group, _collective_device(self._group))
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """What a rank made, or why it could not."""
+class _Outcome:
+    """A rank's result, or its failure."""
 
     value: Any
     failure: str | None
 
 
-def _raise_failures(step: str, answers: Sequence[_Answer], own: Exception | None) -> None:
-    failures = {rank: answer.failure for rank, answer in enumerate(answers) if answer.failure is not None}
+def _raise_failures(step: str, outcomes: Sequence[_Outcome], own: Exception | None) -> None:
+    failures = {rank: outcome.failure for rank, outcome in enumerate(outcomes) if outcome.failure is not None}
     if failures:
         raise _error_for_all(step, failures, own)
 
 
-def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except Exception as error:  # every failure must reach the others, or they wait for ever
+    except Exception as error:  # every failure must reach the others, or they wait forever
         return None, error
 
 
 def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a group's collectives want their tensors: on the host where it has a backend for it."""
+    """Where a group's collectives expect tensors: on the host if the group has a backend for it."""
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
@@ -116,7 +105,7 @@ def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
     return accelerator
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, ShardferryError) else f"{type(error).__name__}: {error}"
 
 

@@ -1,7 +1,7 @@
-"""Write into the arenas of the other ranks of a node, through the memory files that they are.
+"""Write into the arenas of the node's other ranks, through their memory files.
 
-Where a tensor begins in a rank's arena stands in a directory behind the arena's data: one number for each tensor of the
-catalog. Writes go through the file: mapping another rank's pages first would cost more than the copy.
+A directory behind an arena's data gives the byte offset of each tensor: one number per tensor of the catalog. Writes go through
+the file; mapping another rank's pages first would cost more than the copy.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
 from shardferry.arena import HostArena, open_memory_file
 from shardferry.errors import StorageError
 
-_SHORT_RUN = 4096  # bytes; shorter runs of a strided place are written through a mapping
-_PACKED_BYTES = 256 * 1024  # that a thread packs before it writes them: out of a core's cache
+_SHORT_RUN_BYTES = 4096  # shorter runs of a strided destination are written through a mapping
+_PACKED_BYTES = 256 * 1024  # that a thread packs before it writes them, out of a core's cache
 
 
 @dataclass(frozen=True, slots=True)
 class ArenaAddress:
-    """Where another process of the node finds an arena."""
+    """How another process of the node opens an arena."""
 
     pid: int
     descriptor: int
@@ -38,26 +38,14 @@ class ArenaAddress:
         return cls(os.getpid(), arena.descriptor, os.fstat(arena.descriptor).st_ino, arena.directory_offset)
 
 
-class Places(Protocol):
-    """Where the boxes for the ranks of an island go. Safe to use from several threads."""
-
-    world_rank: int
-
-    def memory_at(self, tensor: int, byte_offset: int, nbytes: int) -> memoryview | None:
-        """A part of this rank's own arena; None where it can't be written in place."""
-
-    def put(
-        self, world_rank: int, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]
-    ) -> None:
-        """Write a block of elements into a rank's tensor; see `PeerArenas.put`."""
-
-
 class PeerArenas:
-    """The arenas of a node's ranks, this one's among them; opened when they are first written to."""
+    """The arenas of the node's other ranks; each is opened when it is first written to. Safe to use from several threads.
 
-    def __init__(self, world_rank: int, arena: HostArena, addresses: Mapping[int, ArenaAddress]) -> None:
-        self.world_rank = world_rank
-        self._arena = arena
+    Args:
+        addresses: by world rank.
+    """
+
+    def __init__(self, addresses: Mapping[int, ArenaAddress]) -> None:
         self._addresses = addresses
         self._opened: dict[int, _Peer] = {}
         self._packing = _Packing()
@@ -72,10 +60,6 @@ class PeerArenas:
         for peer in self._opened.values():
             peer.close()
 
-    def memory_at(self, tensor: int, byte_offset: int, nbytes: int) -> memoryview:
-        start = int(self._arena.directory[tensor]) + byte_offset
-        return self._arena.memory[start : start + nbytes]
-
     def put(
         self, world_rank: int, tensor: int, byte_offset: int, block: np.ndarray, byte_strides: tuple[int, ...]
     ) -> None:
@@ -84,15 +68,11 @@ class PeerArenas:
         Args:
             tensor: row of the catalog's tensors.
             byte_offset: of the block's first element, in the rank's local tensor.
-            byte_strides: of the place, a step in each dimension of the block.
+            byte_strides: of the destination, one step in each dimension of the block.
 
         Raises:
             StorageError: the rank's arena is gone.
         """
-        if world_rank == self.world_rank:
-            place = self._arena.directory[tensor] + byte_offset
-            np.ndarray(block.shape, block.dtype, self._arena.memory, int(place), byte_strides)[...] = block
-            return
         with self._lock:
             peer = self._opened.get(world_rank)
             if peer is None:
@@ -102,13 +82,15 @@ class PeerArenas:
 
 
 class _Packing(threading.local):
-    """Each thread's buffer to pack in, kept: fresh memory for every block would cost more than the copy."""
+    """Each thread's packing buffer, kept: fresh memory for every block would cost more than the copy."""
 
     def __init__(self) -> None:
         self.buffer = np.frombuffer(mmap.mmap(-1, _PACKED_BYTES), dtype=np.uint8)
 
 
 class _Peer:
+    """Another rank's arena."""
+
     def __init__(self, descriptor: int, directory: np.ndarray, packing: _Packing) -> None:
         self._descriptor = descriptor
         self._directory = directory
@@ -133,34 +115,34 @@ class _Peer:
         start = int(self._directory[tensor]) + byte_offset
         outer = block.ndim - _contiguous_dims(block.shape, byte_strides, block.itemsize)
         run_bytes = block[(0,) * outer].nbytes
-        if outer and run_bytes < _SHORT_RUN:
+        if outer and run_bytes < _SHORT_RUN_BYTES:
             np.ndarray(block.shape, block.dtype, self._mapped(), start, byte_strides)[...] = block
             return
         for index in np.ndindex(block.shape[:outer]):
-            place = start + sum(i * s for i, s in zip(index, byte_strides, strict=False))
-            self._write_packed(block[index], place)
+            at = start + sum(i * s for i, s in zip(index, byte_strides, strict=False))
+            self._write_packed(block[index], at)
 
-    def _write_packed(self, block: np.ndarray, place: int) -> None:
-        """Its elements one after another, which they need not be in the block."""
+    def _write_packed(self, block: np.ndarray, byte_offset: int) -> None:
+        """Write a block's elements as one contiguous run."""
         if block.flags.c_contiguous:
-            self._write(block.reshape(-1).view(np.uint8).data, place)
+            self._write(block.reshape(-1).view(np.uint8).data, byte_offset)
             return
         row_bytes = block[0].nbytes
         if row_bytes > _PACKED_BYTES:
             for number, row in enumerate(block):
-                self._write_packed(row, place + number * row_bytes)
+                self._write_packed(row, byte_offset + number * row_bytes)
             return
         step = _PACKED_BYTES // row_bytes
         for first in range(0, len(block), step):
             rows = block[first : first + step]
             packed = self._packing.buffer[: rows.nbytes]
             np.copyto(packed.view(block.dtype).reshape(rows.shape), rows)
-            self._write(packed.data, place + first * row_bytes)
+            self._write(packed.data, byte_offset + first * row_bytes)
 
-    def _write(self, data: memoryview, place: int) -> None:
+    def _write(self, data: memoryview, byte_offset: int) -> None:
         done = 0
         while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], place + done)
+            done += os.pwrite(self._descriptor, data[done:], byte_offset + done)
 
     def _mapped(self) -> mmap.mmap:
         if self._pages is None:
@@ -173,7 +155,7 @@ class _Peer:
 
 
 def _contiguous_dims(shape: tuple[int, ...], byte_strides: tuple[int, ...], itemsize: int) -> int:
-    """How many of the last dimensions lie together in the place."""
+    """How many of the last dimensions are contiguous in the destination."""
     expected, count = itemsize, 0
     for size, stride in zip(reversed(shape), reversed(byte_strides), strict=True):
         if size != 1 and stride != expected:

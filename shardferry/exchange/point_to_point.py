@@ -1,14 +1,14 @@
-"""Carry boxes between ranks that share no memory, over their process group, while both go on reading.
+"""Send boxes between ranks that share no memory, over their process group, while both go on reading.
 
-A reader packs what goes to one relay into messages of some MiB. Each begins with a header that says which boxes are in it,
-so that boxes go as soon as they are read, in whatever order that is. A relay has one thread for each reader; it asks for the
-next header, then for the bytes, and brings them to the arenas of its island::
+A reader packs the boxes for one relay into messages of some MiB. Each message starts with a header that lists its boxes, so
+that boxes are sent in the order in which they were read. A relay has one thread per reader: it receives the next header, then
+the bytes, and delivers the boxes to the arenas of its memory group::
 
-    reader   slab 7 ─┐                                         ┌─ relay: box 3 -> arenas of ranks 4 and 5
-             slab 9 ─┴─ message [header: boxes 3, 4][bytes] ───┴─        box 4 -> arena of rank 6
+    reader   part 7 ─┐                                         ┌─ relay: box 3 -> arenas of ranks 4 and 5
+             part 9 ─┴─ message [header: boxes 3, 4][bytes] ───┴─        box 4 -> arena of rank 6
 
-Nobody waits for ever: messages in flight are bounded on both sides, a relay always takes the next one, whatever it then fails
-at, and a reader that fails says so to its relays. Every wait has a deadline.
+No rank waits forever. Messages in flight are bounded in both directions. A relay receives the next message even if it failed to
+deliver the one before. A reader that fails tells its relays. Every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -27,20 +27,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shardferry.config import MessageLimits
 from shardferry.errors import StorageError
-from shardferry.plan.cooperative import Relayed, SharedPlan
+from shardferry.plan.cooperative import CooperativePlan, ForwardedBox
 from shardferry.stats import BusyTimes
 
-MESSAGE_BYTES = (
-    8 << 20
-)  # a message is sent when the next box doesn't fit any more; small ones cost as much as one of 1 MiB
-LEAST_MESSAGE_BYTES = 64 << 10  # where many relays share the budget
-MAX_IN_FLIGHT = 8  # messages of one rank, each way
 _MAX_BOXES = 256  # of a message
 _HEADER_TAG, _BYTES_TAG = 0x5FE0, 0x5FE1  # of the process group's messages
 _FAILED = -1  # in a header, instead of the number of boxes
 
-Deliver = Callable[[Relayed, memoryview], None]  # a box, and its elements packed row-major
+Deliver = Callable[[ForwardedBox, memoryview], None]  # a box, and its elements packed row-major
 
 
 class Deadline:
@@ -123,13 +119,13 @@ class Outbox:
         message_bytes: a message holds as much; one larger box gets a message of its own.
     """
 
-    def __init__(self, channel: Channel, relays: Sequence[int], message_bytes: int) -> None:
+    def __init__(self, channel: Channel, relays: Sequence[int], *, message_bytes: int, max_in_flight: int) -> None:
         self._channel = channel
         self._open: dict[int, _Message] = {}
         self._locks = {relay: threading.Lock() for relay in relays}  # of its open message, and of the order of sending
-        self._buffers = _Buffers(len(relays) + MAX_IN_FLIGHT, message_bytes)
-        self._in_flight = threading.Semaphore(MAX_IN_FLIGHT)
-        self._waiters = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="shardferry-send")
+        self._buffers = _Buffers(len(relays) + max_in_flight, message_bytes)
+        self._in_flight = threading.Semaphore(max_in_flight)
+        self._waiters = ThreadPoolExecutor(max_in_flight, thread_name_prefix="shardferry-send")
         self._failure: StorageError | None = None
 
     def put(self, relay: int, index: int, block: np.ndarray) -> None:
@@ -225,13 +221,19 @@ class Inbox:
     """What a rank takes from readers on other islands, each on a thread of its own."""
 
     def __init__(
-        self, channel: Channel, relayed: Mapping[int, Sequence[Relayed]], deliver: Deliver, message_bytes: int
+        self,
+        channel: Channel,
+        forwarded: Mapping[int, Sequence[ForwardedBox]],
+        deliver: Deliver,
+        *,
+        message_bytes: int,
+        max_in_flight: int,
     ) -> None:
         self._channel = channel
         self._deliver = deliver
-        self._buffers = _Buffers(MAX_IN_FLIGHT, message_bytes)
-        self._pool = ThreadPoolExecutor(max(1, len(relayed)), thread_name_prefix="shardferry-receive")
-        self._readers = [self._pool.submit(self._take_all, reader, boxes) for reader, boxes in relayed.items()]
+        self._buffers = _Buffers(max_in_flight, message_bytes)
+        self._pool = ThreadPoolExecutor(max(1, len(forwarded)), thread_name_prefix="shardferry-receive")
+        self._readers = [self._pool.submit(self._take_all, reader, boxes) for reader, boxes in forwarded.items()]
 
     def finish(self) -> None:
         """Wait until everything has come, or the readers have failed. Raises the first error of delivering."""
@@ -243,7 +245,7 @@ class Inbox:
         """The same, for a rank that has failed: what goes wrong now is not of interest."""
         self._pool.shutdown(wait=True)
 
-    def _take_all(self, reader: int, boxes: Sequence[Relayed]) -> None:
+    def _take_all(self, reader: int, boxes: Sequence[ForwardedBox]) -> None:
         num_left, header = len(boxes), _empty_header()
         failure: Exception | None = None
         while num_left:
@@ -263,11 +265,11 @@ class Inbox:
         if failure is not None:
             raise failure
 
-    def _deliver_all(self, boxes: Sequence[Relayed], data: memoryview) -> None:
+    def _deliver_all(self, boxes: Sequence[ForwardedBox], data: memoryview) -> None:
         start = 0
-        for relayed in boxes:
-            nbytes = relayed.nbytes
-            self._deliver(relayed, data[start : start + nbytes])
+        for box in boxes:
+            nbytes = box.nbytes
+            self._deliver(box, data[start : start + nbytes])
             start += nbytes
 
 
@@ -278,13 +280,21 @@ class Exchange:
         memory_budget_bytes: of all messages that are being packed, sent and taken; many relays share it.
     """
 
-    def __init__(self, channel: Channel, plan: SharedPlan, deliver: Deliver, *, memory_budget_bytes: int) -> None:
-        relays = sorted(plan.relays)
-        num_messages = len(relays) + 2 * MAX_IN_FLIGHT
-        message_bytes = min(MESSAGE_BYTES, max(LEAST_MESSAGE_BYTES, memory_budget_bytes // num_messages))
+    def __init__(
+        self,
+        channel: Channel,
+        plan: CooperativePlan,
+        deliver: Deliver,
+        *,
+        memory_budget_bytes: int,
+        limits: MessageLimits,
+    ) -> None:
+        relays, in_flight = sorted(plan.relays), limits.max_in_flight
+        num_messages = len(relays) + 2 * in_flight
+        message_bytes = min(limits.message_bytes, max(limits.min_message_bytes, memory_budget_bytes // num_messages))
         self.buffer_bytes = num_messages * message_bytes
-        self.outbox = Outbox(channel, relays, message_bytes)
-        self._inbox = Inbox(channel, plan.relayed, deliver, message_bytes)
+        self.outbox = Outbox(channel, relays, message_bytes=message_bytes, max_in_flight=in_flight)
+        self._inbox = Inbox(channel, plan.forwarded, deliver, message_bytes=message_bytes, max_in_flight=in_flight)
 
     def __enter__(self) -> Self:
         return self

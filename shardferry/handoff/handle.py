@@ -10,7 +10,6 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.arena import Arena, HostArena, open_memory_file, view_bytes
+from shardferry.arena import Arena, HostArena, host_identity, open_memory_file, view_bytes
 from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.errors import HandoffError
 from shardferry.layout.placing import torch_placements
@@ -30,12 +29,6 @@ from shardferry.region import Region, row_major_strides
 from shardferry.state_dicts import nest
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; not in the fcntl module
-
-
-def node_identity() -> str:
-    """Names this machine and process namespace: where it is equal, ``/proc/<pid>`` means the same process."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +48,11 @@ class SharedMemory:
     def of(cls, arena: HostArena, *, exclusive: bool) -> SharedMemory:
         """The source of an arena of this process."""
         inode = os.fstat(arena.descriptor).st_ino
-        return cls(node_identity(), os.getpid(), arena.descriptor, inode, arena.nbytes, exclusive)
+        return cls(host_identity(), os.getpid(), arena.descriptor, inode, arena.nbytes, exclusive)
 
     def open(self) -> torch.Tensor:
         """Map the arena: O(1), no copy."""
-        if self.node != node_identity():
+        if self.node != host_identity():
             raise HandoffError(
                 "this shard is in the shared memory of another node or container than the trainer's; "
                 "place the trainer on the loader's node, or use handoff.transport: object_store"

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from shardferry.arena import host_identity
 from shardferry.errors import LayoutError
-from shardferry.handoff.handle import ShardHandle, node_identity
+from shardferry.handoff.handle import ShardHandle
 from shardferry.layout.live import LiveLayout
 from shardferry.optimizer.live import LiveModel, live_layout
 
@@ -22,7 +23,7 @@ class Reception:
     """Where a trainer runs and what it wants."""
 
     layout: LiveLayout
-    node: str  # see shardferry.handoff.handle.node_identity
+    node: str  # see shardferry.handoff.handle.host_identity
     pid: int
 
 
@@ -58,7 +59,7 @@ class OptimizerReceiver:
         model, optimizer = self.shardferry_target()
         live = LiveModel.of(model, optimizer)
         layout = live_layout(live, world_rank=world_rank, world_size=world_size)
-        return Reception(layout, node_identity(), os.getpid())
+        return Reception(layout, host_identity(), os.getpid())
 
     def shardferry_receive(self, handle: ShardHandle) -> dict[str, Any]:
         """Called by the stage with this rank's shard: installs it."""

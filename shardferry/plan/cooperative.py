@@ -1,295 +1,333 @@
-"""Decide who reads what for whom: parts of saved chunks that several ranks want are read once, by one of them.
+"""Assign reads to ranks: a part of a saved chunk that several ranks want is read once, by one of them.
 
-A chunk is cut into slabs (slabs.py). What only one rank wants, it reads for itself; of the other slabs each has one reader among
-the ranks that want something of it, which gives every rank its boxes. Large ones are divided among their ranks. Small ones that
-lie side by side in a file have the same reader where a request takes long (an object store), so that they are one request::
+Chunks are split into parts (split.py). A rank reads for itself what it alone wants. Every other part has one reader among the
+ranks that want something of it; the reader gives each rank its boxes. Small parts that are neighbours in a file have the same
+reader where a request takes long (an object store), so that they are one request::
 
-    file      |A A A B|A A A B|A A A B|A A A B| ...   chunks, each wanted by two ranks
-    windows   |- read by A ---|- read by B ---| ...   as often by each as it wants something
+    file      |A A A B|A A A B|A A A B|A A A B| ...   chunks, each wanted by ranks A and B
+    windows   |------ A ------|------ B ------| ...   each rank reads about as many bytes as it wants
 
-Ranks that can write into each other's arenas are an island (the ranks of a node; a rank whose arena is on a GPU is one by
-itself). To another island a slab goes once, as the smallest box that holds what is wanted there, to one of its ranks,
-the relay, which gives the others theirs.
+Ranks that write into each other's arenas form a memory group (the ranks of a node; a rank with its arena on a GPU is a group by
+itself). A part goes to another memory group once, as the smallest box that holds what is wanted there. One rank of that group,
+the relay, receives it and gives the others their boxes.
 
-Everything here is a pure function of catalog, layouts and islands, so that all ranks decide alike without a word.
+Pure and deterministic: every rank computes the same assignment without communication.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
-from shardferry._gc import paused_gc
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import TransformedItem
+from shardferry.config import SplitLimits
 from shardferry.plan.planner import LoadPlan, PlannedTensor, ReadItem
-from shardferry.plan.rank_layouts import Want, Wants
-from shardferry.plan.split import Cut, Cutter, Delivery, SlabLimits, deliveries_of, ranks_of
-from shardferry.region import Region
-
-_GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, in 2**-64: its multiples lie evenly spread over a circle
+from shardferry.plan.rank_layouts import RankLayouts
+from shardferry.plan.split import ChunkPart, RankCopy, copies_of_ranks, ranks_of, split_chunk, whole_chunk
+from shardferry.region import BoxCopy, Region
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A box of a slab on its way to another island."""
+    """A box of a part on its way to another memory group."""
 
-    relay: int  # world rank that gets it
+    relay: int  # world rank that receives it
     box: Region  # in the chunk, elements; it travels packed, row-major
-    index: int  # its place among all that goes from this reader to this relay
+    index: int  # its position among all boxes from this reader to this relay
 
 
 @dataclass(frozen=True, slots=True)
-class SharedRead:
-    """A slab of one chunk that this rank reads for several ranks."""
+class CooperativeRead:
+    """A part of one chunk that this rank reads for several ranks."""
 
     tensor: int  # row of LoadPlan.tensors
     chunk: int  # row of the catalog
     chunk_shape: tuple[int, ...]
     region: Region  # in the chunk, elements
-    deliveries: tuple[Delivery, ...]  # to ranks of its island
+    copies: tuple[RankCopy, ...]  # of ranks in its memory group
     forwards: tuple[Forward, ...]
     numel_wanted: int  # elements, by all ranks together
 
-    @property
-    def numel(self) -> int:
-        return self.region.numel
-
 
 @dataclass(frozen=True, slots=True)
-class Relayed:
-    """A box of a slab that comes from another island's reader, for ranks of this one."""
+class ForwardedBox:
+    """A box that arrives from a reader in another memory group, for ranks of this one."""
 
     tensor: int  # row of LoadPlan.tensors
     chunk: int  # row of the catalog
     box: Region  # in the chunk, elements
     itemsize: int  # bytes
-    deliveries: tuple[Delivery, ...]
+    copies: tuple[RankCopy, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the packed box."""
         return self.box.numel * self.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPlan:
-    """One rank's part of the reads of all ranks that read for each other."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CooperativePlan:
+    """One rank's part in the reads of all ranks that read for each other."""
 
     own: tuple[ReadItem, ...]  # that it reads for itself
-    shared: tuple[SharedRead, ...]  # that it reads for others, or for others and itself
-    bytes_sent: int  # that it reads, wanted by other ranks
-    bytes_received: int  # that it wants, read by other ranks
-    bytes_forwarded: int = 0  # through the process group, to other islands
-    relayed: Mapping[int, tuple[Relayed, ...]] = field(default_factory=dict)  # by the reader's world rank, in order
+    reads: tuple[CooperativeRead, ...]  # that it reads for others, or for others and itself
+    bytes_sent: int  # read by it, wanted by other ranks
+    bytes_received: int  # wanted by it, read by other ranks
+    bytes_forwarded: int = 0  # sent through the process group, to other memory groups
+    forwarded: Mapping[int, tuple[ForwardedBox, ...]] = field(
+        default_factory=dict
+    )  # by the reader's world rank, in order
 
     @property
     def relays(self) -> frozenset[int]:
-        """World ranks of other islands that this rank sends to."""
-        return frozenset(forward.relay for read in self.shared for forward in read.forwards)
+        """World ranks of other memory groups that this rank sends to."""
+        return frozenset(forward.relay for read in self.reads for forward in read.forwards)
 
 
-Islands = Mapping[int, str]  # by world rank: a name, the same for ranks that write into each other's arenas
+MemoryGroups = Mapping[int, str]  # by world rank; ranks with the same name write into each other's arenas
 
 
-@paused_gc()
-def share_reads(
-    plan: LoadPlan, catalog: Catalog, wants: Wants, *, slabs: SlabLimits, islands: Islands | None = None
-) -> SharedPlan:
+def assign_reads(
+    plan: LoadPlan,
+    catalog: Catalog,
+    layouts: RankLayouts,
+    *,
+    limits: SplitLimits,
+    memory_groups: MemoryGroups | None = None,
+) -> CooperativePlan:
     """Divide the reads of some ranks among them; gives the part of the plan's own rank.
 
     Args:
-        wants: of the ranks that read for each other.
-        slabs: how large they are, and which of them have one reader.
-        islands: None where all of them are on one.
+        layouts: of all ranks that read for each other.
+        limits: how large parts are, and which of them share a reader.
+        memory_groups: by world rank; None where all ranks form one group.
     """
-    return _Sharer(plan, catalog, wants, slabs, islands).result()
+    return _Assignment(plan, catalog, layouts, limits, memory_groups).result()
 
 
-class _Sharer:
+class _Assignment:
+    """Collects one rank's part of the assignment, chunk by chunk."""
+
     def __init__(
-        self, plan: LoadPlan, catalog: Catalog, wants: Wants, limits: SlabLimits, islands: Islands | None
+        self,
+        plan: LoadPlan,
+        catalog: Catalog,
+        layouts: RankLayouts,
+        limits: SplitLimits,
+        memory_groups: MemoryGroups | None,
     ) -> None:
         self._plan = plan
         self._catalog = catalog
-        self._wants = wants
+        self._layouts = layouts
         self._limits = limits
-        self._islands = islands
-        self._known: dict[tuple[object, ...], list[_Slab]] = {}  # most chunks look like some other
-        self._turns: dict[tuple[int, ...], dict[tuple[int, int], int]] = defaultdict(dict)  # by ranks and window
+        self._memory_groups = memory_groups
+        self._own_group = self._memory_group_of(plan.world_rank)
+        self._known: dict[tuple[object, ...], list[_SharedPart]] = {}  # most chunks look like some other
+        self._windows: dict[tuple[int, ...], _WindowReaders] = defaultdict(_WindowReaders)  # by the ranks of a part
         self._own: list[ReadItem] = []
-        self._shared: list[SharedRead] = []
+        self._reads: list[CooperativeRead] = []
         self._num_forwarded: dict[int, int] = defaultdict(int)  # by relay
-        self._relayed: dict[int, list[Relayed]] = defaultdict(list)  # by reader
-        self._sent = self._received = self._forwarded = 0  # bytes
+        self._forwarded: dict[int, list[ForwardedBox]] = defaultdict(list)  # by reader
+        self._bytes_sent = self._bytes_received = self._bytes_forwarded = 0
 
-    def result(self) -> SharedPlan:
-        # By chunk: a reader and its relay count alike only where they go through their common chunks in the same order.
+    def result(self) -> CooperativePlan:
+        # In the order of chunks: a reader and its relay count the same boxes only where both go through them in one order.
         for (row, chunk), items in sorted(_by_chunk(self._plan.reads).items(), key=lambda entry: entry[0][1]):
-            wants, slabs = self._slabs(self._plan.tensors[row], chunk, items[0].chunk_shape)
-            if not slabs:
+            num_holders, parts = self._parts(self._plan.tensors[row], chunk, items[0].chunk_shape)
+            if not parts:
                 self._own += items
-            for slab in slabs:
-                place = _Place(row, chunk, items[0].chunk_shape, chunk + slab.index)
-                self._add(place, slab, self._reader(slab, chunk, len(wants)))
-        return SharedPlan(
-            tuple(self._own),
-            tuple(self._shared),
-            self._sent,
-            self._received,
-            self._forwarded,
-            {reader: tuple(boxes) for reader, boxes in self._relayed.items()},
+            for part in parts:
+                place = _ChunkOfTensor(row, chunk, items[0].chunk_shape, chunk + part.index)
+                self._add(place, part, self._reader(part, chunk, num_holders))
+        return CooperativePlan(
+            own=tuple(self._own),
+            reads=tuple(self._reads),
+            bytes_sent=self._bytes_sent,
+            bytes_received=self._bytes_received,
+            bytes_forwarded=self._bytes_forwarded,
+            forwarded={reader: tuple(boxes) for reader, boxes in self._forwarded.items()},
         )
 
-    def _add(self, place: _Place, slab: _Slab, reader: int) -> None:
-        me, itemsize = self._plan.world_rank, self._plan.tensors[place.tensor].dtype.itemsize
-        if reader != me:
-            self._received += itemsize * slab.num_mine
-            self._relay(place, slab, reader, itemsize)
+    def _add(self, place: _ChunkOfTensor, part: _SharedPart, reader: int) -> None:
+        itemsize = self._plan.tensors[place.tensor].dtype.itemsize
+        if reader != self._plan.world_rank:
+            self._bytes_received += itemsize * part.numel_own
+            self._relay(place, part, reader, itemsize)
             return
-        if len(slab.mine) == slab.num_deliveries:
-            self._own += [
-                ReadItem(place.tensor, place.chunk, d.source, place.chunk_shape, d.offset, d.strides) for d in slab.mine
-            ]
+        if len(part.own) == part.num_copies:
+            self._own += [ReadItem(place.tensor, place.chunk, place.chunk_shape, copy) for copy in part.own]
             return
-        self._sent += itemsize * (slab.num_wanted - slab.num_mine)
-        here = slab.groups[self._island(me)].deliveries
-        others = [group for island, group in slab.groups.items() if island != self._island(me)]
-        forwards = tuple(self._forward(place, group, itemsize) for group in others)
-        self._shared.append(
-            SharedRead(place.tensor, place.chunk, place.chunk_shape, slab.region, here, forwards, slab.num_wanted)
+        self._bytes_sent += itemsize * (part.numel_wanted - part.numel_own)
+        others = [group for name, group in part.groups.items() if name != self._own_group]
+        self._reads.append(
+            CooperativeRead(
+                tensor=place.tensor,
+                chunk=place.chunk,
+                chunk_shape=place.chunk_shape,
+                region=part.region,
+                copies=part.groups[self._own_group].copies,
+                forwards=tuple(self._forward(place, group, itemsize) for group in others),
+                numel_wanted=part.numel_wanted,
+            )
         )
 
-    def _reader(self, slab: _Slab, chunk: int, num_wanting: int) -> int:
-        """The world rank that reads a slab: another one begins for each chunk, or for each window of a file."""
-        if not slab.shares:
-            return slab.ranks[(slab.part + chunk % num_wanting) % len(slab.ranks)]
+    def _reader(self, part: _SharedPart, chunk: int, num_holders: int) -> int:
+        """The world rank that reads a part. Turns begin at another rank for each chunk, or for each window of a file."""
+        if not part.fits_window:
+            return part.ranks[(part.turn + chunk % num_holders) % len(part.ranks)]
         file, start = int(self._catalog.chunk_file[chunk]), int(self._catalog.chunk_byte_offset[chunk])
-        # All of these ranks go through their common slabs in the same order, and so count the same windows.
-        turns = self._turns[slab.ranks]
-        turn = slab.ranks[0] + turns.setdefault((file, start // self._limits.window_bytes), len(turns))
-        place = (turn * _GOLDEN % 2**64) * slab.shares[-1] >> 64
-        return slab.ranks[bisect_right(slab.shares, place)]
+        return self._windows[part.ranks].reader((file, start // self._limits.window_bytes), part)
 
-    def _island(self, world_rank: int) -> str:
-        return "" if self._islands is None else self._islands[world_rank]
+    def _memory_group_of(self, world_rank: int) -> str:
+        return "" if self._memory_groups is None else self._memory_groups[world_rank]
 
-    def _forward(self, place: _Place, group: _Group, itemsize: int) -> Forward:
+    def _forward(self, place: _ChunkOfTensor, group: _GroupCopies, itemsize: int) -> Forward:
         relay = place.relay(group)
         index = self._num_forwarded[relay]
         self._num_forwarded[relay] += 1
-        self._forwarded += group.box.numel * itemsize
+        self._bytes_forwarded += group.box.numel * itemsize
         return Forward(relay, group.box, index)
 
-    def _relay(self, place: _Place, slab: _Slab, reader: int, itemsize: int) -> None:
-        """What another island's reader sends to this rank."""
-        if len(slab.groups) == 1:  # then none does
+    def _relay(self, place: _ChunkOfTensor, part: _SharedPart, reader: int, itemsize: int) -> None:
+        """Note the box that another memory group's reader sends to this rank."""
+        if len(part.groups) == 1:
             return
-        me = self._plan.world_rank
-        here = slab.groups[self._island(me)]
-        if self._island(reader) != self._island(me) and place.relay(here) == me:
-            self._relayed[reader].append(Relayed(place.tensor, place.chunk, here.box, itemsize, here.deliveries))
+        here = part.groups[self._own_group]
+        if self._memory_group_of(reader) != self._own_group and place.relay(here) == self._plan.world_rank:
+            box = ForwardedBox(place.tensor, place.chunk, here.box, itemsize, here.copies)
+            self._forwarded[reader].append(box)
 
-    def _slabs(
-        self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]
-    ) -> tuple[tuple[Want, ...], list[_Slab]]:
-        """Who wants something of a chunk, and its slabs that concern this rank; none where each rank reads for itself."""
+    def _parts(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> tuple[int, list[_SharedPart]]:
+        """How many ranks hold something of a chunk, and its parts that this rank wants; none where all read their own."""
         region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
-        wants = self._wants.of(tensor, region)
-        ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
-        alike = (id(wants), region, tensor.dtype.itemsize, ranged)  # whoever gives the wants keeps them
-        slabs = self._known.get(alike)
-        if slabs is None:
-            deliveries = deliveries_of(wants, region)
-            cutter = Cutter.of(chunk_shape, tensor.dtype.itemsize, self._limits, self._island)
-            # What can't be read in ranges is decoded by one rank for all.
-            cuts = list(cutter.cuts(deliveries)) if ranged else [cutter.whole(deliveries)]
-            slabs = self._known[alike] = self._of_this_rank(cuts)
-        return wants, slabs
+        holders = self._layouts.holders(tensor, region)
+        is_ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
+        same = (id(holders), region, tensor.dtype.itemsize, is_ranged)  # the layouts keep the holders alive
+        parts = self._known.get(same)
+        if parts is None:
+            copies = copies_of_ranks(holders, region)
+            parts = self._known[same] = self._own_parts(self._split(copies, chunk_shape, tensor, is_ranged=is_ranged))
+        return len(holders), parts
 
-    def _of_this_rank(self, cuts: Sequence[Cut]) -> list[_Slab]:
-        if all(len(cut.deliveries) == 1 for cut in cuts):
+    def _split(
+        self, copies: Sequence[RankCopy], chunk_shape: tuple[int, ...], tensor: PlannedTensor, *, is_ranged: bool
+    ) -> list[ChunkPart]:
+        itemsize, limits = tensor.dtype.itemsize, self._limits
+        if not is_ranged:  # one rank decodes the item for all
+            return [whole_chunk(copies, chunk_shape=chunk_shape, itemsize=itemsize, limits=limits)]
+        return split_chunk(
+            copies,
+            chunk_shape=chunk_shape,
+            itemsize=itemsize,
+            limits=limits,
+            memory_group_of=self._memory_group_of,
+        )
+
+    def _own_parts(self, parts: Sequence[ChunkPart]) -> list[_SharedPart]:
+        """The parts that this rank wants something of; none where no part is wanted by two copies."""
+        if all(len(part.copies) == 1 for part in parts):
             return []
         me = self._plan.world_rank
-        mine = [(index, cut) for index, cut in enumerate(cuts) if any(d.world_rank == me for d in cut.deliveries)]
-        return [_Slab.of(cut, index, me, self._island) for index, cut in mine]
+        return [
+            _SharedPart.of(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
+            for index, part in enumerate(parts)
+            if any(rank_copy.world_rank == me for rank_copy in part.copies)
+        ]
 
 
 @dataclass(frozen=True)
-class _Group:
-    """What an island wants of a slab."""
+class _GroupCopies:
+    """The copies of one memory group out of a part."""
 
     ranks: tuple[int, ...]  # ascending
-    deliveries: tuple[Delivery, ...]
-
-    @classmethod
-    def of(cls, deliveries: Sequence[Delivery]) -> _Group:
-        return cls(ranks_of(deliveries), tuple(deliveries))
+    copies: tuple[RankCopy, ...]
 
     @cached_property
     def box(self) -> Region:
-        """The smallest with everything of it; in the chunk. Only what goes to another island has it worked out."""
-        return _around(self.deliveries)
+        """The smallest box that holds everything of them, in the chunk. Worked out only for what is forwarded."""
+        sources = [rank_copy.copy.source for rank_copy in self.copies]
+        offsets = tuple(map(min, zip(*(source.offsets for source in sources), strict=True)))
+        ends = tuple(map(max, zip(*(source.ends for source in sources), strict=True)))
+        return Region(offsets, tuple(end - offset for end, offset in zip(ends, offsets, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Slab:
-    """A slab as one of its ranks sees it: the same for all chunks that are saved and wanted alike."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SharedPart:
+    """A part as one of its ranks sees it: the same for all chunks with the same region and the same holders."""
 
     index: int  # in its chunk
     region: Region  # in the chunk, elements
-    part: int
+    turn: int
+    fits_window: bool
     ranks: tuple[int, ...]  # that want something of it
-    mine: tuple[Delivery, ...]
-    num_mine: int  # elements
-    num_wanted: int  # elements, by all ranks together
-    num_deliveries: int
-    groups: dict[str, _Group]  # by island
-    shares: Sequence[int]  # what its ranks want, summed up; elements; empty: it is not read with what lies beside it
+    numel_by_rank: tuple[int, ...]  # elements that each of them wants
+    own: tuple[BoxCopy, ...]
+    numel_own: int
+    numel_wanted: int  # elements, by all ranks together
+    num_copies: int
+    groups: dict[str, _GroupCopies]  # by memory group
 
     @classmethod
-    def of(cls, cut: Cut, index: int, world_rank: int, island: Callable[[int], str]) -> _Slab:
-        groups: dict[str, list[Delivery]] = defaultdict(list)
-        for delivery in cut.deliveries:
-            groups[island(delivery.world_rank)].append(delivery)
-        mine = tuple(d for d in cut.deliveries if d.world_rank == world_rank)
-        ranks = ranks_of(cut.deliveries)
+    def of(cls, part: ChunkPart, *, index: int, world_rank: int, memory_group_of: Callable[[int], str]) -> _SharedPart:
+        groups: dict[str, list[RankCopy]] = defaultdict(list)
+        numel: dict[int, int] = dict.fromkeys(ranks_of(part.copies), 0)
+        for rank_copy in part.copies:
+            groups[memory_group_of(rank_copy.world_rank)].append(rank_copy)
+            numel[rank_copy.world_rank] += rank_copy.copy.source.numel
+        own = tuple(rank_copy.copy for rank_copy in part.copies if rank_copy.world_rank == world_rank)
         return cls(
-            index,
-            cut.region,
-            cut.part,
-            ranks,
-            mine,
-            sum(d.source.numel for d in mine),
-            sum(d.source.numel for d in cut.deliveries),
-            len(cut.deliveries),
-            {name: _Group.of(deliveries) for name, deliveries in groups.items()},
-            _shares(cut.deliveries, ranks) if cut.fits_window else (),
+            index=index,
+            region=part.region,
+            turn=part.turn,
+            fits_window=part.fits_window,
+            ranks=tuple(numel),
+            numel_by_rank=tuple(numel.values()),
+            own=own,
+            numel_own=sum(copy.source.numel for copy in own),
+            numel_wanted=sum(numel.values()),
+            num_copies=len(part.copies),
+            groups={name: _GroupCopies(ranks_of(copies), tuple(copies)) for name, copies in groups.items()},
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Which slab of which chunk."""
+class _ChunkOfTensor:
+    """A chunk of a planned tensor, and whose turn it is."""
 
     tensor: int  # row of LoadPlan.tensors
     chunk: int  # row of the catalog
     chunk_shape: tuple[int, ...]
     turn: int
 
-    def relay(self, group: _Group) -> int:
-        """Which of an island's ranks takes what comes for it: another one for each slab, so that all take alike much."""
+    def relay(self, group: _GroupCopies) -> int:
+        """The rank of a memory group that receives the part: another one for each part, so that all receive equally."""
         return group.ranks[self.turn % len(group.ranks)]
 
 
-def _around(deliveries: Sequence[Delivery]) -> Region:
-    """The smallest box with everything of some deliveries."""
-    offsets = tuple(map(min, zip(*(d.source.offsets for d in deliveries), strict=True)))
-    ends = tuple(map(max, zip(*(d.source.ends for d in deliveries), strict=True)))
-    return Region(offsets, tuple(end - offset for end, offset in zip(ends, offsets, strict=True)))
+class _WindowReaders:
+    """The readers of the windows that one set of ranks shares.
+
+    A window goes to the rank that has read the least of what it wanted so far. All ranks of the set see the same parts in the
+    same order, and so choose the same readers.
+    """
+
+    def __init__(self) -> None:
+        self._readers: dict[tuple[int, int], int] = {}  # file and window: position in the ranks
+        self._balance: list[int] = []  # elements wanted so far, less those that the rank reads; by position
+
+    def reader(self, window: tuple[int, int], part: _SharedPart) -> int:
+        """The world rank that reads a window, of which ``part`` is the next part."""
+        balance = self._balance = self._balance or [0] * len(part.ranks)
+        for position, numel in enumerate(part.numel_by_rank):
+            balance[position] += numel
+        if window not in self._readers:
+            self._readers[window] = balance.index(max(balance))
+        chosen = self._readers[window]
+        balance[chosen] -= part.numel_wanted
+        return part.ranks[chosen]
 
 
 def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]]:
@@ -297,11 +335,3 @@ def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]
     for item in reads:
         chunks.setdefault((item.tensor, item.chunk), []).append(item)
     return chunks
-
-
-def _shares(deliveries: Sequence[Delivery], ranks: Sequence[int]) -> list[int]:
-    """What ranks want of a slab, summed up rank by rank; elements."""
-    wanted = dict.fromkeys(ranks, 0)
-    for delivery in deliveries:
-        wanted[delivery.world_rank] += delivery.source.numel
-    return list(accumulate(wanted.values()))

@@ -31,7 +31,7 @@ from shardferry.layout.tensor_layout import Box, RankLayout, TensorLayout
 from shardferry.plan.manifest import Section
 from shardferry.plan.match_keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
 from shardferry.plan.state_layout import StateShapes
-from shardferry.region import Region, first_overlap, tile, uncovered
+from shardferry.region import BoxCopy, Region, first_overlap, tile, uncovered
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
@@ -62,10 +62,8 @@ class ReadItem:
 
     tensor: int  # row of LoadPlan.tensors
     chunk: int  # row of the catalog
-    source: Region  # in the chunk, elements
     chunk_shape: tuple[int, ...]
-    offset: int  # elements, from the start of the local tensor
-    strides: tuple[int, ...]  # elements of the local tensor, a step in each dimension of `source`
+    copy: BoxCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,15 +227,7 @@ def plan_tensors(
     return planner.finish()
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A read item of any tensor that is saved and wanted in the same boxes."""
-
-    chunk: int  # counted from the tensor's first
-    source: Region
-    chunk_shape: tuple[int, ...]
-    offset: int
-    strides: tuple[int, ...]
+_ChunkCopy = tuple[int, tuple[int, ...], BoxCopy]  # chunk, counted from the tensor's first; its shape; the copy
 
 
 class _Interned:
@@ -265,7 +255,9 @@ class _Planner:
         self._with_reads = with_reads
         self._all_stored = not (catalog.chunk_file == NO_FILE).any()
         self._layouts = _Interned()
-        self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}  # most tensors of a model look like some other
+        self._known_copies: dict[
+            tuple[object, ...], list[_ChunkCopy]
+        ] = {}  # most tensors of a model look like some other
         self._tensors: list[PlannedTensor] = []
         self._reads: list[ReadItem] = []
         self._objects: list[PlannedObject] = []
@@ -340,17 +332,20 @@ class _Planner:
         tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, section, path, cast, as_parameter)
         self._tensors.append(tensor)
         self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        for cut in self._cuts(saved, layout) if self._with_reads else ():
-            chunk = saved.chunks[cut.chunk]
-            self._reads.append(ReadItem(row, chunk, cut.source, cut.chunk_shape, cut.offset, cut.strides))
+        if self._with_reads:
+            first = saved.chunks.start
+            self._reads += [
+                ReadItem(row, first + chunk, chunk_shape, copy)
+                for chunk, chunk_shape, copy in self._copies(saved, layout)
+            ]
 
-    def _cuts(self, saved: SavedTensor, layout: TensorLayout) -> list[_Cut]:
+    def _copies(self, saved: SavedTensor, layout: TensorLayout) -> list[_ChunkCopy]:
         alike = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
-        cuts = self._known_cuts.get(alike)
-        if cuts is None:
-            cuts = [cut for box in layout.boxes for cut in self._cuts_of(saved, layout, box)]
-            self._known_cuts[alike] = cuts
-        return cuts
+        copies = self._known_copies.get(alike)
+        if copies is None:
+            copies = [copy for box in layout.boxes for copy in self._copies_of(saved, layout, box)]
+            self._known_copies[alike] = copies
+        return copies
 
     def _stored(self, saved: SavedTensor) -> bytes:
         """Which of a tensor's chunks are in a file; empty where every chunk of the checkpoint is."""
@@ -359,13 +354,13 @@ class _Planner:
         stored: np.ndarray = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
         return stored.tobytes()
 
-    def _cuts_of(self, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[_Cut]:
+    def _copies_of(self, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[_ChunkCopy]:
         offset, strides = layout.destination(box)
         for chunk, chunk_region, common in covering_chunks(self._catalog, saved, box.region):
             inside = common.relative_to(box.region.offsets)
             start = offset + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
-            source = common.relative_to(chunk_region.offsets)
-            yield _Cut(chunk - saved.chunks.start, source, chunk_region.sizes, start, strides)
+            copy = BoxCopy(common.relative_to(chunk_region.offsets), start, strides)
+            yield chunk - saved.chunks.start, chunk_region.sizes, copy
 
     def finish(self, **known: Any) -> LoadPlan:
         """The plan. Raises LayoutError where something didn't fit."""

@@ -1,4 +1,4 @@
-"""Tell what every rank of a group wants of a tensor: worked out from a spec, or told by ranks with live models."""
+"""Know how a tensor is laid out on every rank that reads with this one: from a spec, or from what live ranks exchanged."""
 
 from __future__ import annotations
 
@@ -11,41 +11,38 @@ import numpy as np
 from shardferry.layout.mesh import Placement, Replicate
 from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
 from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import NumberedLayouts, RankLayout, TensorLayout, replicated
+from shardferry.layout.tensor_layout import RankLayout, TensorLayout, replicated
 from shardferry.plan.planner import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
-Want = tuple[int, TensorLayout]  # world rank, and how the tensor lies there
+RankAndLayout = tuple[int, TensorLayout]  # world rank, and the tensor's layout there
 
 
-class Wants(Protocol):
-    """What the ranks of a node want."""
+class RankLayouts(Protocol):
+    """The layouts of all ranks that read for each other."""
 
-    def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
-        """The ranks that want something of a box of a tensor, ascending, each with its layout.
+    def holders(self, tensor: PlannedTensor, region: Region) -> tuple[RankAndLayout, ...]:
+        """The ranks that hold an element of a region of a tensor, ascending, each with its layout.
 
-        Whoever wants the same of tensors that are cut alike is given as the same object, which is kept.
+        Tensors with the same layouts and the same region get the same object, which is kept.
         """
 
     def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
-        """How a tensor lies on one of the ranks; None for another rank, and where it has nothing of it."""
-
-    def words(self) -> object:
-        """All that they are made of, in values that JSON takes: equal words, equal wants of equal tensors."""
+        """A tensor's layout on one of the ranks; None for another rank, and where it holds nothing of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Tensors that are cut alike, and what was found for them."""
+    """Tensors with the same boxes on every rank, and the holders found so far."""
 
     boxes: MeshBoxes
-    known: dict[Region, tuple[Want, ...]] = field(default_factory=dict)
+    known: dict[Region, tuple[RankAndLayout, ...]] = field(default_factory=dict)
 
 
-class SpecWants:
-    """By a spec every rank knows every other's layouts. Tensors that are cut alike are worked out once.
+class LayoutsFromSpec:
+    """A spec gives every rank's layouts. Tensors with the same boxes are worked out once.
 
-    What it costs does not grow with the number of ranks that a spec has, but for one array operation for each kind of tensor.
+    The cost doesn't grow with the number of ranks, but for one array operation per kind of tensor.
     """
 
     def __init__(self, spec: SpecLayout, world_ranks: Sequence[int]) -> None:
@@ -56,23 +53,20 @@ class SpecWants:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._kind_of: dict[str, _Kind] = {}  # by key
 
-    def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
+    def holders(self, tensor: PlannedTensor, region: Region) -> tuple[RankAndLayout, ...]:
         kind = self._kind_of.get(tensor.key)
         if kind is None:
             kind = self._kind_of[tensor.key] = self._kind(tensor)
-        wants = kind.known.get(region)
-        if wants is None:
+        found = kind.known.get(region)
+        if found is None:
             ranks = map(self._rank, kind.boxes.holders(region))
-            wants = kind.known[region] = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks)
-        return wants
+            found = kind.known[region] = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks)
+        return found
 
     def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
         if world_rank not in self._members or not self._rank(world_rank).holds(tensor.fqn):
             return None
         return self._layout(self._rank(world_rank), tensor)
-
-    def words(self) -> object:
-        return [self._spec.words(), self._world_ranks.tolist()]
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
@@ -109,37 +103,28 @@ class SpecWants:
 
 
 @dataclass(frozen=True)
-class ToldWants:
-    """Live layouts are known to their own rank alone: ranks tell each other, by the checkpoint's key."""
+class ExchangedLayouts:
+    """The layouts of live models, which each rank knows only of itself: ranks send them to each other, by checkpoint key."""
 
     by_rank: Mapping[int, Mapping[str, TensorLayout]]
-    _known: dict[tuple[object, ...], tuple[Want, ...]] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[object, ...], tuple[RankAndLayout, ...]] = field(default_factory=dict, init=False, repr=False)
 
-    def of(self, tensor: PlannedTensor, region: Region) -> tuple[Want, ...]:
-        told = [(rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts]
-        alike = (region, *((rank, id(layout)) for rank, layout in told))
-        wants = self._known.get(alike)
-        if wants is None:
-            wants = self._known[alike] = tuple((rank, layout) for rank, layout in told if _wants(layout, region))
-        return wants
+    def holders(self, tensor: PlannedTensor, region: Region) -> tuple[RankAndLayout, ...]:
+        sent = [(rank, layouts[tensor.key]) for rank, layouts in sorted(self.by_rank.items()) if tensor.key in layouts]
+        same = (region, *((rank, id(layout)) for rank, layout in sent))
+        found = self._known.get(same)
+        if found is None:
+            found = self._known[same] = tuple((rank, layout) for rank, layout in sent if _holds(layout, region))
+        return found
 
     def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
         return self.by_rank.get(world_rank, {}).get(tensor.key)
 
-    def words(self) -> object:
-        keys: dict[tuple[str, ...], int] = {}  # most ranks have the same
-        layouts = NumberedLayouts()
-        told = [
-            (rank, keys.setdefault(tuple(here), len(keys)), list(map(layouts.number, here.values())))
-            for rank, here in sorted(self.by_rank.items())
-        ]
-        return [told, list(keys), layouts.words()]
 
-
-def _wants(layout: TensorLayout, region: Region) -> bool:
+def _holds(layout: TensorLayout, region: Region) -> bool:
     return any(region.intersect(box.region) is not None for box in layout.boxes)
 
 
-def told(plan: LoadPlan) -> dict[str, TensorLayout]:
-    """What one rank tells the others. Equal layouts of a plan are one object, and so travel once."""
+def layouts_to_send(plan: LoadPlan) -> dict[str, TensorLayout]:
+    """The layouts that one rank sends to the others, by key. Equal layouts of a plan are one object, and are sent once."""
     return {tensor.key: tensor.layout for tensor in plan.tensors}

@@ -1,75 +1,66 @@
-"""Carry out the reads of a load plan: ranged, concurrent, straight into the arena.
+"""Execute read tasks: fetch each byte range and copy it to its destination, within the memory budget.
 
-Small items that lie side by side are read in one request. Of the others each has its head and its first data in one: the head
-says whether the data is where it was looked for. What isn't as it was guessed, and what can't be, is read in a second turn,
-heads first. An item that can't be read in ranges is read whole, by one thread.
+One way down: a task is fetched into a buffer (or straight into its destination), headers are parsed, and boxes are copied. What
+an item needs beyond its opening request becomes further tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from shardferry._gc import paused_gc
-from shardferry.arena import Arena, HostArena
+from shardferry.arena import Arena, Destination, HostArena, HostMemory, destination_of
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.errors import DecodeError, SpecError, StorageError
-from shardferry.plan.cooperative import SharedPlan
+from shardferry.checkpoint.item_format import KnownValue
+from shardferry.config import ReadLimits, ReadOptions
+from shardferry.errors import DecodeError, StorageError
+from shardferry.exchange.delivery import Delivery
+from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
 from shardferry.plan.planner import LoadPlan
-from shardferry.read.buffers import Budget
-from shardferry.read.carrier import Carrier
-from shardferry.read.coalesce import Extent, JoinLimits, WholeItem, join, whole_items
-from shardferry.read.destinations import Ways
-from shardferry.read.items import ItemReader, StoredItem, items_of, object_item
-from shardferry.read.schedule import SmallChunks, Work, chunks_in_reading_order
-from shardferry.read.source import Counters as Counters
-from shardferry.read.source import StorageSource
-from shardferry.read.threads import Crew, cores
+from shardferry.read.buffers import BufferPool, buffer_bytes
+from shardferry.read.items import (
+    ItemLayouts,
+    StoredItem,
+    TensorItem,
+    decoded,
+    items_of,
+    object_item,
+    read_layout,
+    value_of,
+)
+from shardferry.read.requests import ContiguousRead, Request
+from shardferry.read.schedule import (
+    ItemRead,
+    ObjectRead,
+    OpenItems,
+    ReadData,
+    ReadTask,
+    ReadWhole,
+    RequestCache,
+    data_reads,
+    fetched_bytes,
+    item_reads,
+    object_reads,
+    open_together,
+    schedule,
+)
+from shardferry.read.threads import num_read_threads, run_tasks
+from shardferry.read.zip_header import HeaderTooShort, ItemLayout
+from shardferry.stats import Counters
 from shardferry.storage.base import RangeReader
-from shardferry.storage.traits import StorageTraits
 from shardferry.storage.transient import TransientStorageError
 
-T = TypeVar("T")
-Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself
-_BATCH_BYTES = 8 * 1024 * 1024  # of requests that one thread carries out in one go
-_BATCH_HEADS = 64
-_FIRST_REMOTE = 8  # requests in flight, before it is known whether more bring more
-
-
-def read_strategy(name: str) -> Strategy:
-    """From its name. Raises SpecError."""
-    known: dict[str, Strategy] = {"auto": "auto", "cooperative": "cooperative", "direct": "direct"}
-    if name not in known:
-        raise SpecError(f"strategy: {name!r} is none; there are {', '.join(known)}")
-    return known[name]
+_MIN_DEVICE_THREADS = 2  # reads for a GPU's arena overlap the copies to it
 
 
 @dataclass(frozen=True, slots=True)
-class ReadOptions:
-    """Knobs of reading. Their defaults for users stand in the stage's spec."""
+class Cooperation:
+    """A rank's part in cooperative reads, and the way to the other ranks."""
 
-    concurrency: int = 16  # requests in flight of this rank
-    timeout_s: float | None = None  # for all reads of this rank
-    strategy: Strategy = "auto"
-    max_gap_bytes: int | None = None  # that may be read in vain between two items; None: as the storage likes it
-    max_request_bytes: int | None = None  # of any request; None: as the storage likes it
-    max_attempts: int = 5  # of a request that fails in passing
-    node: str | None = None  # ranks with the same name share memory; None: found out
-    max_over_read: float | None = None  # bytes read in vain over wanted ones; None: as the storage likes it
-    memory_budget_bytes: int = 1 << 30  # of buffers of this rank, beside the arena
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What a rank reads for other ranks, and how that reaches them."""
-
-    plan: SharedPlan
-    rows: Mapping[str, int]  # of the catalog's tensors, by key
-    ways: Ways
-    reserved_bytes: int  # of the memory budget, for messages
+    plan: CooperativePlan
+    delivery: Delivery
 
 
 def read_plan(
@@ -79,139 +70,308 @@ def read_plan(
     arena: Arena,
     options: ReadOptions,
     counters: Counters,
-    sharing: Sharing | None = None,
+    cooperation: Cooperation | None = None,
+    *,
+    ranks_on_node: int = 1,
 ) -> None:
     """Fill the arena as planned.
 
     Args:
-        sharing: ranks read for each other; the arena is filled when all of them are done. Default: alone.
+        cooperation: where ranks read for each other; the arena is filled when all of them are done.
+        ranks_on_node: that share the node's cores.
 
     Raises:
         StorageError: a file is missing, short, or not the one that the catalog was made of.
-        DecodeError: an item is damaged or not what the metadata says.
+        DecodeError: an item is damaged, or not the one that the metadata describes.
     """
-    with paused_gc():
-        chunks = chunks_in_reading_order(
-            plan, catalog, None if sharing is None else sharing.plan, {} if sharing is None else sharing.rows
-        )
-    limits = join_limits_of(storage.traits, options)
-    reserved_bytes = 0 if sharing is None else sharing.reserved_bytes
-    budget = Budget(options.memory_budget_bytes - reserved_bytes, timeout_s=options.timeout_s)
-    ways = None if sharing is None else sharing.ways
-    carrier = Carrier(storage, arena, limits, budget, counters, ways)
-    batches = _batches if storage.traits.is_local else _one_by_one
-    # A GPU's arena is filled through staging buffers, whose copies want another thread's reads beside them.
-    alone = isinstance(arena, HostArena) and cores() < 2 * plan.world_size
+    requests = RequestCache(storage.traits.read_limits(options))
+    reads = item_reads(plan, catalog, None if cooperation is None else cooperation.plan)
+    reserved_bytes = 0 if cooperation is None else cooperation.delivery.message_bytes
+    buffers = BufferPool(options.memory_budget - reserved_bytes, timeout_s=options.load_s)
+    delivery = None if cooperation is None else cooperation.delivery
+    executor = Executor(storage, destination_of(arena, counters.busy), requests, buffers, counters, delivery)
+    num_threads = num_read_threads(
+        concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=ranks_on_node
+    )
+    if not isinstance(arena, HostArena):
+        num_threads = min(options.concurrency, max(num_threads, _MIN_DEVICE_THREADS))
     try:
-        with (
-            _crew(storage, options, alone=alone) as crew,
-            _checked_ends([chunk.item for chunk in chunks], catalog, storage, crew),
-        ):
-            with paused_gc():
-                extents, alone_chunks = join(chunks, limits)
-                works: list[Work] = [SmallChunks(extent) for extent in extents]
-                works += carrier.guess(alone_chunks)
-                if not storage.traits.is_local:
-                    works = _mixed(works)
-            crew.run(carrier.carry_out, works, batches, _nbytes)
-            works, unknown = carrier.left()
-            works += [work for part in crew.run(carrier.look, unknown, _groups) for work in part]
-            crew.run(carrier.carry_out, works, batches, _nbytes)
+        with _checked_files([read.item for read in reads], catalog, storage, options):
+            run_tasks(executor.execute, schedule(reads, requests), num_threads=num_threads, timeout_s=options.load_s)
     finally:
-        counters.held(budget.most_held_bytes)
+        counters.update_peak(buffers.peak_bytes)
+
+
+class Executor:
+    """Executes the tasks of one rank. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        storage: RangeReader,
+        destination: Destination,
+        requests: RequestCache,
+        buffers: BufferPool,
+        counters: Counters,
+        delivery: Delivery | None,
+    ) -> None:
+        self._storage = _CountedStorage(storage, counters)
+        self._destination = destination
+        self._requests = requests
+        self._limits: ReadLimits = requests.limits
+        self._buffers = buffers
+        self._counters = counters
+        self._delivery = delivery
+        self._layouts = ItemLayouts()
+        self._body_copies = 2 if storage.traits.holds_bodies else 1
+
+    def execute(self, task: ReadTask) -> Sequence[ReadTask]:
+        """Execute a task; returns what is left to read of its items. Raises StorageError, DecodeError."""
+        claimed = self._bytes_held(task)
+        if not claimed:
+            return self._execute(task)
+        with self._buffers.claim(claimed):
+            return self._execute(task)
+
+    def _execute(self, task: ReadTask) -> Sequence[ReadTask]:
+        match task:
+            case OpenItems():
+                return self._open(task)
+            case ReadData():
+                self._read(task)
+            case ReadWhole():
+                self._read_whole(task.read)
+        return ()
+
+    def _open(self, task: OpenItems) -> Sequence[ReadTask]:
+        with self._buffers.buffer(task.stop - task.start) as data:
+            self._storage.read_into(task.path, task.start, data)
+            if task.stop >= task.reads[-1].item.byte_stop:
+                for read in task.reads:
+                    item = read.item
+                    content = data[item.byte_offset - task.start : item.byte_stop - task.start]
+                    self._copy_all(read, content, self._layouts.layout(item, content))
+                self._counters.add_completed(sum(read.wanted_bytes for read in task.reads))
+                return ()
+            (read,) = task.reads
+            layout = self._layout(read.item, data)
+            left: list[ReadTask] = []
+            for one in data_reads(read, layout, self._requests):
+                if one.stop > len(data):
+                    left.append(one)
+                else:
+                    self._copy(one, data)
+                    self._counters.add_completed(one.wanted_bytes)
+            return left
+
+    def _layout(self, item: TensorItem, content: memoryview) -> ItemLayout:
+        try:
+            return self._layouts.layout(item, content)
+        except HeaderTooShort:
+            return read_layout(item, self._storage, self._layouts, first_bytes=2 * len(content))
+
+    def _read_whole(self, read: ItemRead) -> None:
+        """An item that is transformed as a whole: decode it, then copy."""
+        item = read.item
+        with self._buffers.buffer(item.byte_length) as data:
+            self._storage.read_into(item.path, item.byte_offset, data)
+            content = memoryview(decoded(item, data))
+            layout = self._layouts.layout(item, content, num_bytes=len(content))
+            self._copy_all(read, content, layout)
+        self._counters.add_completed(read.wanted_bytes)
+
+    def _copy_all(self, read: ItemRead, content: memoryview, layout: ItemLayout) -> None:
+        """Copy everything that is wanted of an item out of its bytes."""
+        for arena_offset, copy in read.copies:
+            for request in self._requests.of_copy(layout, copy):
+                request.copy_from(content, self._destination, arena_offset)
+        for part in read.parts:
+            self._copy_part(read, part, self._requests.of_part(layout, part), content)
+
+    def _copy(self, one: ReadData, content: memoryview) -> None:
+        if one.part is not None:
+            self._copy_part(one.read, one.part, one.requests, content)
+            return
+        for request in one.requests:
+            request.copy_from(content, self._destination, one.arena_offset)
+
+    def _copy_part(
+        self, read: ItemRead, part: CooperativeRead, requests: Sequence[Request], content: memoryview
+    ) -> None:
+        """Deliver a part out of its item's bytes: from its place there, where it is contiguous."""
+        assert self._delivery is not None
+        start = _contiguous_start(requests)
+        if start is not None:
+            self._delivery.give(part, content[start : start + read.part_bytes(part)])
+            return
+        with self._buffers.buffer(read.part_bytes(part)) as packed:
+            for request in requests:
+                request.copy_from(content, HostMemory(packed), 0)
+            self._delivery.give(part, packed)
+
+    def _read(self, one: ReadData) -> None:
+        """Fetch the data of an item whose layout is known."""
+        if one.part is None:
+            for request in one.requests:
+                self._fetch(one.read.item, request, self._destination, one.arena_offset)
+        else:
+            self._read_part(one.read, one.part, one.requests)
+        self._counters.add_completed(one.wanted_bytes)
+
+    def _read_part(self, read: ItemRead, part: CooperativeRead, requests: Sequence[Request]) -> None:
+        assert self._delivery is not None
+        own = self._delivery.own_memory(part)
+        if own is not None:  # this rank wants the part as it is: it is read in place, then given to the others
+            for request in requests:
+                self._fetch(read.item, request, HostMemory(own), 0)
+            self._delivery.give(part, own, to_itself=False)
+            return
+        with self._buffers.buffer(read.part_bytes(part)) as packed:
+            for request in requests:
+                self._fetch(read.item, request, HostMemory(packed), 0)
+            self._delivery.give(part, packed)
+
+    def _fetch(self, item: StoredItem, request: Request, destination: Destination, byte_offset: int) -> None:
+        start, stop = item.byte_offset + request.start, item.byte_offset + request.stop
+        if isinstance(request, ContiguousRead):
+            with destination.writable(byte_offset + request.offset, request.wanted_bytes) as memory:
+                self._storage.read_into(item.path, start, memory)
+            return
+        if self._limits.maps_files:
+            with self._storage.mapped(item.path, start, stop, looked_at=fetched_bytes(request, self._limits)) as window:
+                request.copy_from_window(window, destination, byte_offset)
+            return
+        with self._buffers.buffer(stop - start) as window:
+            self._storage.read_into(item.path, start, window)
+            request.copy_from_window(window, destination, byte_offset)
+
+    def _bytes_held(self, task: ReadTask) -> int:
+        """Bytes that a task holds at most beside the arena."""
+        match task:
+            case OpenItems():
+                largest_part = max((read.part_bytes(part) for read in task.reads for part in read.parts), default=0)
+                return self._body_copies * buffer_bytes(task.stop - task.start) + largest_part
+            case ReadWhole():  # as it is stored, and decoded
+                decoded_bytes = 2 * task.read.item.byte_length + task.read.bytes_to_read
+                return decoded_bytes + (self._body_copies - 1) * task.read.item.byte_length
+            case ReadData():
+                windows = max(map(self._request_bytes_held, task.requests))
+                part = 0 if task.part is None else buffer_bytes(task.read.part_bytes(task.part))
+                return windows + part
+
+    def _request_bytes_held(self, request: Request) -> int:
+        nbytes = request.stop - request.start
+        if isinstance(request, ContiguousRead):
+            return (self._body_copies - 1) * nbytes
+        return 0 if self._limits.maps_files else buffer_bytes(nbytes) + (self._body_copies - 1) * nbytes
+
+
+def _contiguous_start(requests: Sequence[Request]) -> int | None:
+    """Where a part starts in its item, if its packed bytes are contiguous there."""
+    start = requests[0].start
+    for request in requests:
+        if not isinstance(request, ContiguousRead) or request.start - start != request.offset:
+            return None
+    return start
+
+
+class _CountedStorage:
+    """A storage that counts and clocks its requests."""
+
+    def __init__(self, storage: RangeReader, counters: Counters) -> None:
+        self._storage = storage
+        self._counters = counters
+
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        self._counters.add_requests(num_requests=1, nbytes=sum(map(len, buffers)))
+        with self._counters.busy.at("storage"):
+            self._storage.read_into(path, byte_offset, *buffers)
+
+    @contextmanager
+    def mapped(self, path: str, start: int, stop: int, *, looked_at: int) -> Iterator[memoryview]:
+        self._counters.add_requests(num_requests=1, nbytes=looked_at)
+        with self._counters.busy.at("storage"):  # pages are read where they are looked at
+            yield self._storage.mapped(path, start, stop)
 
 
 def read_objects(
     keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
 ) -> dict[str, Any]:
-    """Some saved Python objects, by key; those that lie side by side are read in one request.
+    """Saved Python objects by key. Neighbours in a file are read in one request.
 
     Raises:
         StorageError: a file is missing, short, or not the one that the catalog was made of.
         DecodeError: an item is damaged.
     """
-    budget = Budget(options.memory_budget_bytes, timeout_s=options.timeout_s)
-    source = StorageSource(storage, counters, budget)
-    items = ItemReader(source)
+    items = {key: object_item(catalog, key) for key in keys}
+    values = {key: value_of(item, b"") for key, item in items.items() if isinstance(item.format, KnownValue)}
+    reads = object_reads(catalog, keys)
+    source = _CountedStorage(storage, counters)
+    buffers = BufferPool(options.memory_budget, timeout_s=options.load_s)
 
-    def values_of(units: Sequence[Extent[WholeItem] | WholeItem]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for unit in units:
-            if isinstance(unit, WholeItem):
-                with budget.claim(2 * unit.item.byte_length):
-                    found[unit.item.key] = items.value(unit.item)
-                counters.done(unit.item.byte_length)
-                continue
-            with budget.lease(unit.stop - unit.start) as data:
-                source.read_into(unit.path, unit.start, data)
-                for member in unit.members:
-                    found[member.item.key] = items.value_in(data[unit.place_of(member)], member.item)
-                    counters.done(member.item.byte_length)
-        return found
+    def read_group(group: Sequence[ObjectRead]) -> tuple[()]:
+        start, stop = group[0].item.byte_offset, group[-1].item.byte_stop
+        with buffers.claim(2 * buffer_bytes(stop - start)), buffers.buffer(stop - start) as data:
+            source.read_into(group[0].item.path, start, data)
+            for read in group:
+                item = read.item
+                values[item.key] = value_of(item, data[item.byte_offset - start : item.byte_stop - start])
+        counters.add_completed(sum(read.item.byte_length for read in group))
+        return ()
 
-    extents, alone = join(whole_items(catalog, keys), join_limits_of(storage.traits, options))
-    items_to_read = [object_item(catalog, key) for key in keys]
-    with _crew(storage, options, alone=True) as crew, _checked_ends(items_to_read, catalog, storage, crew):
-        units: list[Extent[WholeItem] | WholeItem] = [*extents, *alone]
-        parts = crew.run(values_of, units, _one_by_one)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def read_object(catalog: Catalog, key: str, storage: RangeReader, counters: Counters) -> Any:
-    """One saved Python object. Raises StorageError, DecodeError."""
-    item = object_item(catalog, key)
-    _check_inside(item, catalog, storage)
-    budget = Budget(item.byte_length, timeout_s=None)
-    value = ItemReader(StorageSource(storage, counters, budget)).value(item)
-    counters.done(item.byte_length)
-    return value
+    groups = [group for group, _ in open_together(reads, storage.traits.read_limits(options))]
+    num_threads = num_read_threads(concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=1)
+    with _checked_files([read.item for read in reads], catalog, storage, options):
+        run_tasks(read_group, groups, num_threads=num_threads, timeout_s=options.load_s)
+    return {key: values[key] for key in keys}
 
 
 def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> None:
-    """Before anything is started or read: every file that holds something of ``keys`` is there, and as long as it was.
+    """Check, before anything is started or read, that every file with data of ``keys`` is there and has its size.
 
     Raises:
-        StorageError: names the key, the file, and both lengths.
+        StorageError: names the key, the file, and both sizes.
     """
-    with _crew(storage, ReadOptions(), alone=True) as crew:
-        _check_ends([item for key in keys for item in items_of(catalog, key)], catalog, storage, crew)
+    _check_sizes([item for key in keys for item in items_of(catalog, key)], catalog, storage, ReadOptions())
 
 
 @contextmanager
-def _checked_ends(items: Sequence[StoredItem], catalog: Catalog, storage: RangeReader, crew: Crew) -> Iterator[None]:
-    """Check the last item of each file before it is read, or where answers tell how long files are, with these.
+def _checked_files(
+    items: Sequence[StoredItem], catalog: Catalog, storage: RangeReader, options: ReadOptions
+) -> Iterator[None]:
+    """Check the files' sizes: before they are read, or with the answers where each tells its file's size.
 
     Raises:
-        StorageError: see `_check_ends`; where reading fails, what it finds says more than a range that isn't there.
+        StorageError: see `check_files`; where a read fails, the size says more than a range that is not there.
     """
     if not storage.traits.tells_sizes:
-        _check_ends(items, catalog, storage, crew)
+        _check_sizes(items, catalog, storage, options)
         yield
         return
     try:
         yield
     except (StorageError, DecodeError) as error:
-        if not isinstance(error.__cause__, TransientStorageError):  # who has not answered is not asked again
-            _check_ends(items, catalog, storage, crew)
+        if not isinstance(error.__cause__, TransientStorageError):  # a storage that doesn't answer is not asked again
+            _check_sizes(items, catalog, storage, options)
         raise
-    _check_ends(items, catalog, storage, crew)
+    _check_sizes(items, catalog, storage, options)
 
 
-def _check_ends(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader, crew: Crew) -> None:
-    """Check the last item of each file."""
+def _check_sizes(items: Iterable[StoredItem], catalog: Catalog, storage: RangeReader, options: ReadOptions) -> None:
+    """Check each file against its last item."""
     last: dict[str, StoredItem] = {}
     for item in items:
         if item.path not in last or item.byte_stop > last[item.path].byte_stop:
             last[item.path] = item
 
-    def check(some: Sequence[StoredItem]) -> None:
-        for item in some:
-            _check_inside(item, catalog, storage)
+    def check(item: StoredItem) -> tuple[()]:
+        _check_size(item, catalog, storage)
+        return ()
 
-    crew.run(check, list(last.values()), _one_by_one)
+    num_threads = 1 if storage.traits.is_local else options.concurrency
+    run_tasks(check, last.values(), num_threads=num_threads, timeout_s=options.load_s)
 
 
-def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
+def _check_size(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
     try:
         size = storage.size(item.path)
     except StorageError as error:
@@ -227,54 +387,3 @@ def _check_inside(item: StoredItem, catalog: Catalog, storage: RangeReader) -> N
             f"{item.key}: {storage.location}/{item.path} has {size} bytes, it had {before} when the catalog was read: it was "
             "written again since. Open the checkpoint again."
         )
-
-
-def _groups(units: Sequence[T]) -> list[Sequence[T]]:
-    return [units[start : start + _BATCH_HEADS] for start in range(0, len(units), _BATCH_HEADS)]
-
-
-def _crew(storage: RangeReader, options: ReadOptions, *, alone: bool) -> Crew:
-    """Args: alone: there are few cores for many ranks; where a read may be no more than a copy, one thread begins."""
-    is_local = storage.traits.is_local
-    # The kernel reads ahead of one thread; two that take turns in a file are in the way of that, and of other ranks' cores.
-    first = (1 if alone else cores()) if is_local else _FIRST_REMOTE
-    return Crew(options.concurrency, first_threads=first, timeout_s=options.timeout_s, alone=alone and is_local)
-
-
-def _nbytes(works: Sequence[Work]) -> int:
-    return sum(work.nbytes for work in works)
-
-
-def _mixed(works: Sequence[Work]) -> list[Work]:
-    """Long and short ones in turn, so that the line is full while short ones wait for their first bytes."""
-    ordered = sorted(works, key=lambda work: -work.nbytes)
-    half = len(ordered) // 2
-    pairs = zip_longest(ordered[: len(ordered) - half], reversed(ordered[len(ordered) - half :]))
-    return [work for pair in pairs for work in pair if work is not None]
-
-
-def join_limits_of(traits: StorageTraits, options: ReadOptions) -> JoinLimits:
-    """As the options have them, or else the kind of storage."""
-    return JoinLimits.of(
-        traits,
-        max_gap_bytes=options.max_gap_bytes,
-        max_over_read=options.max_over_read,
-        max_request_bytes=options.max_request_bytes,
-    )
-
-
-def _one_by_one(units: Sequence[T]) -> list[Sequence[T]]:
-    return [units[place : place + 1] for place in range(len(units))]
-
-
-def _batches(works: Sequence[Work]) -> Iterator[list[Work]]:
-    batch: list[Work] = []
-    nbytes = 0
-    for work in works:
-        batch.append(work)
-        nbytes += work.nbytes
-        if nbytes >= _BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch

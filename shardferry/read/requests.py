@@ -1,9 +1,9 @@
-"""Turn a read item and the layout of its saved item into byte ranges: in-place reads, or a strided gather.
+"""Turn a box copy and its item's layout into requests: contiguous ones, or strided ones through a window.
 
 ::
 
-    chunk (4, 6) row-major, wanted [0:4, 0:6]   one run of 24 elements            -> InPlaceRead
-    chunk (4, 6) row-major, wanted [0:4, 0:3]   4 runs of 3 elements, short       -> Gather through a window
+    chunk (4, 6) row-major, wanted [0:4, 0:6]   one run of 24 elements            -> ContiguousRead
+    chunk (4, 6) row-major, wanted [0:4, 0:3]   4 runs of 3 elements, short       -> StridedRead of one window
 """
 
 from __future__ import annotations
@@ -11,175 +11,215 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-from shardferry.read.coalesce import JoinLimits
-from shardferry.read.zip_header import ItemLayout
-from shardferry.storage.runs import Runs, in_vain
+import numpy as np
 
-LONG_RUN = 64 * 1024  # bytes; where files are mapped, runs from this length on are read one by one
-
-
-@dataclass(frozen=True, slots=True)
-class InPlaceRead:
-    """Bytes that go to the arena as they are."""
-
-    byte_offset: int  # in the item
-    arena_offset: int  # bytes
-    nbytes: int
+from shardferry.arena import Destination, strided_view
+from shardferry.config import ReadLimits
+from shardferry.read.coalesce import is_one_request, over_read, strided_is_one_request
+from shardferry.read.zip_header import HEADER_BYTES, ItemLayout
+from shardferry.region import BoxCopy
 
 
 @dataclass(frozen=True, slots=True)
-class Gather:
-    """A strided copy out of a window of an item into the arena; all strides in elements."""
+class ContiguousRead:
+    """Bytes that are contiguous in the item and in the destination."""
 
-    window_start: int  # bytes, in the item
-    window_stop: int  # bytes, in the item, exclusive
+    start: int  # bytes, in the item
+    stop: int  # bytes, in the item, exclusive
+    offset: int  # bytes, from the destination of the copy's first element
+
+    @property
+    def wanted_bytes(self) -> int:
+        return self.stop - self.start
+
+    def copy_from(self, content: memoryview, destination: Destination, byte_offset: int) -> None:
+        """Copy out of an item's bytes.
+
+        Args:
+            content: of the item, from its start to at least `stop`.
+            byte_offset: of the copy's first element in the destination.
+        """
+        destination.write(byte_offset + self.offset, content[self.start : self.stop])
+
+
+@dataclass(frozen=True)
+class StridedRead:
+    """A strided copy out of a window of the item; all strides in elements."""
+
+    start: int  # bytes, in the item: where the window starts
+    stop: int  # bytes, in the item, exclusive
+    offset: int  # bytes, from the destination of the copy's first element to that of this read's
     sizes: tuple[int, ...]
     source_strides: tuple[int, ...]
-    arena_offset: int  # bytes, of the first element
     strides: tuple[int, ...]
     itemsize: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes looked at; the window may be wider."""
+    @cached_property
+    def wanted_bytes(self) -> int:
+        """Bytes that are copied; the window may be wider."""
         return math.prod(self.sizes) * self.itemsize
 
     @property
-    def byte_offset(self) -> int:
-        """Of the first byte, in the item."""
-        return self.window_start
+    def run_bytes(self) -> int:
+        """Bytes of one contiguous run."""
+        return (self.sizes[-1] if self._has_runs else 1) * self.itemsize
 
     @property
-    def window_bytes(self) -> int:
-        return self.window_stop - self.window_start
+    def _has_runs(self) -> bool:
+        return bool(self.sizes) and self.source_strides[-1] == 1
 
-    def runs(self, item_offset: int) -> Runs:
-        """Where the bytes that are looked at lie in a file whose item starts at ``item_offset``."""
-        packed = bool(self.sizes) and self.source_strides[-1] == 1
-        dims = len(self.sizes) - packed
-        return Runs(
-            start=item_offset + self.window_start,
-            run_bytes=(self.sizes[-1] if packed else 1) * self.itemsize,
+    def is_one_request(self, limits: ReadLimits) -> bool:
+        """Whether the window is better fetched whole than run by run; its length is not checked."""
+        dims = len(self.sizes) - self._has_runs
+        return strided_is_one_request(
+            run_bytes=self.run_bytes,
             counts=self.sizes[:dims],
-            byte_strides=tuple(stride * self.itemsize for stride in self.source_strides[:dims]),
+            byte_strides=[stride * self.itemsize for stride in self.source_strides[:dims]],
+            limits=limits,
         )
 
+    def copy_from(self, content: memoryview, destination: Destination, byte_offset: int) -> None:
+        """As `ContiguousRead.copy_from`."""
+        self.copy_from_window(content[self.start : self.stop], destination, byte_offset)
 
-Request = InPlaceRead | Gather
+    def copy_from_window(self, window: memoryview, destination: Destination, byte_offset: int) -> None:
+        """As `copy_from`, out of the window alone."""
+        elements: np.ndarray = strided_view(
+            window, byte_offset=0, sizes=self.sizes, strides=self.source_strides, itemsize=self.itemsize
+        )
+        byte_strides = tuple(stride * self.itemsize for stride in self.strides)
+        destination.scatter(byte_offset + self.offset, elements, byte_strides)
 
 
-def brings_head(first: Request, head_bytes: int, limits: JoinLimits) -> bool:
-    """Whether an item's head and the first request for its data are one request.
+Request = ContiguousRead | StridedRead
+
+
+def is_one_with_header(first: Request, header_bytes: int, limits: ReadLimits) -> bool:
+    """Whether an item's header and the first request for its data are one request.
 
     Args:
-        first: the one that starts first in the item.
-        head_bytes: where the item's data starts.
+        first: the request that starts first in the item.
+        header_bytes: where the item's data starts.
     """
-    gap = first.byte_offset - head_bytes
-    nbytes = first.nbytes if isinstance(first, InPlaceRead) else first.window_bytes
-    near = gap <= limits.max_gap_bytes and in_vain(gap) <= limits.max_over_read * first.nbytes
-    return near and first.byte_offset + nbytes <= limits.max_request_bytes
+    gap = first.start - header_bytes
+    return is_one_request(
+        gap_bytes=gap,
+        wanted_bytes=first.wanted_bytes,
+        unwanted_bytes=over_read(gap, limits),
+        request_bytes=first.stop,
+        limits=limits,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class StridedCopy:
-    """A box on its way from an item to the arena, before it is cut into requests."""
+def requests_for(layout: ItemLayout, copy: BoxCopy, limits: ReadLimits) -> list[Request]:
+    """The requests that carry out one copy, in ascending order of their start.
 
-    byte_offset: int  # of the first element, in the item
-    arena_offset: int  # bytes
+    Args:
+        layout: of the saved chunk in its item.
+        copy: offsets in the destination are counted from its first element.
+        limits: of the gaps that are read over, and of one request.
+    """
+    strided = _StridedCopy(
+        start=layout.byte_position(copy.source.offsets),
+        offset=0,
+        sizes=copy.source.sizes,
+        source_strides=layout.strides,
+        strides=copy.strides,
+        itemsize=layout.dtype.itemsize,
+    )
+    return list(strided.normalized().requests(limits))
+
+
+def max_data_bytes(limits: ReadLimits) -> int:
+    """Of a request for an item's data: so that the item's header fits into the same request."""
+    return limits.max_request_bytes - HEADER_BYTES * (limits.max_request_bytes > 2 * HEADER_BYTES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StridedCopy:
+    """A box copy in bytes of the item, before it is split into requests."""
+
+    start: int  # bytes, of the first element in the item
+    offset: int  # bytes, from the destination of the copy's first element
     sizes: tuple[int, ...]
     source_strides: tuple[int, ...]  # elements
     strides: tuple[int, ...]  # elements
     itemsize: int
 
-    def normalized(self) -> StridedCopy:
-        """The same copy with dimensions of size 1 dropped, the rest in the source's order, and contiguous ones joined."""
+    def normalized(self) -> _StridedCopy:
+        """The same copy with dimensions of size 1 dropped, the rest in the source's order, and contiguous ones merged."""
         dims = [d for d in zip(self.sizes, self.source_strides, self.strides, strict=True) if d[0] != 1]
         dims.sort(key=lambda d: -d[1])
-        joined: list[tuple[int, int, int]] = []
+        merged: list[tuple[int, int, int]] = []
         for size, source, target in dims:
-            if joined and joined[-1][1:] == (source * size, target * size):
-                joined[-1] = (joined[-1][0] * size, source, target)
+            if merged and merged[-1][1:] == (source * size, target * size):
+                merged[-1] = (merged[-1][0] * size, source, target)
             else:
-                joined.append((size, source, target))
-        sizes, sources, targets = zip(*joined, strict=True) if joined else ((), (), ())
-        return StridedCopy(self.byte_offset, self.arena_offset, sizes, sources, targets, self.itemsize)
+                merged.append((size, source, target))
+        sizes, sources, targets = zip(*merged, strict=True) if merged else ((), (), ())
+        return _StridedCopy(
+            start=self.start,
+            offset=self.offset,
+            sizes=sizes,
+            source_strides=sources,
+            strides=targets,
+            itemsize=self.itemsize,
+        )
 
-    def requests(self, limits: JoinLimits) -> Iterator[Request]:
-        """Cut into requests, in ascending order of byte offset. The copy is a normalized one."""
+    def requests(self, limits: ReadLimits) -> Iterator[Request]:
+        """Split a normalized copy into requests, in ascending order."""
         if 0 in self.sizes:
             return
         if self._is_contiguous() and len(self.sizes) <= 1:
-            yield from self._in_place(limits.max_data_bytes)
+            yield from self._contiguous(max_data_bytes(limits))
             return
-        gather = self._gather()
-        apart = self._is_read_apart(gather, limits)
-        if not apart and gather.window_bytes <= limits.max_data_bytes:
-            yield gather
+        whole = self._as_read()
+        run_by_run = self._is_read_by_runs(whole, limits)
+        if not run_by_run and whole.stop - whole.start <= max_data_bytes(limits):
+            yield whole
             return
-        for part in self._parts(limits.max_data_bytes, single_rows=apart):
+        for part in self._rows(max_data_bytes(limits), single=run_by_run):
             yield from part.requests(limits)
 
     def _is_contiguous(self) -> bool:
-        """Along the innermost dimension, there and here."""
+        """Whether the innermost dimension is contiguous, in the item and in the destination."""
         return not self.sizes or (self.source_strides[-1], self.strides[-1]) == (1, 1)
 
-    def _run_bytes(self) -> int:
-        return (self.sizes[-1] if self.sizes else 1) * self.itemsize
+    def _contiguous(self, max_bytes: int) -> Iterator[ContiguousRead]:
+        nbytes = (self.sizes[-1] if self.sizes else 1) * self.itemsize
+        for first in range(0, nbytes, max_bytes):
+            last = min(first + max_bytes, nbytes)
+            yield ContiguousRead(self.start + first, self.start + last, self.offset + first)
 
-    def _in_place(self, max_request_bytes: int) -> Iterator[InPlaceRead]:
-        run = self._run_bytes()
-        for start in range(0, run, max_request_bytes):
-            yield InPlaceRead(self.byte_offset + start, self.arena_offset + start, min(max_request_bytes, run - start))
+    def _is_read_by_runs(self, whole: StridedRead, limits: ReadLimits) -> bool:
+        if limits.maps_files:  # the gaps are not fetched
+            return self._is_contiguous() and whole.run_bytes >= limits.long_run_bytes
+        return not whole.is_one_request(limits)
 
-    def _is_read_apart(self, gather: Gather, limits: JoinLimits) -> bool:
-        """Whether rows are better read one by one than through one window."""
-        if limits.maps_files:  # what is between the runs isn't read
-            return self._is_contiguous() and self._run_bytes() >= LONG_RUN
-        return not gather.runs(0).are_one_range(max_gap_bytes=limits.max_gap_bytes, max_over_read=limits.max_over_read)
-
-    def _parts(self, max_request_bytes: int, *, single_rows: bool) -> Iterator[StridedCopy]:
-        """Cut along the outermost dimension: into single rows, or into groups of rows that fit one request."""
+    def _rows(self, max_bytes: int, *, single: bool) -> Iterator[_StridedCopy]:
+        """Split along the outermost dimension: into single rows, or into groups of rows that fit one request."""
         row_bytes = max(self.source_strides[0] * self.itemsize, 1)
-        rows = 1 if single_rows else max(1, min(self.sizes[0] // 2, max_request_bytes // row_bytes))
-        for start in range(0, self.sizes[0], rows):
-            sizes = (min(rows, self.sizes[0] - start), *self.sizes[1:])
-            yield StridedCopy(
-                self.byte_offset + start * self.source_strides[0] * self.itemsize,
-                self.arena_offset + start * self.strides[0] * self.itemsize,
-                sizes,
-                self.source_strides,
-                self.strides,
-                self.itemsize,
+        rows = 1 if single else max(1, min(self.sizes[0] // 2, max_bytes // row_bytes))
+        for first in range(0, self.sizes[0], rows):
+            yield _StridedCopy(
+                start=self.start + first * self.source_strides[0] * self.itemsize,
+                offset=self.offset + first * self.strides[0] * self.itemsize,
+                sizes=(min(rows, self.sizes[0] - first), *self.sizes[1:]),
+                source_strides=self.source_strides,
+                strides=self.strides,
+                itemsize=self.itemsize,
             ).normalized()
 
-    def _gather(self) -> Gather:
+    def _as_read(self) -> StridedRead:
         last = sum((n - 1) * s for n, s in zip(self.sizes, self.source_strides, strict=True))
-        stop = self.byte_offset + (last + 1) * self.itemsize
-        return Gather(
-            self.byte_offset, stop, self.sizes, self.source_strides, self.arena_offset, self.strides, self.itemsize
+        return StridedRead(
+            start=self.start,
+            stop=self.start + (last + 1) * self.itemsize,
+            offset=self.offset,
+            sizes=self.sizes,
+            source_strides=self.source_strides,
+            strides=self.strides,
+            itemsize=self.itemsize,
         )
-
-
-def requests_for(
-    item: ItemLayout,
-    *,
-    source_offsets: tuple[int, ...],
-    sizes: tuple[int, ...],
-    arena_offset: int,
-    strides: tuple[int, ...],
-    limits: JoinLimits,
-) -> list[Request]:
-    """Requests that copy one box of a saved chunk to the arena; each is one request of the storage.
-
-    Args:
-        item: how the saved chunk lies in its item.
-        source_offsets, sizes: the box in the chunk, elements.
-        arena_offset: bytes, where the box's first element goes.
-        strides: elements, of the box in the arena.
-        limits: of the gaps that are read over, and of one request.
-    """
-    start = item.byte_position(source_offsets)
-    copy = StridedCopy(start, arena_offset, sizes, item.strides, strides, item.dtype.itemsize)
-    return list(copy.normalized().requests(limits))

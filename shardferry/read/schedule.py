@@ -1,217 +1,335 @@
-"""Turn the saved chunks of which a rank wants something into works: what one thread does in one go.
+"""Turn a load plan into read tasks: which byte ranges are fetched together, and what is copied out of them. Pure.
 
-Where a chunk's data lies is guessed from its length, and each guess is checked by the item's own head, which comes with the
-first of its data. So nothing waits for heads, and a chunk costs one request where it used to cost two::
+An item starts with a header that says where its data is (zip_header.py). A task that opens an item therefore fetches its header
+first, together with as much data as belongs to the same request; the other data of the item follows once the header is parsed::
 
-    item      |head|raw bytes ...                              |tail|
-    lead      [----------]  the head, and the first request for data
-    follows               [----------][----------]
+    item      |header|raw bytes ...                              |tail|
+    opened    [------------]     one request: header and first data
+    then                   [-----------][-----------]
 
-A slab, which is read for other ranks, is never delivered before the head has been checked: it is part of the lead.
+Small items that are neighbours in a file are opened by one request, whole. The dry run counts the same tasks with the layouts
+that items are expected to have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import RawItem
-from shardferry.plan.cooperative import SharedPlan, SharedRead
+from shardferry.checkpoint.item_format import KnownValue, RawItem
+from shardferry.config import ReadLimits
+from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
 from shardferry.plan.planner import LoadPlan, ReadItem
-from shardferry.read.coalesce import Extent, JoinLimits
-from shardferry.read.destinations import PlacedRequest, PlacedSlab
-from shardferry.read.items import ItemReader, TensorItem, tensor_item, usual_layout
-from shardferry.read.requests import Request, brings_head, requests_for
-from shardferry.read.zip_header import ItemLayout
-from shardferry.region import row_major_strides
+from shardferry.read.coalesce import WantedRange, coalesce, is_mostly_wanted
+from shardferry.read.items import StoredItem, TensorItem, assumed_layout, expected_layout, object_item, tensor_item
+from shardferry.read.requests import Request, is_one_with_header, requests_for
+from shardferry.read.zip_header import HEADER_BYTES, ItemLayout
+from shardferry.region import BoxCopy, Region, row_major_strides
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A read item and where its first element goes."""
-
-    item: ReadItem
-    arena_offset: int  # bytes
+AnyRead = TypeVar("AnyRead", bound="ItemRead | ObjectRead")
 
 
 @dataclass(slots=True, eq=False)
-class Chunk:
-    """A saved chunk of which this rank wants something."""
+class ItemRead:
+    """What one rank reads of a saved tensor item."""
 
     item: TensorItem
-    row: int  # of the catalog's tensors
-    pieces: list[Piece] = field(default_factory=list)
-    shared: list[SharedRead] = field(default_factory=list)
-    nbytes: int = 0  # that are wanted of it
-    bytes_to_read: int = 0  # of it, without its head
-    is_checked: bool = False  # its head is as it was guessed
-    bytes_done: list[int] = field(default_factory=list)  # as guessed
-    put_off: list[PlacedRequest] = field(default_factory=list)  # until the head is checked
+    copies: list[tuple[int, BoxCopy]] = field(default_factory=list)  # bytes, where the copy starts in the arena
+    parts: list[CooperativeRead] = field(default_factory=list)  # that it reads for several ranks
+    wanted_bytes: int = 0  # by all ranks together: a replica's bytes count twice
+    bytes_to_read: int = 0  # without the header
 
-    def add(self, piece: Piece) -> None:
-        """Something that this rank wants for itself."""
-        nbytes = piece.item.source.numel * self.item.dtype.itemsize
-        self.pieces.append(piece)
-        self.nbytes += nbytes
+    def add(self, arena_offset: int, copy: BoxCopy) -> None:
+        """Add a copy into this rank's arena."""
+        nbytes = copy.source.numel * self.item.dtype.itemsize
+        self.copies.append((arena_offset, copy))
+        self.wanted_bytes += nbytes
         self.bytes_to_read += nbytes
 
-    def add_shared(self, read: SharedRead) -> None:
-        """Something that it reads for several ranks: a replica's bytes are wanted twice and read once."""
-        itemsize = self.item.dtype.itemsize
-        self.shared.append(read)
-        self.nbytes += read.numel_wanted * itemsize
-        self.bytes_to_read += read.numel * itemsize
+    def add_part(self, part: CooperativeRead) -> None:
+        """Add a part that several ranks want."""
+        self.parts.append(part)
+        self.wanted_bytes += part.numel_wanted * self.item.dtype.itemsize
+        self.bytes_to_read += self.part_bytes(part)
+
+    def part_bytes(self, part: CooperativeRead) -> int:
+        """Bytes of a part, packed."""
+        return part.region.numel * self.item.dtype.itemsize
+
+
+@dataclass(slots=True, eq=False)
+class ObjectRead:
+    """A saved Python object, which is read whole."""
+
+    item: StoredItem
+
+    @property
+    def bytes_to_read(self) -> int:
+        return self.item.byte_length
 
 
 @dataclass(frozen=True, slots=True)
-class SmallChunks:
-    """Chunks whose items are read in one request."""
+class OpenItems:
+    """Task: one request for whole items, or for one item's header and first data."""
 
-    extent: Extent[Chunk]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted."""
-        return sum(chunk.nbytes for chunk in self.extent.members)
+    path: str
+    start: int  # bytes, in the file
+    stop: int  # bytes, exclusive
+    reads: tuple[ItemRead, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Lead:
-    """What is read of a chunk together with its head."""
+class ReadData:
+    """Task: requests for data of one item whose layout is known."""
 
-    chunk: Chunk
-    layout: ItemLayout  # as guessed
-    works: tuple[PlacedRequest | PlacedSlab, ...]  # the first of them starts first in the item
-    brings_head: bool  # with the first of them
+    read: ItemRead
+    requests: Sequence[Request]
+    arena_offset: int  # bytes, where the copy starts in the arena; 0 for a part
+    part: CooperativeRead | None = None  # that the requests fill, instead of the arena
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted."""
-        return sum(work.nbytes for work in self.works)
+    def start(self) -> int:
+        """First byte, in the item."""
+        return self.requests[0].start
+
+    @property
+    def stop(self) -> int:
+        """Bytes, in the item, exclusive."""
+        return max(request.stop for request in self.requests)
+
+    @property
+    def wanted_bytes(self) -> int:
+        """By all ranks together."""
+        if self.part is not None:
+            return self.part.numel_wanted * self.read.item.dtype.itemsize
+        return sum(request.wanted_bytes for request in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
-class Follow:
-    """What is read of a chunk whose head may not be checked yet."""
+class ReadWhole:
+    """Task: an item that can't be read in ranges."""
 
-    chunk: Chunk
-    placed: PlacedRequest
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are wanted."""
-        return self.placed.nbytes
+    read: ItemRead
 
 
-# A chunk where its item has to be read whole.
-Work = PlacedRequest | PlacedSlab | Lead | Follow | SmallChunks | Chunk
+ReadTask = OpenItems | ReadData | ReadWhole
 
 
-def chunks_in_reading_order(
-    plan: LoadPlan, catalog: Catalog, shared: SharedPlan | None, rows: Mapping[str, int]
-) -> list[Chunk]:
-    """By file and position; each rank starts at another file, so that ranks don't queue for the same one.
+class RequestCache:
+    """The requests of copies, worked out once for equal layouts and copies, which plans and parsers keep as one object."""
+
+    def __init__(self, limits: ReadLimits) -> None:
+        self.limits = limits
+        self._known: dict[tuple[int, int], tuple[ItemLayout, BoxCopy, Sequence[Request]]] = {}
+        self._of_parts: dict[tuple[int, Region], tuple[ItemLayout, Sequence[Request]]] = {}
+
+    def of_copy(self, layout: ItemLayout, copy: BoxCopy) -> Sequence[Request]:
+        """See `requests_for`."""
+        same = id(layout), id(copy)  # the entry keeps both alive
+        known = self._known.get(same)
+        if known is None:
+            known = self._known[same] = (layout, copy, requests_for(layout, copy, self.limits))
+        return known[2]
+
+    def of_part(self, layout: ItemLayout, part: CooperativeRead) -> Sequence[Request]:
+        """The requests that fill a part, packed row-major."""
+        same = id(layout), part.region
+        known = self._of_parts.get(same)
+        if known is None:
+            copy = BoxCopy(part.region, 0, row_major_strides(part.region.sizes))
+            known = self._of_parts[same] = (layout, requests_for(layout, copy, self.limits))
+        return known[1]
+
+
+def data_reads(read: ItemRead, layout: ItemLayout, requests: RequestCache) -> list[ReadData]:
+    """Everything that is read of an item with this layout, in the order of the item's bytes."""
+    found = [
+        ReadData(read, (request,), arena_offset)
+        for arena_offset, copy in read.copies
+        for request in requests.of_copy(layout, copy)
+    ]
+    found += [ReadData(read, needed, 0, part) for part in read.parts if (needed := requests.of_part(layout, part))]
+    found.sort(key=lambda one: one.start)
+    return found
+
+
+def item_reads(plan: LoadPlan, catalog: Catalog, cooperative: CooperativePlan | None) -> list[ItemRead]:
+    """What a rank reads, item by item, in the order of files and positions.
+
+    Each rank starts at another file, so that ranks don't queue for the same one.
 
     Args:
-        rows: of the catalog's tensors, by key; needed for what is shared.
+        cooperative: the rank's part where ranks read for each other; None where it reads its own plan.
     """
-    chunks: dict[int, Chunk] = {}
+    reads: dict[int, ItemRead] = {}
 
-    def chunk_of(read: ReadItem | SharedRead) -> Chunk:
-        found = chunks.get(read.chunk)
+    def read_of(one: ReadItem | CooperativeRead) -> ItemRead:
+        found = reads.get(one.chunk)
         if found is None:
-            tensor = plan.tensors[read.tensor]
-            item = tensor_item(catalog, tensor.key, tensor.dtype, read.chunk_shape, read.chunk)
-            found = chunks[read.chunk] = Chunk(item, rows.get(tensor.key, -1))
+            tensor = plan.tensors[one.tensor]
+            item = tensor_item(catalog, key=tensor.key, dtype=tensor.dtype, shape=one.chunk_shape, chunk=one.chunk)
+            found = reads[one.chunk] = ItemRead(item)
         return found
 
-    for read in plan.reads if shared is None else shared.own:
-        tensor = plan.tensors[read.tensor]
-        chunk_of(read).add(Piece(read, tensor.arena_offset + read.offset * tensor.dtype.itemsize))
-    for slab in () if shared is None else shared.shared:
-        chunk_of(slab).add_shared(slab)
-    paths = sorted({chunk.item.path for chunk in chunks.values()})
+    for own in plan.reads if cooperative is None else cooperative.own:
+        tensor = plan.tensors[own.tensor]
+        read_of(own).add(tensor.arena_offset + own.copy.offset * tensor.dtype.itemsize, own.copy)
+    for part in () if cooperative is None else cooperative.reads:
+        read_of(part).add_part(part)
+    return _in_reading_order(reads.values(), plan)
+
+
+def _in_reading_order(reads: Iterable[ItemRead], plan: LoadPlan) -> list[ItemRead]:
+    by_file: dict[str, list[ItemRead]] = {}
+    for read in reads:
+        by_file.setdefault(read.item.path, []).append(read)
+    paths = sorted(by_file)
     first = plan.world_rank * len(paths) // max(plan.world_size, 1)
-    turn = {path: (place - first) % len(paths) for place, path in enumerate(paths)}
-    return sorted(chunks.values(), key=lambda chunk: (turn[chunk.item.path], chunk.item.byte_offset))
+    return [
+        read
+        for path in (*paths[first:], *paths[:first])
+        for read in sorted(by_file[path], key=lambda read: read.item.byte_offset)
+    ]
 
 
-class Placer:
-    """Turns chunks into works, with their places in files and in the arena."""
+def schedule(reads: Sequence[ItemRead], requests: RequestCache) -> list[ReadTask]:
+    """The first tasks of a rank: every item is opened once.
 
-    def __init__(self, items: ItemReader, limits: JoinLimits) -> None:
-        self._items = items
-        self._limits = limits
-        self._known_requests: dict[tuple[object, ...], Sequence[Request]] = {}  # most pieces look like some other
-
-    def guessed(self, chunk: Chunk) -> list[Work] | None:
-        """The works of a chunk that lies as items usually do. None: its head has to be read first."""
-        layout = usual_layout(chunk.item)
-        if layout is None:
-            return None
-        placed, slabs = self.placed(chunk, layout, chunk.item.byte_offset), self.slabs(chunk, layout)
-        if isinstance(chunk.item.format, RawItem):
-            return [*placed, *slabs]
-        placed.sort(key=_start)
-        slabs.sort(key=_start)
-        own_first = bool(placed) and (not slabs or _start(placed[0]) <= _start(slabs[0]))
-        led: tuple[PlacedRequest | PlacedSlab, ...] = (*placed[:own_first], *slabs)
-        head_comes = brings_head(first_request(led[0]), layout.raw_start, self._limits)
-        return [Lead(chunk, layout, led, head_comes), *(Follow(chunk, one) for one in placed[own_first:])]
-
-    def known(self, chunks: Sequence[Chunk]) -> list[Work]:
-        """The works of all chunks that can be read in ranges, by their heads, and the others as they are."""
-        works: list[Work] = []
-        for chunk in chunks:
-            if chunk.item.is_ranged:
-                layout = self._items.layout(chunk.item)
-                works += self.placed(chunk, layout, chunk.item.byte_offset)
-                works += self.slabs(chunk, layout)
-            else:
-                works.append(chunk)
-        return works
-
-    def slabs(self, chunk: Chunk, layout: ItemLayout) -> list[PlacedSlab]:
-        """What is read of a chunk for several ranks."""
-        return [
-            PlacedSlab(
-                chunk.item,
-                chunk.row,
-                read,
-                self._requests_of(layout, read.region.offsets, read.region.sizes, row_major_strides(read.region.sizes)),
-            )
-            for read in chunk.shared
-        ]
-
-    def placed(self, chunk: Chunk, layout: ItemLayout, item_offset: int) -> list[PlacedRequest]:
-        """What is read of a chunk for this rank alone."""
-        return [
-            PlacedRequest(chunk.item.path, item_offset, piece.arena_offset, request)
-            for piece in chunk.pieces
-            for request in self._requests_of(
-                layout, piece.item.source.offsets, piece.item.source.sizes, piece.item.strides
-            )
-        ]
-
-    def _requests_of(
-        self, layout: ItemLayout, offsets: tuple[int, ...], sizes: tuple[int, ...], strides: tuple[int, ...]
-    ) -> Sequence[Request]:
-        """Of one box; where they go is counted from the box's place."""
-        alike = (layout, offsets, sizes, strides)
-        requests = self._known_requests.get(alike)
-        if requests is None:
-            requests = requests_for(
-                layout, source_offsets=offsets, sizes=sizes, arena_offset=0, strides=strides, limits=self._limits
-            )
-            self._known_requests[alike] = requests
-        return requests
+    Args:
+        reads: in reading order, see `item_reads`.
+    """
+    tasks: list[ReadTask] = []
+    for group, is_whole in open_together(reads, requests.limits):
+        item = group[0].item
+        if is_whole:
+            tasks.append(OpenItems(item.path, item.byte_offset, group[-1].item.byte_stop, tuple(group)))
+        elif not item.is_ranged:
+            tasks.append(ReadWhole(group[0]))
+        elif isinstance(item.format, RawItem):
+            tasks += data_reads(group[0], assumed_layout(item), requests)
+        else:
+            stop = item.byte_offset + _opening_bytes(group[0], requests)
+            tasks.append(OpenItems(item.path, item.byte_offset, stop, tuple(group)))
+    return tasks
 
 
-def first_request(work: PlacedRequest | PlacedSlab) -> Request:
-    """The one that starts first in the item."""
-    return work.requests[0] if isinstance(work, PlacedSlab) else work.request
+def open_together(reads: Sequence[AnyRead], limits: ReadLimits) -> Iterator[tuple[Sequence[AnyRead], bool]]:
+    """Group the items that are opened by one request.
+
+    Args:
+        reads: of each file in one run, ascending.
+
+    Yields:
+        Items, and whether they are fetched whole. An item that is not comes alone.
+    """
+    small: list[AnyRead] = []
+    for read in reads:
+        if small and (read.item.path != small[-1].item.path or not _is_small(read, limits)):
+            yield from _coalesced(small, limits)
+            small = []
+        if _is_small(read, limits):
+            small.append(read)
+        else:
+            yield (read,), False
+    yield from _coalesced(small, limits)
 
 
-def _start(work: PlacedRequest | PlacedSlab) -> int:
-    return first_request(work).byte_offset
+def _coalesced(small: Sequence[AnyRead], limits: ReadLimits) -> Iterator[tuple[Sequence[AnyRead], bool]]:
+    for members in coalesce([_wanted(read) for read in small], limits):
+        group = small[members]
+        # Alone, an item's tail and its unwanted bytes need not be fetched, if that costs no second request.
+        needs_ranges = isinstance(group[0].item.format, RawItem) or limits.opens_with_data
+        yield group, len(group) > 1 or isinstance(group[0], ObjectRead) or not needs_ranges
+
+
+def _wanted(read: AnyRead) -> WantedRange:
+    return WantedRange(read.item.byte_offset, read.item.byte_stop, read.bytes_to_read)
+
+
+def _is_small(read: AnyRead, limits: ReadLimits) -> bool:
+    item = read.item
+    return item.byte_length <= limits.max_item_bytes and item.is_ranged and is_mostly_wanted(_wanted(read), limits)
+
+
+def _opening_bytes(read: ItemRead, requests: RequestCache) -> int:
+    """How many of an item's first bytes open it: its header, and with it the first data where that is one request."""
+    item, limits = read.item, requests.limits
+    layout = expected_layout(item) if limits.opens_with_data else None
+    if layout is not None:
+        first = min(
+            (one.requests[0] for one in data_reads(read, layout, requests)), key=lambda r: r.start, default=None
+        )
+        if first is not None and is_one_with_header(first, layout.raw_start, limits):
+            return first.stop
+        return layout.raw_start
+    return min(HEADER_BYTES, item.byte_length)
+
+
+def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:
+    """The reads of saved Python objects that have to be read, in reading order."""
+    items = [object_item(catalog, key) for key in keys]
+    stored = [item for item in items if not isinstance(item.format, KnownValue)]
+    return [ObjectRead(item) for item in sorted(stored, key=lambda item: (item.path, item.byte_offset))]
+
+
+def requests_of_plan(
+    plan: LoadPlan, catalog: Catalog, limits: ReadLimits, cooperative: CooperativePlan | None = None
+) -> tuple[int, int]:
+    """Bytes and number of the requests that one rank will make for its tensors: a dry run of the schedule."""
+    requests = RequestCache(limits)
+    return count_requests(schedule(item_reads(plan, catalog, cooperative), requests), requests)
+
+
+def count_requests(tasks: Iterable[ReadTask], requests: RequestCache) -> tuple[int, int]:
+    """Bytes and number of the requests that tasks lead to, where items have their expected layouts.
+
+    Strides are known only from headers; chunks are taken to be row-major.
+    """
+    nbytes = num_requests = 0
+    for task in _with_following(tasks, requests):
+        match task:
+            case OpenItems():
+                nbytes, num_requests = nbytes + task.stop - task.start, num_requests + 1
+            case ReadWhole():
+                nbytes, num_requests = nbytes + task.read.item.byte_length, num_requests + 1
+            case ReadData():
+                nbytes += sum(fetched_bytes(request, requests.limits) for request in task.requests)
+                num_requests += len(task.requests)
+    return nbytes, num_requests
+
+
+def fetched_bytes(request: Request, limits: ReadLimits) -> int:
+    """Bytes that a request takes from storage."""
+    return request.wanted_bytes if limits.maps_files else request.stop - request.start
+
+
+def _with_following(tasks: Iterable[ReadTask], requests: RequestCache) -> Iterator[ReadTask]:
+    layouts: dict[ItemLayout, ItemLayout] = {}  # one object for equal layouts
+    for task in tasks:
+        yield task
+        if isinstance(task, OpenItems) and not _has_whole_items(task):
+            (read,) = task.reads
+            layout = assumed_layout(read.item)
+            yield from following(read, layouts.setdefault(layout, layout), task.stop - task.start, requests)
+
+
+def _has_whole_items(task: OpenItems) -> bool:
+    return task.stop >= task.reads[-1].item.byte_stop
+
+
+def following(read: ItemRead, layout: ItemLayout, num_bytes: int, requests: RequestCache) -> list[ReadData]:
+    """The reads of an item that are not within its first ``num_bytes``."""
+    return [one for one in data_reads(read, layout, requests) if one.stop > num_bytes]
+
+
+def count_objects(catalog: Catalog, keys: Iterable[str], limits: ReadLimits) -> tuple[int, int]:
+    """Bytes and number of the requests that read some saved Python objects, and small tensors whole."""
+    keys = list(dict.fromkeys(keys))
+    tensors = [catalog.tensors[key].nbytes for key in keys if key in catalog.tensors]
+    groups = [
+        group for group, _ in open_together(object_reads(catalog, [k for k in keys if k in catalog.objects]), limits)
+    ]
+    lengths = [group[-1].item.byte_stop - group[0].item.byte_offset for group in groups] + tensors
+    return sum(lengths), len(lengths)

@@ -12,7 +12,8 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import KnownValue, RawItem
 from shardferry.errors import DecodeError, StorageError
 from shardferry.plan.planner import find_problems
-from shardferry.read.items import ItemReader, StoredItem, TensorItem, items_of
+from shardferry.read.items import ItemLayouts, StoredItem, TensorItem, decoded, items_of, read_item, read_layout
+from shardferry.read.zip_header import HEADER_BYTES
 from shardferry.storage.base import RangeReader
 
 _COPY_BYTES = 1024 * 1024  # of an item at a time, for its checksum
@@ -92,15 +93,14 @@ def _check(item: StoredItem, storage: RangeReader) -> None:
     size = storage.size(item.path)
     if item.byte_stop > size:
         raise StorageError(f"it ends at byte {item.byte_stop}, the file has {size} bytes")
-    items = ItemReader(storage)
     if not item.is_ranged:
-        content = items.content(item)
+        content = bytes(decoded(item, read_item(item, storage, item.byte_length)))
         if isinstance(item, TensorItem):
-            items.layout_in(content, item)
+            ItemLayouts().layout(item, content, num_bytes=len(content))
         _check_sums(item, io.BytesIO(content))
         return
     if isinstance(item, TensorItem):
-        items.layout(item)
+        read_layout(item, storage, ItemLayouts(), first_bytes=HEADER_BYTES)
     file = io.BufferedReader(_ItemFile(storage, item), _COPY_BYTES)
     if isinstance(item.format, RawItem):  # no checksum to hold it against; that it can be read is what can be said
         while file.read(_COPY_BYTES):

@@ -1,12 +1,12 @@
-"""Find the raw bytes of a tensor inside a saved item, and how they are strided.
+"""Parse the header of a saved tensor: where its raw bytes start in the item, and how they are strided.
 
-An item is what ``torch.save`` writes: a zip of stored (never compressed) records. Its head is enough::
+``torch.save`` writes an item as a zip of stored (never compressed) records. The bytes up to the raw data are its header::
 
     item     |local header|data.pkl|...|local header|padding|raw bytes of data/0|...|central directory|
-    head     |<------------------ some 700 bytes ---------->|
+    header   |<------------------ some 700 bytes ---------->|
 
 ``data.pkl`` is a small pickle that gives dtype, size, stride and storage offset; a restricted unpickler reads it. The
-raw bytes start where the zip says: never at a constant. Format: torch/serialization.py, caffe2/serialize/inline_container.cc.
+raw bytes start where the zip says, not at a constant. Format: torch/serialization.py, caffe2/serialize/inline_container.cc.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import io
 import pickle
 import struct
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,8 @@ import torch
 
 from shardferry.errors import DecodeError
 
-HEAD_BYTES = 1024  # one read of this size reaches past the header of nearly every item
-MAX_HEAD_BYTES = 512 * 1024  # a head has up to 6 records, each padded by up to 64 KiB where the writer aligns them so
+HEADER_BYTES = 1024  # nearly every header fits
+MAX_HEADER_BYTES = 512 * 1024  # up to 6 records, each padded to up to 64 KiB by writers that align them
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL_MAGIC = b"PK\x03\x04"
@@ -34,7 +33,7 @@ _DESCRIPTOR_BYTES = (16, 24)  # with 32-bit and with 64-bit sizes
 
 @dataclass(frozen=True, slots=True)
 class ItemLayout:
-    """Where a saved tensor's elements are, from the start of its item."""
+    """Positions of a saved tensor's elements, from the start of its item."""
 
     raw_start: int  # bytes, first byte of the storage
     dtype: torch.dtype
@@ -43,13 +42,13 @@ class ItemLayout:
     storage_offset: int  # elements
 
     def byte_position(self, index: tuple[int, ...]) -> int:
-        """Where one element starts, from the start of the item."""
+        """Byte offset of one element, from the start of the item."""
         elements = self.storage_offset + sum(i * s for i, s in zip(index, self.strides, strict=True))
         return self.raw_start + elements * self.dtype.itemsize
 
 
-class HeadTooShort(Exception):
-    """The head ends before the raw bytes start; read more."""
+class HeaderTooShort(Exception):
+    """The bytes end before the raw data starts; read more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,68 +58,73 @@ class _Storage:
     numel: int  # elements; bytes where untyped
 
 
-def parse_head(head: bytes) -> ItemLayout:
+def parse_header(header: bytes) -> ItemLayout:
     """Parse the first bytes of a tensor's item.
 
     Raises:
-        HeadTooShort: the raw bytes start beyond the head.
-        DecodeError: this is no item that ``torch.save`` wrote of one dense tensor.
+        HeaderTooShort: the raw data starts beyond ``header``.
+        DecodeError: the item is not what ``torch.save`` writes of one dense tensor.
     """
     pickled: ItemLayout | None = None
     position = 0
     while True:
-        name, start = _local_header(head, position)
+        name, start = _local_header(header, position)
         if name.endswith("/data/0"):
             if pickled is None:
                 raise DecodeError("the item's data comes before its description")
             return ItemLayout(start, pickled.dtype, pickled.shape, pickled.strides, pickled.storage_offset)
-        if start > len(head):
-            raise HeadTooShort
+        if start > len(header):
+            raise HeaderTooShort
         if name.endswith("/data.pkl"):
-            pickled, length = _parse_description(head, start)
+            pickled, length = _parse_description(header, start)
         else:
-            length = _record_length(head, start)
+            length = _record_length(header, start)
         if name.endswith("/byteorder"):
-            _check_byte_order(head[start : start + length])
-        position = _after_descriptor(head, start + length)
+            _check_byte_order(header[start : start + length])
+        position = _after_descriptor(header, start + length)
 
 
-def _local_header(head: bytes, position: int) -> tuple[str, int]:
-    """Name and data position of the record whose local header stands at ``position``; the data may be beyond the head."""
-    if position + _LOCAL_HEADER.size > len(head):
-        raise HeadTooShort
-    magic, _, _, method, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(head, position)
+def first_record_start(data: bytes) -> int:
+    """Where the first record's data starts. Raises HeaderTooShort, DecodeError."""
+    return _local_header(data, 0)[1]
+
+
+def _local_header(header: bytes, position: int) -> tuple[str, int]:
+    """Name and data position of the record whose local header stands at ``position``; the data may be beyond the header."""
+    if position + _LOCAL_HEADER.size > len(header):
+        raise HeaderTooShort
+    magic, _, _, method, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(header, position)
     if magic != _LOCAL_MAGIC:
         raise DecodeError(f"no zip record at byte {position} of the item (found {magic!r})")
     if method != 0:
         raise DecodeError(f"the zip record at byte {position} of the item is compressed (method {method})")
     name_start = position + _LOCAL_HEADER.size
-    if name_start + name_length > len(head):
-        raise HeadTooShort
-    name = head[name_start : name_start + name_length].decode("utf-8", "replace")
+    if name_start + name_length > len(header):
+        raise HeaderTooShort
+    name = header[name_start : name_start + name_length].decode("utf-8", "replace")
     return name, name_start + name_length + extra_length
 
 
-def _record_length(head: bytes, start: int) -> int:
+def _record_length(header: bytes, start: int) -> int:
     """Length of a small record, whose size stands only in the descriptor behind it."""
-    end = head.find(_DESCRIPTOR_MAGIC, start)
+    end = header.find(_DESCRIPTOR_MAGIC, start)
     while end >= 0:
-        if len(head) >= end + 16 and struct.unpack_from("<I", head, end + 8)[0] == end - start:
+        if len(header) >= end + 16 and struct.unpack_from("<I", header, end + 8)[0] == end - start:
             return end - start
-        end = head.find(_DESCRIPTOR_MAGIC, end + 1)
-    raise HeadTooShort
+        end = header.find(_DESCRIPTOR_MAGIC, end + 1)
+    raise HeaderTooShort
 
 
-def _after_descriptor(head: bytes, end: int) -> int:
+def _after_descriptor(header: bytes, end: int) -> int:
     """Position of the next local header, behind the descriptor of the record that ends at ``end``."""
-    if head[end : end + 4] != _DESCRIPTOR_MAGIC:
-        if end + 4 > len(head):
-            raise HeadTooShort
+    if header[end : end + 4] != _DESCRIPTOR_MAGIC:
+        if end + 4 > len(header):
+            raise HeaderTooShort
         return end  # sizes stood in the local header; no descriptor
     for length in _DESCRIPTOR_BYTES:
-        if end + length + 4 > len(head):
-            raise HeadTooShort
-        if head[end + length : end + length + 4] == _LOCAL_MAGIC:
+        if end + length + 4 > len(header):
+            raise HeaderTooShort
+        if header[end + length : end + length + 4] == _LOCAL_MAGIC:
             return end + length
     raise DecodeError(f"no zip record follows the one that ends at byte {end} of the item")
 
@@ -130,15 +134,15 @@ def _check_byte_order(order: bytes) -> None:
         raise DecodeError(f"the item was saved on a {order!r}-endian machine, this one is {sys.byteorder}-endian")
 
 
-def _parse_description(head: bytes, start: int) -> tuple[ItemLayout, int]:
-    stream = io.BytesIO(head[start:])
+def _parse_description(header: bytes, start: int) -> tuple[ItemLayout, int]:
+    stream = io.BytesIO(header[start:])
     try:
         value = _ItemUnpickler(stream).load()
     except DecodeError:
         raise
     except Exception as error:  # a cut pickle raises nearly any type
-        if len(head) < MAX_HEAD_BYTES:
-            raise HeadTooShort from error
+        if len(header) < MAX_HEADER_BYTES:
+            raise HeaderTooShort from error
         raise DecodeError(f"the item's description is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(value, ItemLayout):
         raise DecodeError(f"the item holds a {type(value).__name__}, not a tensor")
@@ -226,29 +230,3 @@ _ITEM_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): dict,
 }
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts; refuses every global. Twenty times as fast as `torch.load`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(str(pid))
-
-
-def decode_object(data: bytes) -> Any:
-    """The Python value of a saved object: numbers, strings, lists, dicts and tensors; nothing is executed.
-
-    Raises:
-        DecodeError: the bytes are damaged, or hold a type that isn't plain data.
-    """
-    with suppress(Exception):  # not as plain as nearly all are: torch's own loader decides
-        _, start = _local_header(data, 0)
-        return _PlainUnpickler(io.BytesIO(data[start:])).load()
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged items raise nearly any type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DecodeError(f"the saved object of {len(data)} bytes is damaged or not plain data ({reason})") from error

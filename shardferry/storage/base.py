@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from shardferry.errors import MissingFile, StorageError
-from shardferry.storage.runs import Runs
 from shardferry.storage.traits import StorageTraits
 
 if TYPE_CHECKING:
@@ -24,18 +22,6 @@ class ByteReader(Protocol):
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         """Fill the buffers, one after the other, from ``byte_offset`` on, with one request.
-
-        Raises:
-            StorageError: the file has fewer bytes.
-        """
-
-
-class ByteSource(ByteReader, Protocol):
-    """Reads byte ranges, and has a place for those that are looked at on their way."""
-
-    def window(self, path: str, runs: Runs) -> AbstractContextManager[memoryview]:
-        """The bytes from the first run's start to the last one's stop; of some storages only those of the runs, and what is
-        near them, are ever fetched. It may be looked at inside the ``with`` alone.
 
         Raises:
             StorageError: the file has fewer bytes.

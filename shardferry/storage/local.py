@@ -83,8 +83,7 @@ class LocalReader:
     def traits(self) -> StorageTraits:
         # A mapping goes through the page cache, and fills it.
         maps_files = self._options == LocalOptions()
-        shares_reads = self._choice.is_direct is False and self._options.page_cache is not PageCache.DROP
-        return replace(LOCAL_FILES, maps_files=maps_files, shares_reads=shares_reads)
+        return replace(LOCAL_FILES, maps_files=maps_files)
 
     def listing(self) -> dict[str, int | None]:
         with os.scandir(self._directory) as entries:

@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 import shardferry.dcp as ours
 from shardferry import open_checkpoint
 from shardferry.errors import PlanError, ShardferryError
-from shardferry.read.zip_header import HEAD_BYTES, parse_head
+from shardferry.read.zip_header import HEADER_BYTES, parse_header
 from shardferry.storage import open_storage
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, hole
@@ -456,7 +456,7 @@ def test_b17_strides(job: None, tmp_path: Path) -> None:
     assert not hasattr(metadata.state_dict_metadata[KEY].properties, "strides")
     (info,) = metadata.storage_data.values()
     item = (tmp_path / "ckpt" / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
-    start = parse_head(item[:HEAD_BYTES]).raw_start
+    start = parse_header(item[:HEADER_BYTES]).raw_start
     naive = torch.frombuffer(bytearray(item[start : start + 48 * 6 * 4]), dtype=torch.float32).view(48, 6)
     assert not torch.equal(naive, EVEN)  # what a reader gets that believes the metadata
     assert torch.equal(only_local(moment(OURS({}, "optim", FileSystemReader(tmp_path / "ckpt")))), EVEN)

@@ -15,13 +15,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import shardferry
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import PlanError
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank
-from shardferry.read.execute import ReadOptions
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.matrix import load_and_compare, save_and_describe

@@ -23,7 +23,7 @@ def fail_on(ranks: tuple[int, ...], error: type[Exception]) -> tuple[str, str, f
 
     start = time.monotonic()
     try:
-        agreement.attempt("planning", work)
+        agreement.all_or_raise("planning", work)
     except Exception as caught:
         return type(caught).__name__, str(caught), time.monotonic() - start
     return "", "", 0.0
@@ -46,7 +46,7 @@ def test_one_rank_fails_and_all_raise(ranks: RankPool, failing: tuple[int, ...],
 
 def share_rank() -> list[Any]:
     agreement = Agreement(dist.group.WORLD)
-    return agreement.share("counting", lambda: agreement.rank * 10)
+    return agreement.gather("counting", lambda: agreement.rank * 10)
 
 
 def test_shared_values_come_by_rank(ranks: RankPool) -> None:
@@ -55,10 +55,10 @@ def test_shared_values_come_by_rank(ranks: RankPool) -> None:
 
 def test_alone() -> None:
     agreement = Agreement(None)
-    assert agreement.attempt("planning", lambda: 7) == 7
-    assert agreement.share("planning", lambda: 7) == [7]
+    assert agreement.all_or_raise("planning", lambda: 7) == 7
+    assert agreement.gather("planning", lambda: 7) == [7]
     with pytest.raises(ZeroDivisionError):
-        agreement.attempt("planning", lambda: 1 // 0)
+        agreement.all_or_raise("planning", lambda: 1 // 0)
 
 
 def test_rank_error_keeps_its_ranks() -> None:

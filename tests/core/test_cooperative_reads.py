@@ -12,15 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, MessageLimits, ReadOptions, Strategy
 from shardferry.errors import RankError, ShardferryError
-from shardferry.exchange import point_to_point as exchange
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.mesh import Mesh, Replicate, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
-from shardferry.plan import plan_sample
-from shardferry.read.execute import Counters, ReadOptions, Strategy
+from shardferry.stats import Counters
 from shardferry.storage.base import open_storage
 from tests.support.damage import short_file
 from tests.support.models import STATES, STEP, save_fsdp2
@@ -46,16 +44,17 @@ def load(
     strategy: Strategy,
     nodes: Sequence[str | None],
     storage_options: Mapping[str, Any] | None = None,
+    messages: MessageLimits | None = None,
 ) -> dict[str, int]:
     """Load and compare; what this rank asked of storage, and what it gave and got."""
     rank, size = dist.get_rank(), dist.get_world_size()
     agreement = Agreement(dist.group.WORLD)
     request, counters = LoadRequest("optim"), Counters()
-    options = ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
+    options = ReadOptions(concurrency=3, load_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
     layout = TOPOLOGIES[topology](size).rank(rank)
     with closing(open_storage(path, storage_options)) as storage:
         catalog, values = open_for_all(storage, agreement, request, options, counters)
-        job = LoadJob(catalog, layout, request, torch.device("cpu"), options)
+        job = LoadJob(catalog, layout, request, torch.device("cpu"), options, messages=messages or MessageLimits())
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     with loaded.handle("in_process", exclusive=True).open() as shard:
         compared = 0
@@ -132,17 +131,13 @@ def test_several_nodes_read_each_byte_once_together(
 
 
 @pytest.mark.parametrize("topology", ["columns", "replicas", "whole"])
-def test_small_messages_and_many_of_them(
-    ranks: RankPool, saved: str, topology: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_messages_and_many_of_them(ranks: RankPool, saved: str, topology: str) -> None:
     results = ranks.run(4, load_with_small_messages, saved, topology)
     assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
 def load_with_small_messages(path: str, topology: str) -> dict[str, int]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "MESSAGE_BYTES", 4096)
-        return load(path, topology, "cooperative", ["a", "b", "c", "d"])
+    return load(path, topology, "cooperative", ["a", "b", "c", "d"], messages=MessageLimits(message_bytes=4096))
 
 
 def load_damaged(path: str, nodes: list[str | None]) -> str:
@@ -189,65 +184,14 @@ def test_an_arena_that_is_gone_is_named(ranks: RankPool, saved: str) -> None:
     assert all("the arena of rank 1 (process" in message for message in messages)
 
 
-def drop_from_page_cache(path: str) -> None:
-    for file in Path(path).glob("*.distcp"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-@pytest.mark.parametrize("nodes", [[None], ["a", "b"]], ids=["one node", "two nodes"])
-def test_auto_leaves_alone_what_the_page_cache_has(ranks: RankPool, saved: str, nodes: list[str | None]) -> None:
-    for file in Path(saved).glob("*.distcp"):
-        file.read_bytes()
-    results = ranks.run(2, load, saved, "whole", "auto", nodes)
-    assert [result["shared"] for result in results] == [0, 0]
-
-
-def test_auto_lets_nodes_read_a_disk_for_each_other(ranks: RankPool, saved: str) -> None:
-    """Within a node the page cache gives to all what one has read; another node would ask the disk again."""
-    drop_from_page_cache(saved)
-    results = ranks.run(2, load, saved, "whole", "auto", ["a", "b"])
-    assert [result["shared"] for result in results] == [1, 1]
-    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
-
-
-@pytest.mark.parametrize(
-    ("options", "is_shared"),
-    [
-        ({}, 0),
-        ({"page_cache": "read_ahead"}, 0),
-        ({"page_cache": "drop"}, 1),
-        ({"direct_io": True}, 1),
-        ({"direct_io": "auto"}, 1),  # these files are too short to decide: nothing is known of what others will find
-    ],
-    ids=str,
-)
-def test_auto_knows_what_the_page_cache_gives_to_others(
-    ranks: RankPool, saved: str, options: dict[str, Any], is_shared: int
+@pytest.mark.parametrize(("nodes", "is_cooperative"), [([None], 0), (["a", "b"], 1)], ids=["one node", "two nodes"])
+def test_auto_reads_files_directly_on_one_node_and_cooperatively_on_several(
+    ranks: RankPool, saved: str, nodes: list[str | None], is_cooperative: int
 ) -> None:
-    """Replicas on one node: past the page cache each byte would leave the disk twice."""
-    drop_from_page_cache(saved)
-    results = ranks.run(2, load, saved, "replicas", "auto", [None], options)
-    assert [result["shared"] for result in results] == [is_shared] * 2
-    if is_shared:
+    results = ranks.run(2, load, saved, "whole", "auto", nodes)
+    assert [result["shared"] for result in results] == [is_cooperative] * 2
+    if is_cooperative:
         assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
-
-
-def load_by_a_sample(path: str, topology: str) -> dict[str, Any]:
-    """On each rank, whose plan is too large to be worked out before it is known whether that is worth it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_sample, "_MOST_WHOLE", 8)
-        patch.setattr(plan_sample, "_READS", 8)
-        return load(path, topology, "auto", ["a", "b"])
-
-
-def test_auto_decides_by_a_part_of_a_large_plan(ranks: RankPool, saved: str) -> None:
-    drop_from_page_cache(saved)
-    results = ranks.run(2, load_by_a_sample, saved, "whole")
-    assert [result["shared"] for result in results] == [1, 1]
-    assert total(results, "read") <= 1.02 * UNIQUE_BYTES + 64 * 1024
 
 
 @pytest.mark.parametrize("topology", ["columns", "replicas"])

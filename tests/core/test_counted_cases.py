@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cases import CASES, Case
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
-from shardferry.read.execute import Counters, ReadOptions, Strategy
 from shardferry.region import Region
+from shardferry.stats import Counters
 from shardferry.storage.base import open_storage
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.models import STATES, save_fsdp2
@@ -57,7 +57,7 @@ def unique_bytes(shapes: Shapes) -> int:
 
 def load(url: str, layout: RankLayout, shapes: Shapes, strategy: Strategy, agreement: Agreement) -> LoadedShard:
     """Load and compare."""
-    options = ReadOptions(timeout_s=60, strategy=strategy, node="one")
+    options = ReadOptions(load_s=60, strategy=strategy, node="one")
     request, counters = LoadRequest("optim"), Counters()
     with closing(open_storage(url)) as storage:
         catalog, values = open_for_all(storage, agreement, request, options, counters)

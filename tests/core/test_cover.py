@@ -49,14 +49,16 @@ def one_row(size: int, ranks: int, rank: int) -> TensorLayout:
 def test_exact_plans(size: int, saved: int, ranks: int, rank: int, reads: list[tuple[int, ...]]) -> None:
     chunks = rows(*range(0, size + 1, size // saved))
     plan = plan_of((size,), chunks, one_row(size, ranks, rank))
-    found = [(item.chunk, item.source.offsets[0], item.offset, item.source.sizes[0]) for item in plan.reads]
+    found = [
+        (item.chunk, item.copy.source.offsets[0], item.copy.offset, item.copy.source.sizes[0]) for item in plan.reads
+    ]
     assert found == reads
 
 
 @pytest.mark.conformance(2)
 def test_a_box_over_two_chunks() -> None:
     plan = plan_of((16,), rows(0, 8, 16), flat_slice((16,), start=4, stop=11))
-    assert [(item.chunk, item.source, item.offset) for item in plan.reads] == [
+    assert [(item.chunk, item.copy.source, item.copy.offset) for item in plan.reads] == [
         (0, Region((4,), (4,)), 0),
         (1, Region((0,), (3,)), 4),
     ]
@@ -140,10 +142,10 @@ def simulate(plan: LoadPlan, shape: tuple[int, ...], saved: list[Region]) -> np.
     for item in plan.reads:
         chunk = saved[item.chunk]
         content = whole[tuple(map(slice, chunk.offsets, chunk.ends))]
-        for index in product(*map(range, item.source.sizes)):
-            place = item.offset + sum(i * s for i, s in zip(index, item.strides, strict=True))
+        for index in product(*map(range, item.copy.source.sizes)):
+            place = item.copy.offset + sum(i * s for i, s in zip(index, item.copy.strides, strict=True))
             assert memory[place] == -1, "filled twice"
-            memory[place] = content[tuple(o + i for o, i in zip(item.source.offsets, index, strict=True))]
+            memory[place] = content[tuple(o + i for o, i in zip(item.copy.source.offsets, index, strict=True))]
     return memory
 
 

@@ -14,7 +14,8 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from torch.utils.serialization import config
 
 from shardferry.errors import DecodeError
-from shardferry.read.zip_header import MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head
+from shardferry.read.items import decode_object
+from shardferry.read.zip_header import MAX_HEADER_BYTES, HeaderTooShort, ItemLayout, parse_header
 
 DTYPES = [
     torch.float64,
@@ -63,7 +64,7 @@ def gathered(item: bytes, layout: ItemLayout) -> bytes:
 def test_each_dtype(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[1, 1, 2], [4, 8, 16]], dtype=torch.float32).to(dtype)
     item = item_of(tensor)
-    layout = parse_head(item[:1024])
+    layout = parse_header(item[:1024])
     assert (layout.dtype, layout.shape, layout.strides, layout.storage_offset) == (dtype, (2, 3), (3, 1), 0)
     assert gathered(item, layout) == raw_bytes(tensor)
 
@@ -83,7 +84,7 @@ def test_each_dtype(dtype: torch.dtype) -> None:
 )
 def test_each_stride(tensor: torch.Tensor) -> None:
     item = item_of(tensor)
-    layout = parse_head(item)
+    layout = parse_header(item)
     assert (layout.shape, layout.strides) == (tuple(tensor.shape), tensor.stride())
     assert layout.storage_offset == tensor.storage_offset()
     assert gathered(item, layout) == raw_bytes(tensor)
@@ -91,10 +92,10 @@ def test_each_stride(tensor: torch.Tensor) -> None:
 
 def test_a_scalar_and_an_empty_tensor() -> None:
     item = item_of(torch.tensor(2.5))
-    layout = parse_head(item)
+    layout = parse_header(item)
     assert (layout.shape, layout.strides) == ((), ())
     assert item[layout.byte_position(()) :][:4] == raw_bytes(torch.tensor([2.5]))
-    empty = parse_head(item_of(torch.zeros(0, 3)))
+    empty = parse_header(item_of(torch.zeros(0, 3)))
     assert (empty.shape, empty.dtype) == ((0, 3), torch.float32)
 
 
@@ -111,7 +112,7 @@ def test_the_start_of_the_data_is_what_the_zip_says(num_bytes: int) -> None:
     config.save.storage_alignment = num_bytes
     tensor = torch.arange(10.0)
     item = item_of(tensor)
-    layout = parse_head(item)
+    layout = parse_header(item)
     assert layout.raw_start == item.index(raw_bytes(tensor))
     assert layout.raw_start % num_bytes == 0
 
@@ -147,7 +148,7 @@ def test_an_item_longer_than_a_zip_of_32_bits_can_say() -> None:
     tensor[:3] = torch.tensor([1.0, 2.0, 4.0])
     torch.save(tensor, file)
     assert file.num_bytes > 2**32
-    layout = parse_head(bytes(file.head[:1024]))
+    layout = parse_header(bytes(file.head[:1024]))
     assert (layout.shape, layout.strides) == ((2**30 + 5,), (1,))
     assert layout.byte_position((2**30 + 4,)) == layout.raw_start + 2**32 + 16
     assert file.head[layout.raw_start :][:12] == raw_bytes(tensor[:3])
@@ -155,12 +156,12 @@ def test_an_item_longer_than_a_zip_of_32_bits_can_say() -> None:
 
 def test_a_head_that_is_cut_asks_for_more() -> None:
     item = item_of(torch.arange(10.0))
-    layout, named = parse_head(item), item.index(b"archive/data/0") + len(b"archive/data/0")
+    layout, named = parse_header(item), item.index(b"archive/data/0") + len(b"archive/data/0")
     for length in range(named):
-        with pytest.raises(HeadTooShort):
-            parse_head(item[:length])
+        with pytest.raises(HeaderTooShort):
+            parse_header(item[:length])
     for length in range(named, layout.raw_start):
-        assert parse_head(item[:length]) == layout
+        assert parse_header(item[:length]) == layout
 
 
 @pytest.mark.parametrize(
@@ -173,10 +174,10 @@ def test_a_head_that_is_cut_asks_for_more() -> None:
 )
 def test_values_that_are_not_those_of_the_bytes(view: torch.Tensor, says: str | None) -> None:
     if says is None:
-        assert gathered(item_of(view), parse_head(item_of(view))) == raw_bytes(view)
+        assert gathered(item_of(view), parse_header(item_of(view))) == raw_bytes(view)
         return
     with pytest.raises(DecodeError, match=says):
-        parse_head(item_of(view).ljust(MAX_HEAD_BYTES, b"\0"))
+        parse_header(item_of(view).ljust(MAX_HEADER_BYTES, b"\0"))
 
 
 class _Custom:
@@ -197,31 +198,31 @@ class _Custom:
 )
 def test_items_of_something_else(value: Any, says: str) -> None:
     with pytest.raises(DecodeError, match=says):
-        parse_head(item_of(value).ljust(MAX_HEAD_BYTES, b"\0"))
+        parse_header(item_of(value).ljust(MAX_HEADER_BYTES, b"\0"))
 
 
 def test_damaged_heads() -> None:
     item = item_of(torch.arange(10.0))
     with pytest.raises(DecodeError, match=r"no zip record at byte 0 of the item \(found b'PK\\x03\\x05'\)"):
-        parse_head(item.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+        parse_header(item.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
     with pytest.raises(DecodeError, match="saved on a b'gittle'-endian machine, this one is little-endian"):
-        parse_head(item.replace(b"little", b"gittle", 1))
+        parse_header(item.replace(b"little", b"gittle", 1))
     with pytest.raises(DecodeError, match=r"compressed \(method 8\)"):
-        parse_head(item[:8] + b"\x08\x00" + item[10:])
+        parse_header(item[:8] + b"\x08\x00" + item[10:])
     noise = random.Random(0)
     for _ in range(200):
         with pytest.raises(DecodeError, match="no zip record at byte 0"):
-            parse_head(noise.randbytes(1024))
+            parse_header(noise.randbytes(1024))
 
 
 def test_any_damaged_byte_is_an_answer_or_an_error_of_ours() -> None:
     item, noise, refused = bytearray(item_of(torch.arange(10.0))), random.Random(1), 0
-    for position in range(parse_head(bytes(item)).raw_start):
+    for position in range(parse_header(bytes(item)).raw_start):
         damaged = bytearray(item)
         damaged[position] ^= noise.randrange(1, 256)
         try:
-            assert isinstance(parse_head(bytes(damaged)), ItemLayout)
-        except (DecodeError, HeadTooShort):
+            assert isinstance(parse_header(bytes(damaged)), ItemLayout)
+        except (DecodeError, HeaderTooShort):
             refused += 1
     assert refused > 50
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard as TorchShard
 
 from shardferry.arena import HostArena
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import HandoffError
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import Payload, Shard, ShardHandle
@@ -30,7 +30,6 @@ from shardferry.layout.mesh import Shard as ShardOf
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan.planner import ALIGNMENT
-from shardferry.read.execute import ReadOptions
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
@@ -53,7 +52,7 @@ def load(path: Path, world_rank: int = 1, world_size: int = 4, *, stays_here: bo
     layout = SpecLayout(
         Mesh((("dp", world_size),)), (Rule("thirty.*", {"dp": ShardOf(1)}),), default={"dp": ShardOf(0)}
     )
-    rank, options = layout.rank(world_rank), ReadOptions(4)
+    rank, options = layout.rank(world_rank), ReadOptions(concurrency=4)
     job = LoadJob(
         open_checkpoint(path), rank, LoadRequest("optim"), torch.device("cpu"), options, stays_here=stays_here
     )

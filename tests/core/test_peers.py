@@ -39,14 +39,13 @@ def test_block_reaches_another_arena(block: np.ndarray, place_shape: tuple[int, 
     offset = 3 * place.itemsize  # of the block in its tensor, which begins behind another one
     tensors = np.array([64, 4096], dtype=np.int64)
     arena = HostArena(4096 + offset + place.nbytes, num_places=len(tensors))
-    other = HostArena(64, num_places=len(tensors))
     arena.directory[:] = tensors
     before = np.full(arena.nbytes, 7, dtype=np.uint8)
     arena.tensor(0, (arena.nbytes,), torch.uint8).numpy()[...] = before
     expected = before.copy()
     np.ndarray(block.shape, np.uint32, expected.data, 4096 + offset, place.strides)[...] = block
 
-    with PeerArenas(0, other, {1: ArenaAddress.of(arena)}) as peers:
+    with PeerArenas({1: ArenaAddress.of(arena)}) as peers:
         peers.put(1, 1, offset, block, place.strides)
 
     np.testing.assert_array_equal(arena.tensor(0, (arena.nbytes,), torch.uint8).numpy(), expected)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.large import TransformerSize, synthetic_catalog, tp_fsdp
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import Rule, SpecLayout
@@ -21,10 +21,9 @@ from shardferry.plan import demand
 from shardferry.plan import planner as plan
 from shardferry.plan import rank_layouts as wants
 from shardferry.plan import split as slabs
-from shardferry.plan.cooperative import share_reads
+from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.planner import check_cover, covering_chunks, plan_load
-from shardferry.plan.rank_layouts import SpecWants
-from shardferry.plan.split import SlabLimits
+from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.region import Region
 from tests.support.simulation import simulate
 
@@ -54,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(plan, "_covering_rows")
     count(layout, "single_box")
-    count(slabs, "_delivery_of")
+    count(slabs, "copies_out_of")
     count(wants, "MeshBoxes")
     count(demand, "MeshBoxes")
     return counts
@@ -93,8 +92,10 @@ def test_sharing_looks_at_those_who_want_the_same_chunks_alone(calls: Counter[st
         spec = SpecLayout(Mesh((("dp_replicate", 2), ("dp_shard", shards))), (), {"dp_shard": Shard(0)})
         mine = plan_load(catalog, spec.rank(5), REQUEST)
         calls.clear()
-        share_reads(mine, catalog, SpecWants(spec, range(spec.world_size)), slabs=SlabLimits(1 << 20))
-        counts.append((calls["_delivery_of"], calls["MeshBoxes"]))
+        assign_reads(
+            mine, catalog, LayoutsFromSpec(spec, range(spec.world_size)), limits=SplitLimits(max_part_bytes=1 << 20)
+        )
+        counts.append((calls["copies_out_of"], calls["MeshBoxes"]))
     assert counts[0] == counts[1] == (2 * 5 + 1, 6), "five kinds of matrices and vectors, and the steps"
 
 
@@ -138,14 +139,14 @@ _PRINT_PLAN = """
 import sys
 from benchmarks.large import synthetic_catalog
 from shardferry.plan.planner import plan_load
-from shardferry.plan.cooperative import share_reads
-from shardferry.plan.split import SlabLimits
-from shardferry.plan.rank_layouts import SpecWants
+from shardferry.plan.cooperative import assign_reads
+from shardferry.config import SplitLimits
+from shardferry.plan.rank_layouts import LayoutsFromSpec
 from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
 catalog, spec = synthetic_catalog(SMALL, SAVED), wanted(2, 4, tp=2)
 plan = plan_load(catalog, spec.rank(5), REQUEST)
 print(plan)
-print(share_reads(plan, catalog, SpecWants(spec, range(16)), slabs=SlabLimits(1 << 20), islands={r: str(r // 4) for r in range(16)}))
+print(assign_reads(plan, catalog, LayoutsFromSpec(spec, range(16)), limits=SplitLimits(max_part_bytes=1 << 20), memory_groups={r: str(r // 4) for r in range(16)}))
 """
 
 

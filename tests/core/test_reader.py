@@ -13,12 +13,13 @@ from torch.distributed.checkpoint import FileSystemWriter
 from shardferry.arena import HostArena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import DecodeError, StorageError
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.planner import LoadPlan, plan_load
-from shardferry.read.execute import Counters, ReadOptions, read_plan
+from shardferry.read.execute import read_plan
+from shardferry.stats import Counters
 from shardferry.storage import LocalReader
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, edit_metadata
@@ -105,7 +106,7 @@ def test_many_small_tensors(tmp_path: Path, dim: int, concurrency: int, num_file
     catalog, compared = open_checkpoint(path), 0
     for rank in range(2):
         plan, storage = plan_of(catalog, world_rank=rank, world_size=2, dim=dim), RecordingReader(path)
-        arena, counters = read(plan, catalog, storage, ReadOptions(concurrency))
+        arena, counters = read(plan, catalog, storage, ReadOptions(concurrency=concurrency))
         compared += check(plan, arena)
         assert sorted(storage.opened) == sorted(catalog.files)
         assert len(catalog.files) == num_files
@@ -119,7 +120,7 @@ def test_only_the_wanted_rows_are_asked_for(tmp_path: Path, concurrency: int) ->
     path = save(tmp_path / "ckpt", {f"w{number}": (512, 512) for number in range(8)})
     catalog = open_checkpoint(path)
     plan, storage = plan_of(catalog, world_rank=1, world_size=4), RecordingReader(path)
-    arena, counters = read(plan, catalog, storage, ReadOptions(concurrency))
+    arena, counters = read(plan, catalog, storage, ReadOptions(concurrency=concurrency))
     assert check(plan, arena) * 4 == plan.bytes_needed == 8 * 128 * 512 * 4
     asked = sum(nbytes for _, _, nbytes in storage.reads)
     assert plan.bytes_needed < asked == counters.bytes_requested <= 1.05 * plan.bytes_needed
@@ -142,7 +143,7 @@ def test_ranks_start_at_different_files(tmp_path: Path) -> None:
     catalog, first = open_checkpoint(path), []
     for rank in range(4):
         storage = RecordingReader(path)
-        read(plan_of(catalog, world_rank=rank, world_size=4), catalog, storage, ReadOptions(1))
+        read(plan_of(catalog, world_rank=rank, world_size=4), catalog, storage, ReadOptions(concurrency=1))
         first.append(storage.reads[0][0])
     assert first == sorted(catalog.files)
 
@@ -174,4 +175,4 @@ def test_a_storage_that_does_not_answer(tmp_path: Path, released: threading.Even
     # The error comes when the reads that are under way have ended: their memory is the arena's.
     threading.Timer(0.5, released.set).start()
     with pytest.raises(StorageError, match=r"\d+ of \d+ reads are not done within timeouts\.load_s"):
-        read(plan_of(catalog), catalog, StuckReader(path, released), ReadOptions(concurrency, timeout_s=0.1))
+        read(plan_of(catalog), catalog, StuckReader(path, released), ReadOptions(concurrency=concurrency, load_s=0.1))

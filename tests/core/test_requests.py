@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack
-from unittest import mock
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,19 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardferry.read import requests
-from shardferry.read.coalesce import JoinLimits
-from shardferry.read.requests import Gather, InPlaceRead, Request, brings_head, requests_for
+from shardferry.config import ReadLimits, ReadOptions
+from shardferry.read.requests import ContiguousRead, Request, StridedRead, is_one_with_header, requests_for
 from shardferry.read.zip_header import ItemLayout
-from shardferry.region import Region, row_major_strides
-from shardferry.storage import runs
+from shardferry.region import BoxCopy, Region, row_major_strides
 from shardferry.storage.traits import LOCAL_FILES
 
 RAW_START = 24
 ITEMSIZE = 2
 UNTOUCHED = 0xEE
-LEAST_GAP = 3  # bytes
-LOCAL = JoinLimits.of(LOCAL_FILES, max_gap_bytes=None, max_request_bytes=None)
+FREE_GAP = 3  # bytes
+LOCAL = LOCAL_FILES.read_limits(ReadOptions())
 
 
 def layout_of(shape: tuple[int, ...], order: tuple[int, ...], storage_offset: int) -> ItemLayout:
@@ -47,72 +44,57 @@ def wanted_boxes(draw: st.DrawFn) -> tuple[ItemLayout, Region, tuple[int, ...], 
     return layout, Region(offsets, sizes), row_major_strides(local), ITEMSIZE * draw(st.integers(0, 3))
 
 
-def carry_out(request: Request, item: np.ndarray, arena: np.ndarray) -> None:
+def carry_out(request: Request, item: np.ndarray, arena: np.ndarray, arena_offset: int) -> None:
     """Do what the request says, element by element; a byte of the arena is written once at most."""
-    if isinstance(request, InPlaceRead):
-        place = slice(request.arena_offset, request.arena_offset + request.nbytes)
+    if isinstance(request, ContiguousRead):
+        place = slice(arena_offset + request.offset, arena_offset + request.offset + request.wanted_bytes)
         assert (arena[place] == UNTOUCHED).all()
-        arena[place] = item[request.byte_offset : request.byte_offset + request.nbytes]
+        arena[place] = item[request.start : request.stop]
         return
     for index in itertools.product(*map(range, request.sizes)):
-        source = request.window_start + ITEMSIZE * sum(
-            i * s for i, s in zip(index, request.source_strides, strict=True)
-        )
-        target = request.arena_offset + ITEMSIZE * sum(i * s for i, s in zip(index, request.strides, strict=True))
-        assert source + ITEMSIZE <= request.window_stop
+        source = request.start + ITEMSIZE * sum(i * s for i, s in zip(index, request.source_strides, strict=True))
+        target = ITEMSIZE * sum(i * s for i, s in zip(index, request.strides, strict=True))
+        target += arena_offset + request.offset
+        assert source + ITEMSIZE <= request.stop
         assert (arena[target : target + ITEMSIZE] == UNTOUCHED).all()
         arena[target : target + ITEMSIZE] = item[source : source + ITEMSIZE]
 
 
-def any_limits() -> st.SearchStrategy[JoinLimits]:
+def any_limits() -> st.SearchStrategy[ReadLimits]:
     return st.builds(
-        JoinLimits,
+        ReadLimits,
         max_gap_bytes=st.sampled_from([0, 4, 64 * 1024]),
         max_over_read=st.sampled_from([0.0, 0.3, 2.0, 1e9]),
         max_request_bytes=st.sampled_from([4, 10, 32, 8 * 1024 * 1024]),
         max_item_bytes=st.just(0),
         maps_files=st.booleans(),
+        free_gap_bytes=st.just(FREE_GAP),
+        long_run_bytes=st.sampled_from([2, 6, 16, 64 * 1024]),
     )
 
 
-def requests_of(
-    layout: ItemLayout, box: Region, limits: JoinLimits, *, arena_offset: int, strides: tuple[int, ...], long_run: int
-) -> list[Request]:
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(requests, "LONG_RUN", long_run))
-        patches.enter_context(mock.patch.object(runs, "_LEAST_GAP", LEAST_GAP))
-        return requests_for(
-            layout,
-            source_offsets=box.offsets,
-            sizes=box.sizes,
-            arena_offset=arena_offset,
-            strides=strides,
-            limits=limits,
-        )
-
-
-def check_limits(request: Request, limits: JoinLimits) -> None:
+def check_limits(request: Request, limits: ReadLimits) -> None:
     """Of one request; by brute force over the bytes that it wants."""
-    if isinstance(request, InPlaceRead):
-        assert request.nbytes <= limits.max_request_bytes
+    if isinstance(request, ContiguousRead):
+        assert request.wanted_bytes <= limits.max_request_bytes
         return
-    asked = request.window_stop - request.window_start
-    assert asked <= limits.max_request_bytes
+    window_bytes = request.stop - request.start
+    assert window_bytes <= limits.max_request_bytes
     wanted: set[int] = set()
     for index in itertools.product(*map(range, request.sizes)):
         start = ITEMSIZE * sum(i * s for i, s in zip(index, request.source_strides, strict=True))
         wanted.update(range(start, start + ITEMSIZE))
-    assert (min(wanted), max(wanted)) == (0, asked - 1)
-    if limits.maps_files:  # what is between isn't read
+    assert (min(wanted), max(wanted)) == (0, window_bytes - 1)
+    if limits.maps_files:  # the gaps are not fetched
         return
     gaps = [after - before - 1 for before, after in itertools.pairwise(sorted(wanted))]
     assert max(gaps, default=0) <= limits.max_gap_bytes
-    assert sum(gap for gap in gaps if gap >= LEAST_GAP) <= limits.max_over_read * len(wanted)
+    assert sum(gap for gap in gaps if gap >= FREE_GAP) <= limits.max_over_read * len(wanted)
 
 
-@given(wanted_boxes(), st.sampled_from([2, 6, 16, 64 * 1024]), any_limits())
+@given(wanted_boxes(), any_limits())
 def test_each_wanted_byte_goes_once_to_its_place(
-    wanted: tuple[ItemLayout, Region, tuple[int, ...], int], long_run: int, limits: JoinLimits
+    wanted: tuple[ItemLayout, Region, tuple[int, ...], int], limits: ReadLimits
 ) -> None:
     layout, box, strides, arena_offset = wanted
     item = np.arange(RAW_START + ITEMSIZE * (3 + 5**4), dtype=np.uint16).view(np.uint8)[: RAW_START + ITEMSIZE * 628]
@@ -124,47 +106,54 @@ def test_each_wanted_byte_goes_once_to_its_place(
         target = arena_offset + ITEMSIZE * sum(i * s for i, s in zip(index, strides, strict=True))
         expected[target : target + ITEMSIZE] = item[source : source + ITEMSIZE]
 
-    found = requests_of(layout, box, limits, arena_offset=arena_offset, strides=strides, long_run=long_run)
+    found = requests_for(layout, BoxCopy(box, 0, strides), limits)
+    assert [one.start for one in found] == sorted(one.start for one in found)
     for request in found:
-        carry_out(request, item, arena)
+        carry_out(request, item, arena, arena_offset)
         check_limits(request, limits)
 
     assert (arena == expected).all()
-    assert sum(request.nbytes for request in found) == box.numel * ITEMSIZE
+    assert sum(request.wanted_bytes for request in found) == box.numel * ITEMSIZE
 
 
-@pytest.mark.parametrize("long_run", [2, 64 * 1024])
-def test_rows_of_a_row_major_item_are_one_request(long_run: int) -> None:
+@pytest.mark.parametrize("long_run_bytes", [2, 64 * 1024])
+def test_rows_of_a_row_major_item_are_one_request(long_run_bytes: int) -> None:
     layout = layout_of((8, 6), (0, 1), 0)
-    box = Region((2, 0), (4, 6))
-    found = requests_of(layout, box, LOCAL, arena_offset=10, strides=(6, 1), long_run=long_run)
-    assert found == [InPlaceRead(RAW_START + 2 * 6 * ITEMSIZE, 10, 4 * 6 * ITEMSIZE)]
+    copy = BoxCopy(Region((2, 0), (4, 6)), 0, (6, 1))
+    start = RAW_START + 2 * 6 * ITEMSIZE
+    found = requests_for(layout, copy, replace(LOCAL, long_run_bytes=long_run_bytes))
+    assert found == [ContiguousRead(start, start + 4 * 6 * ITEMSIZE, 0)]
 
 
 def test_an_empty_box_asks_for_nothing() -> None:
     layout = layout_of((4, 6), (0, 1), 0)
-    empty = Region((0, 0), (4, 0))
-    assert requests_of(layout, empty, LOCAL, arena_offset=0, strides=(0, 1), long_run=2) == []
+    assert requests_for(layout, BoxCopy(Region((0, 0), (4, 0)), 0, (0, 1)), LOCAL) == []
 
 
-HEAD = 700
-REMOTE = JoinLimits(
-    max_gap_bytes=8_000, max_over_read=0.5, max_request_bytes=100_000, max_item_bytes=0, maps_files=False
-)
+HEADER = 700
+REMOTE = ReadLimits(max_gap_bytes=8_000, max_over_read=0.5, max_request_bytes=100_000, max_item_bytes=0)
+
+
+def contiguous(start: int, nbytes: int) -> ContiguousRead:
+    return ContiguousRead(start, start + nbytes, 0)
+
+
+def strided(nbytes: int) -> StridedRead:
+    return StridedRead(HEADER, HEADER + nbytes, 0, (9, 9), (20, 1), (9, 1), 4)
 
 
 @pytest.mark.parametrize(
-    ("first", "brings"),
+    ("first", "is_one"),
     [
-        pytest.param(InPlaceRead(HEAD, 0, 50_000), True, id="data that follows its head"),
-        pytest.param(InPlaceRead(HEAD, 0, 99_400), False, id="together longer than a request may be"),
-        pytest.param(InPlaceRead(HEAD + 4_000, 0, 10), True, id="a gap that costs nothing"),
-        pytest.param(InPlaceRead(HEAD + 5_000, 0, 9_999), False, id="more than half as much in vain"),
-        pytest.param(InPlaceRead(HEAD + 5_000, 0, 10_000), True, id="half as much in vain"),
-        pytest.param(InPlaceRead(HEAD + 8_001, 0, 50_000), False, id="too wide a gap"),
-        pytest.param(Gather(HEAD, HEAD + 90_000, (9, 9), (20, 1), 0, (9, 1), 4), True, id="a window"),
-        pytest.param(Gather(HEAD, HEAD + 99_400, (9, 9), (20, 1), 0, (9, 1), 4), False, id="a long window"),
+        pytest.param(contiguous(HEADER, 50_000), True, id="data that follows its header"),
+        pytest.param(contiguous(HEADER, 99_400), False, id="together longer than a request may be"),
+        pytest.param(contiguous(HEADER + 4_000, 10), True, id="a free gap"),
+        pytest.param(contiguous(HEADER + 5_000, 9_999), False, id="more than half as much over-read"),
+        pytest.param(contiguous(HEADER + 5_000, 10_000), True, id="half as much over-read"),
+        pytest.param(contiguous(HEADER + 8_001, 50_000), False, id="too wide a gap"),
+        pytest.param(strided(90_000), True, id="a window"),
+        pytest.param(strided(99_400), False, id="a long window"),
     ],
 )
-def test_when_a_head_comes_with_its_data(first: Request, brings: bool) -> None:
-    assert brings_head(first, HEAD, REMOTE) == brings
+def test_when_a_header_comes_with_its_data(first: Request, is_one: bool) -> None:
+    assert is_one_with_header(first, HEADER, REMOTE) == is_one

@@ -21,24 +21,24 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from shardferry.checkpoint.open import open_checkpoint, storage_of
 from shardferry.checkpoint.optimizer_index import index_optimizer
 from shardferry.checkpoint.safetensors import parse_header
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import CatalogError, PlanError, StorageError
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.mesh import Shard as Cut
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.planner import plan_load
-from shardferry.plan.predict import predict_reads
-from shardferry.read.coalesce import JoinLimits
-from shardferry.read.execute import Counters, read_object
+from shardferry.read.execute import read_objects
+from shardferry.read.schedule import requests_of_plan
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
+from shardferry.stats import Counters
 from shardferry.storage.traits import LOCAL_FILES
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor, random_bits
 from tests.support.ranks import RankPool
 
-APART = JoinLimits.of(LOCAL_FILES, max_gap_bytes=0, max_request_bytes=None)  # nothing is joined
+APART = LOCAL_FILES.read_limits(ReadOptions(max_gap=0))  # nothing is coalesced
 
 SHAPES = {"rows.weight": (10, 6), "columns.weight": (7, 9), "vector.bias": (5,)}
 CUTS = {"rows.weight": 0, "columns.weight": 1, "vector.bias": 0}
@@ -87,7 +87,7 @@ def test_an_optimizer_is_found_by_its_keys(ranks: RankPool, tmp_path: Path) -> N
     catalog = open_checkpoint(path)
     assert set(index_optimizer(catalog, "optim").state) == set(SHAPES)
     plan = plan_load(catalog, SpecLayout(Mesh((("dp", 2),)), default={"dp": Cut(0)}).rank(1), LoadRequest("optim"))
-    assert plan.bytes_needed == (5 * 6 + 3 * 9 + 2) * 4 == predict_reads(plan, catalog, APART)[0]
+    assert plan.bytes_needed == (5 * 6 + 3 * 9 + 2) * 4 == requests_of_plan(plan, catalog, APART)[0]
 
 
 def test_consolidated_output_and_its_shards(ranks: RankPool, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_one_file_an_item(tmp_path: Path) -> None:
     catalog = open_checkpoint(tmp_path / "ckpt")
     assert torch.equal(load_whole(catalog)["weight"], full_tensor("weight", "exp_avg", (6, 4)))
     storage = storage_of(catalog)
-    assert read_object(catalog, "epoch", storage, Counters()) == 3
+    assert read_objects(["epoch"], catalog, storage, ReadOptions(), Counters())["epoch"] == 3
     storage.close()
 
 

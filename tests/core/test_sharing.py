@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -11,18 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions, SplitLimits
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Mesh, Replicate, Shard
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, sharded
-from shardferry.plan import split as slabs
-from shardferry.plan.cooperative import Islands, SharedPlan, share_reads
+from shardferry.plan.cooperative import CooperativePlan, MemoryGroups, assign_reads
 from shardferry.plan.planner import LoadPlan, plan_load
-from shardferry.plan.rank_layouts import SpecWants, ToldWants, told
-from shardferry.plan.split import Delivery, SlabLimits
-from shardferry.read.coalesce import JoinLimits
-from shardferry.region import Region
+from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, layouts_to_send
+from shardferry.plan.split import RankCopy
+from shardferry.region import BoxCopy, Region
 from shardferry.storage.traits import OBJECT_STORE
 from tests.core.test_cover import expected, grids, layouts, shapes
 from tests.support.catalogs import catalog_of
@@ -34,26 +33,26 @@ def shared_plans(
     shape: tuple[int, ...],
     saved: list[Region],
     wanted: list[TensorLayout],
-    slabs: SlabLimits,
-    islands: Islands | None = None,
+    limits: SplitLimits,
+    groups: MemoryGroups | None = None,
     num_tensors: int = 1,
-) -> list[tuple[LoadPlan, SharedPlan]]:
+) -> list[tuple[LoadPlan, CooperativePlan]]:
     """Of each rank: of some tensors of one shape, saved and wanted alike, one behind the other in their files."""
     names = [f"w{number:03}" for number in range(num_tensors)]
     catalog = catalog_of(dict.fromkeys(names, (shape, saved)))
     live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
-    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
-    return [(plan, share_reads(plan, catalog, wants, slabs=slabs, islands=islands)) for plan in plans]
+    wants = ExchangedLayouts({rank: layouts_to_send(plan) for rank, plan in enumerate(plans)})
+    return [(plan, assign_reads(plan, catalog, wants, limits=limits, memory_groups=groups)) for plan in plans]
 
 
 class Cluster:
     """The memory of all ranks, how often each element left storage, and what went between islands."""
 
     def __init__(
-        self, shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], islands: Islands
+        self, shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], groups: MemoryGroups
     ) -> None:
-        self._islands = islands
+        self._groups = groups
         self.forwarded: dict[tuple[int, int], list[tuple[int, Region]]] = {}  # chunk and box, by reader and relay
         self._saved = saved
         self._whole = np.arange(math.prod(shape)).reshape(shape)
@@ -68,50 +67,50 @@ class Cluster:
     def take(self, chunk: int, box: Region) -> None:
         self.taken[self.content(chunk, box).ravel()] += 1
 
-    def put(self, rank: int, chunk: int, box: Region, offset: int, strides: tuple[int, ...]) -> None:
-        content = self.content(chunk, box)
-        for index in product(*map(range, box.sizes)):
-            place = offset + sum(i * s for i, s in zip(index, strides, strict=True))
+    def put(self, rank: int, chunk: int, copy: BoxCopy) -> None:
+        content = self.content(chunk, copy.source)
+        for index in product(*map(range, copy.source.sizes)):
+            place = copy.offset + sum(i * s for i, s in zip(index, copy.strides, strict=True))
             assert self.memory[rank][place] == -1, "filled twice"
             self.memory[rank][place] = content[index]
 
-    def read(self, plan: LoadPlan, shared: SharedPlan) -> None:
+    def read(self, plan: LoadPlan, shared: CooperativePlan) -> None:
         for item in shared.own:
-            self.take(item.chunk, item.source)
-            self.put(plan.world_rank, item.chunk, item.source, item.offset, item.strides)
-        for read in shared.shared:
+            self.take(item.chunk, item.copy.source)
+            self.put(plan.world_rank, item.chunk, item.copy)
+        for read in shared.reads:
             self.take(read.chunk, read.region)
-            self.deliver(plan.world_rank, read.chunk, read.deliveries, read.region)
+            self.deliver(plan.world_rank, read.chunk, read.copies, read.region)
             for forward in read.forwards:
                 sent = self.forwarded.setdefault((plan.world_rank, forward.relay), [])
                 assert forward.index == len(sent)
-                assert self._islands[forward.relay] != self._islands[plan.world_rank]
+                assert self._groups[forward.relay] != self._groups[plan.world_rank]
                 sent.append((read.chunk, forward.box))
 
-    def relay(self, plan: LoadPlan, shared: SharedPlan) -> None:
-        for reader, boxes in shared.relayed.items():
+    def relay(self, plan: LoadPlan, shared: CooperativePlan) -> None:
+        for reader, boxes in shared.forwarded.items():
             sent = self.forwarded.pop((reader, plan.world_rank))
-            assert [box for _, box in sent] == [relayed.box for relayed in boxes]
-            for (chunk, box), relayed in zip(sent, boxes, strict=True):
-                self.deliver(plan.world_rank, chunk, relayed.deliveries, box)
+            assert [box for _, box in sent] == [forwarded.box for forwarded in boxes]
+            for (chunk, box), forwarded in zip(sent, boxes, strict=True):
+                self.deliver(plan.world_rank, chunk, forwarded.copies, box)
 
-    def deliver(self, by: int, chunk: int, deliveries: Iterable[Delivery], region: Region) -> None:
-        for delivery in deliveries:
-            assert self._islands[delivery.world_rank] == self._islands[by], "written into another island's memory"
-            assert delivery.source.intersect(region) == delivery.source, "not in what was read"
-            self.put(delivery.world_rank, chunk, delivery.source, delivery.offset, delivery.strides)
+    def deliver(self, by: int, chunk: int, copies: Iterable[RankCopy], region: Region) -> None:
+        for one in copies:
+            assert self._groups[one.world_rank] == self._groups[by], "written into another group's memory"
+            assert one.copy.source.intersect(region) == one.copy.source, "outside of what was read"
+            self.put(one.world_rank, chunk, one.copy)
 
 
 @st.composite
-def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[TensorLayout], SlabLimits]:
+def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[TensorLayout], SplitLimits]:
     shape = draw(shapes())
     wanted = draw(st.lists(layouts(shape), min_size=1, max_size=4))
     return (
         shape,
         draw(grids(shape)),
         wanted,
-        SlabLimits(
-            max_bytes=draw(st.sampled_from([4, 16, 64, 1 << 20])),
+        SplitLimits(
+            max_part_bytes=draw(st.sampled_from([4, 16, 64, 1 << 20])),
             window_bytes=draw(st.sampled_from([0, 16, 128, 1 << 20])),
         ),
     )
@@ -120,19 +119,17 @@ def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[Ten
 @settings(deadline=None, max_examples=400)
 @given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]), st.integers(1, 4))
 def test_every_wanted_element_arrives_once(
-    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SlabLimits],
-    least_part: int,
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SplitLimits],
+    min_part: int,
     long_run: int,
-    num_islands: int,
+    num_groups: int,
 ) -> None:
     shape, saved, wanted, limits = load
-    islands = {rank: f"island {rank % num_islands}" for rank in range(len(wanted))}
-    with pytest.MonkeyPatch.context() as patch:  # small tensors must reach every branch
-        patch.setattr(slabs, "_LEAST_PART", least_part)
-        patch.setattr(slabs, "_LONG_RUN", long_run)
-        plans = shared_plans(shape, saved, wanted, limits, islands)
-        assert plans == shared_plans(shape, saved, wanted, limits, islands), "plans are deterministic"
-    cluster = Cluster(shape, saved, wanted, islands)
+    groups = {rank: f"group {rank % num_groups}" for rank in range(len(wanted))}
+    limits = replace(limits, min_part_bytes=min_part, long_run_bytes=long_run)  # small tensors must reach every branch
+    plans = shared_plans(shape, saved, wanted, limits, groups)
+    assert plans == shared_plans(shape, saved, wanted, limits, groups), "plans are deterministic"
+    cluster = Cluster(shape, saved, wanted, groups)
     for plan, shared in plans:
         cluster.read(plan, shared)
     for plan, shared in plans:
@@ -154,57 +151,57 @@ def split(ranks: int, dim: int) -> list[TensorLayout]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_rows_to_columns_reads_each_byte_once_and_evenly(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slabs, "_LEAST_PART", 256)
-    plans = shared_plans((64, 64), rows(64, 4), split(ranks, 1), SlabLimits(1 << 20))
-    read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
+def test_rows_to_columns_reads_each_byte_once_and_evenly(ranks: int) -> None:
+    limits = SplitLimits(max_part_bytes=1 << 20, min_part_bytes=256)
+    plans = shared_plans((64, 64), rows(64, 4), split(ranks, 1), limits)
+    read = [sum(r.region.numel for r in s.reads) + sum(i.copy.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64
     assert max(read) == min(read)
 
 
 def test_rows_that_stay_rows_are_read_by_their_own_ranks() -> None:
     """No rank reads for another, and the plan's reads are as they were."""
-    for plan, shared in shared_plans((64, 64), rows(64, 4), split(3, 0), SlabLimits(1 << 20)):
-        assert shared.shared == ()
+    for plan, shared in shared_plans((64, 64), rows(64, 4), split(3, 0), SplitLimits(max_part_bytes=1 << 20)):
+        assert shared.reads == ()
         assert shared.own == plan.reads
         assert shared.bytes_sent == shared.bytes_received == 0
 
 
 def test_replicas_are_read_once() -> None:
     wanted = [sharded((64, 64), [AxisCut(2, r // 2, Replicate()), AxisCut(2, r % 2, Shard(0))]) for r in range(4)]
-    plans = shared_plans((64, 64), rows(64, 4), wanted, SlabLimits(1 << 20))
-    read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
+    plans = shared_plans((64, 64), rows(64, 4), wanted, SplitLimits(max_part_bytes=1 << 20))
+    read = [sum(r.region.numel for r in s.reads) + sum(i.copy.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64
     assert sum(s.bytes_sent for _, s in plans) == 64 * 64 * 4
 
 
-WINDOWS = SlabLimits(1 << 20, window_bytes=1 << 16)
+WINDOWS = SplitLimits(max_part_bytes=1 << 20, window_bytes=1 << 16)
 
 
 def many_tensors(
-    wanted: list[TensorLayout], slabs: SlabLimits, islands: Islands | None = None
-) -> list[tuple[LoadPlan, SharedPlan]]:
+    wanted: list[TensorLayout], limits: SplitLimits, groups: MemoryGroups | None = None
+) -> list[tuple[LoadPlan, CooperativePlan]]:
     """Of 64 tensors of 64 x 64, saved by 4 ranks, one chunk of each in a file."""
-    return shared_plans((64, 64), rows(64, 4), wanted, slabs, islands, num_tensors=64)
+    return shared_plans((64, 64), rows(64, 4), wanted, limits, groups, num_tensors=64)
 
 
-def stretches(shared: SharedPlan) -> int:
+def stretches(shared: CooperativePlan) -> int:
     """Of chunks side by side in their files that one rank reads, each as far as all of its ranks want it."""
-    chunks = sorted({(read.chunk % 4, read.chunk // 4) for read in (*shared.own, *shared.shared)})
+    chunks = sorted({(read.chunk % 4, read.chunk // 4) for read in (*shared.own, *shared.reads)})
     return 1 + sum(here != (before[0], before[1] + 1) for before, here in pairwise(chunks))
 
 
 @pytest.mark.parametrize("ranks", [3, 6, 8])
 def test_uneven_rows_that_lie_side_by_side_have_one_reader(ranks: int) -> None:
     plans = many_tensors(split(ranks, 0), WINDOWS)
-    wanted = [sum(item.source.numel for item in plan.reads) for plan, _ in plans]
-    read = [sum(r.numel for r in s.shared) + sum(i.source.numel for i in s.own) for _, s in plans]
+    wanted = [sum(item.copy.source.numel for item in plan.reads) for plan, _ in plans]
+    read = [sum(r.region.numel for r in s.reads) + sum(i.copy.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64 * 64
     for mine, its in zip(read, wanted, strict=True):
         assert mine == pytest.approx(its, rel=0.35), "about as much as it wants, in windows of a fifth of a file"
     num_windows = 4 * -(-64 * (4 * 16 * 64 + 1024) // WINDOWS.window_bytes)
     assert sum(stretches(shared) for _, shared in plans) <= num_windows + 4
-    alone = many_tensors(split(ranks, 0), SlabLimits(1 << 20))
+    alone = many_tensors(split(ranks, 0), SplitLimits(max_part_bytes=1 << 20))
     assert sum(len(shared.own) for _, shared in alone) >= 64 * ranks, "each its own part of each chunk"
 
 
@@ -212,14 +209,14 @@ def test_what_one_island_wants_is_not_read_on_another() -> None:
     islands = {0: "a", 1: "a", 2: "b", 3: "b", 4: "c", 5: "c"}
     plans = many_tensors(split(6, 0), WINDOWS, islands)
     assert sum(s.bytes_forwarded for _, s in plans) == 0
-    assert any(s.shared for _, s in plans)
+    assert any(s.reads for _, s in plans)
 
 
 def wide_plans(
     shape: tuple[int, ...], saved: list[Region], wanted: list[TensorLayout], num_tensors: int = 1
-) -> list[tuple[LoadPlan, SharedPlan]]:
+) -> list[tuple[LoadPlan, CooperativePlan]]:
     """Of large tensors in an object store; nothing is read."""
-    limits = SlabLimits.of(OBJECT_STORE, JoinLimits.of(OBJECT_STORE, max_gap_bytes=None, max_request_bytes=None))
+    limits = OBJECT_STORE.split_limits(OBJECT_STORE.read_limits(ReadOptions()))
     return shared_plans(shape, saved, wanted, limits, num_tensors=num_tensors)
 
 
@@ -228,8 +225,8 @@ def one_box(shape: tuple[int, ...], region: Region) -> TensorLayout:
     return TensorLayout(shape, region.sizes, (Box(region, Region.whole(region.sizes)),))
 
 
-def elements_read(shared: SharedPlan) -> int:
-    return sum(read.numel for read in shared.shared) + sum(item.source.numel for item in shared.own)
+def elements_read(shared: CooperativePlan) -> int:
+    return sum(read.region.numel for read in shared.reads) + sum(item.copy.source.numel for item in shared.own)
 
 
 def test_a_long_run_that_one_rank_alone_wants_stays_with_it() -> None:
@@ -238,7 +235,7 @@ def test_a_long_run_that_one_rank_alone_wants_stays_with_it() -> None:
     wanted = [one_box(shape, Region((0, 0), (960, 1024))), one_box(shape, Region((960, 0), (64, 1024)))]
     for plan, shared in wide_plans(shape, [Region.whole(shape)], wanted):
         assert shared.own == plan.reads
-        assert not shared.shared
+        assert not shared.reads
 
 
 def test_columns_that_nobody_wants_are_no_reason_to_read_rows_whole() -> None:
@@ -278,21 +275,21 @@ def test_slabs_of_a_window_have_one_reader_whatever_their_rows() -> None:
         for rank in range(2)
     ]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
-    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    wants = ExchangedLayouts({rank: layouts_to_send(plan) for rank, plan in enumerate(plans)})
     for plan in plans:
-        shared = share_reads(plan, catalog, wants, slabs=WINDOWS)
-        read = {catalog.chunk_byte_offset[one.chunk] // WINDOWS.window_bytes for one in shared.shared}
+        shared = assign_reads(plan, catalog, wants, limits=WINDOWS)
+        read = {catalog.chunk_byte_offset[one.chunk] // WINDOWS.window_bytes for one in shared.reads}
         num_here = sum(offset // WINDOWS.window_bytes in read for offset in catalog.chunk_byte_offset.tolist())
-        assert len(shared.shared) == num_here, "all of a window, or nothing of it"
+        assert len(shared.reads) == num_here, "all of a window, or nothing of it"
 
 
 def test_what_is_wanted_by_nobody_between_two_ranks_is_not_read() -> None:
     wanted = [sharded((64, 64), [AxisCut(8, rank, Shard(0))]) for rank in (0, 2)]  # rows 0 to 7 and 16 to 23
     whole = catalog_of({"w": ((64, 64), [Region((0, 0), (64, 64))])})
     plans = [plan_load(whole, LiveLayout(rank, 2, {"w": layout}), REQUEST) for rank, layout in enumerate(wanted)]
-    wants = ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    wants = ExchangedLayouts({rank: layouts_to_send(plan) for rank, plan in enumerate(plans)})
     for plan in plans:
-        assert share_reads(plan, whole, wants, slabs=WINDOWS).own == plan.reads
+        assert assign_reads(plan, whole, wants, limits=WINDOWS).own == plan.reads
 
 
 def test_a_spec_tells_what_ranks_would_tell() -> None:
@@ -300,18 +297,21 @@ def test_a_spec_tells_what_ranks_would_tell() -> None:
     spec = SpecLayout(mesh, (Rule("a", {"shards": Shard(1)}),), {"shards": Shard(0)})
     catalog = catalog_of({"a": ((64, 64), rows(64, 4)), "b": ((64, 64), rows(64, 4))})
     plans = [plan_load(catalog, spec.rank(rank), REQUEST) for rank in range(4)]
-    by_spec, by_word = SpecWants(spec, range(4)), ToldWants({rank: told(plan) for rank, plan in enumerate(plans)})
+    by_spec, exchanged = (
+        LayoutsFromSpec(spec, range(4)),
+        ExchangedLayouts({rank: layouts_to_send(plan) for rank, plan in enumerate(plans)}),
+    )
     for plan in plans:
         for tensor in plan.tensors:
             for region in rows(64, 4):
-                assert by_spec.of(tensor, region) == by_word.of(tensor, region)
+                assert by_spec.holders(tensor, region) == exchanged.holders(tensor, region)
 
 
 def test_between_islands_a_replica_travels_once() -> None:
     """4 copies on 2 islands: half of the bytes are read on each, and each half goes to the other island once."""
     wanted = [sharded((64, 64), [AxisCut(4, rank, Replicate())]) for rank in range(4)]
     islands = {0: "a", 1: "a", 2: "b", 3: "b"}
-    plans = shared_plans((64, 64), rows(64, 4), wanted, SlabLimits(1 << 20), islands)
+    plans = shared_plans((64, 64), rows(64, 4), wanted, SplitLimits(max_part_bytes=1 << 20), islands)
     itemsize = plans[0][0].tensors[0].dtype.itemsize
     assert sum(s.bytes_forwarded for _, s in plans) == 64 * 64 * itemsize
     assert sum(s.bytes_sent for _, s in plans) == 3 * 64 * 64 * itemsize

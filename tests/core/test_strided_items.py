@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.read.execute import ReadOptions
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 

@@ -12,15 +12,16 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 from shardferry.checkpoint.item_format import TransformedItem
 from shardferry.checkpoint.open import open_checkpoint, storage_of
+from shardferry.config import ReadOptions
 from shardferry.errors import DecodeError
 from shardferry.layout.tensor_layout import single_box
 from shardferry.plan.planner import plan_tensors
-from shardferry.plan.predict import predict_reads
-from shardferry.read.coalesce import JoinLimits
-from shardferry.read.execute import Counters, read_object
+from shardferry.read.execute import read_objects
+from shardferry.read.schedule import requests_of_plan
 from shardferry.read.transforms import ZSTANDARD
 from shardferry.read.verify import verified_bytes, verify_checkpoint
 from shardferry.region import Region
+from shardferry.stats import Counters
 from shardferry.storage.traits import LOCAL_FILES
 from tests.support import damage
 from tests.support.alone import save_alone
@@ -29,7 +30,7 @@ from tests.support.oracle import full_tensor
 
 pytestmark = pytest.mark.conformance(15)
 
-LIMITS = JoinLimits.of(LOCAL_FILES, max_gap_bytes=None, max_request_bytes=None)
+LIMITS = LOCAL_FILES.read_limits(ReadOptions())
 
 TENSORS = {
     "matrix": full_tensor("matrix", "exp_avg", (64, 48)),
@@ -61,7 +62,8 @@ def test_every_tensor_and_object(saved: Path) -> None:
         assert bits(found[f"state.{name}"]) == bits(tensor), name
     storage = storage_of(catalog)
     objects = {
-        key.removeprefix("param_groups."): read_object(catalog, key, storage, Counters()) for key in catalog.objects
+        key.removeprefix("param_groups."): read_objects([key], catalog, storage, ReadOptions(), Counters())[key]
+        for key in catalog.objects
     }
     storage.close()
     assert objects == OBJECTS
@@ -86,7 +88,9 @@ def test_an_item_is_read_once_however_many_boxes_of_it_are_wanted(tmp_path: Path
     )
     # Boxes of one tensor are tensors of their own here, and its chunk is still one.
     assert (
-        (counters.bytes_requested, counters.num_requests) == (sum(lengths), 3) == predict_reads(plan, catalog, LIMITS)
+        (counters.bytes_requested, counters.num_requests)
+        == (sum(lengths), 3)
+        == requests_of_plan(plan, catalog, LIMITS)
     )
 
 

@@ -9,13 +9,12 @@ import torch
 
 from shardferry.arena import DeviceArena, allocate_arena
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.config import LoadRequest
+from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.errors import ArenaError
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank
-from shardferry.read.execute import ReadOptions, Strategy
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
@@ -74,7 +73,7 @@ def test_ranks_with_arenas_on_gpus_read_for_each_other(checkpoint: Path, ranks: 
 def load_replicas(path: str, strategy: Strategy) -> int:
     """Bytes that went to the other rank."""
     spec = SpecLayout(Mesh((("copies", 2),)))
-    options = ReadOptions(concurrency=4, timeout_s=60, strategy=strategy)
+    options = ReadOptions(concurrency=4, load_s=60, strategy=strategy)
     rank = torch.distributed.get_rank()
     device = torch.device("cuda", 0)
     job = LoadJob(open_checkpoint(path), spec.rank(rank), LoadRequest("optim"), device, options)

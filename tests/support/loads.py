@@ -9,10 +9,12 @@ import torch
 from shardferry.arena import HostArena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import storage_of
+from shardferry.config import ReadOptions
 from shardferry.layout.tensor_layout import TensorLayout, single_box
 from shardferry.plan.planner import plan_tensors
-from shardferry.read.execute import Counters, ReadOptions, read_plan
+from shardferry.read.execute import read_plan
 from shardferry.region import Region
+from shardferry.stats import Counters
 from shardferry.storage import RangeReader
 
 
@@ -27,7 +29,7 @@ def load_layouts(
     plan, counters = plan_tensors(catalog, wanted, world_rank=0, world_size=1), Counters()
     arena, opened = HostArena(plan.arena_bytes), storage or storage_of(catalog)
     try:
-        read_plan(plan, catalog, opened, arena, ReadOptions(concurrency), counters)
+        read_plan(plan, catalog, opened, arena, ReadOptions(concurrency=concurrency), counters)
     finally:
         opened.close()
     assert counters.bytes_done == plan.bytes_needed

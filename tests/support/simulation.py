@@ -27,9 +27,9 @@ def simulate(plan: LoadPlan, catalog: Catalog, whole: Callable[[PlannedTensor], 
     for item in plan.reads:
         tensor, memory = plan.tensors[item.tensor], memories[item.tensor]
         chunk = whole(tensor)[_slices(catalog.region(catalog.tensors[tensor.key], item.chunk))]
-        strides = [stride * memory.itemsize for stride in item.strides]
-        as_strided(memory[item.offset :], item.source.sizes, strides)[...] = chunk[_slices(item.source)]
-        arrived[item.tensor] += item.source.numel
+        strides = [stride * memory.itemsize for stride in item.copy.strides]
+        as_strided(memory[item.copy.offset :], item.copy.source.sizes, strides)[...] = chunk[_slices(item.copy.source)]
+        arrived[item.tensor] += item.copy.source.numel
     for tensor, memory, count in zip(plan.tensors, memories, arrived, strict=True):
         assert np.count_nonzero(memory != NOTHING) == count, f"{tensor.key}: filled twice"
     return memories

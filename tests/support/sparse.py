@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardferry.read.zip_header import parse_head
+from shardferry.read.zip_header import parse_header
 
 
 def write_sparse_checkpoint(path: Path, *, num_tensors: int, rows: int, columns: int) -> None:
@@ -24,7 +24,7 @@ def write_sparse_checkpoint(path: Path, *, num_tensors: int, rows: int, columns:
     buffer = io.BytesIO()
     torch.save(torch.zeros(rows, columns), buffer)
     item = buffer.getvalue()
-    raw_start = parse_head(item[:4096]).raw_start
+    raw_start = parse_header(item[:4096]).raw_start
     raw_stop = raw_start + rows * columns * 4
     shape, origin = torch.Size((rows, columns)), torch.Size((0, 0))
     tensors, storage, paths = {}, {}, {}

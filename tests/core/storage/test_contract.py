@@ -16,10 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.read.buffers import Budget
-from shardferry.read.source import Counters, StorageSource
 from shardferry.storage import RangeReader, RemoteReader, RetryingReader, open_storage
-from shardferry.storage.runs import Runs
 from tests.support.range_server import served
 from tests.support.s3_server import BUCKET, S3Server
 
@@ -113,6 +110,11 @@ def read(storage: RangeReader, path: str, start: int, stop: int) -> bytes:
     return bytes(buffer)
 
 
+def fetch(storage: RangeReader, path: str, start: int, stop: int) -> bytes:
+    """As the read engine does: through a mapping where the storage has one."""
+    return bytes(storage.mapped(path, start, stop)) if storage.traits.maps_files else read(storage, path, start, stop)
+
+
 def test_the_listing_is_of_the_files_in_order(storage: RangeReader) -> None:
     if not storage.traits.has_listing:
         with pytest.raises(StorageError, match=r"http://.*: a web server doesn't list its files"):
@@ -155,37 +157,11 @@ def test_ranges(storage: RangeReader, start: int, stop: int) -> None:
     assert read(storage, BIG, start, stop) == FILES[BIG][start:stop]
 
 
-@pytest.mark.parametrize(
-    "runs",
-    [
-        pytest.param(Runs(100, 8, (50,), (64,)), id="near runs"),
-        pytest.param(Runs(3, 16, (3,), (70_000,)), id="far runs"),
-        pytest.param(Runs(0, 4, (2, 5), (100_000, 40)), id="near runs in far groups"),
-        pytest.param(Runs(299_000, 1_000, (), ()), id="one run"),
-    ],
-)
-def test_windows(storage: RangeReader, runs: Runs) -> None:
-    source, counters, _ = source_of(storage)
-    with source.window(BIG, runs) as view:
-        storage.close()
-        assert len(view) == runs.stop - runs.start
-        assert view == FILES[BIG][runs.start : runs.stop]
-    assert counters.num_requests == 1
-    assert counters.bytes_requested == (runs.nbytes if storage.traits.maps_files else len(view))
-
-
-def source_of(storage: RangeReader) -> tuple[StorageSource, Counters, Budget]:
-    counters, budget = Counters(), Budget(1 << 20, timeout_s=10)
-    return StorageSource(storage, counters, budget), counters, budget
-
-
 @pytest.mark.parametrize("sizes", [(5, 20), (0, 100, 0, 7), (1,) * 9, (4_096, 200_000, 1)], ids=str)
 def test_several_buffers_are_one_request(storage: RangeReader, sizes: tuple[int, ...]) -> None:
-    source, counters, _ = source_of(storage)
     buffers = [bytearray(size) for size in sizes]
-    source.read_into(BIG, 1_001, *map(memoryview, buffers))
+    storage.read_into(BIG, 1_001, *map(memoryview, buffers))
     assert b"".join(buffers) == FILES[BIG][1_001 : 1_001 + sum(sizes)]
-    assert (counters.num_requests, counters.bytes_requested) == (1, sum(sizes))
 
 
 def test_files_are_mapped_or_not(storage: RangeReader) -> None:
@@ -200,9 +176,8 @@ def test_files_are_mapped_or_not(storage: RangeReader) -> None:
 def test_a_file_that_ends_too_soon(storage: RangeReader, start: int, stop: int) -> None:
     with pytest.raises(StorageError, match=rf"__1_0\.distcp.*{start}.*{stop}"):
         read(storage, "__1_0.distcp", start, stop)
-    window = source_of(storage)[0].window("__1_0.distcp", Runs(start, 1, (stop - start,), (1,)))
-    with pytest.raises(StorageError, match=rf"__1_0\.distcp.* bytes {start} to {stop}"), window:
-        pass
+    with pytest.raises(StorageError, match=rf"__1_0\.distcp.* bytes {start} to {stop}"):
+        fetch(storage, "__1_0.distcp", start, stop)
 
 
 def test_a_file_that_is_not_there(storage: RangeReader) -> None:
@@ -211,8 +186,8 @@ def test_a_file_that_is_not_there(storage: RangeReader) -> None:
         storage.size("__7_0.distcp")
     with pytest.raises(StorageError, match=says):
         read(storage, "__7_0.distcp", 0, 4)
-    with pytest.raises(StorageError, match=says), source_of(storage)[0].window("__7_0.distcp", Runs(0, 4, (), ())):
-        pass
+    with pytest.raises(StorageError, match=says):
+        fetch(storage, "__7_0.distcp", 0, 4)
 
 
 def test_a_directory_that_is_not_there(place: Place) -> None:
@@ -235,8 +210,8 @@ def test_a_file_that_is_written_again(place: Place) -> None:
         says = r"__0_0\.distcp: its version is .*it was written again since"
         with pytest.raises(StorageError, match=says):
             read(before, BIG, 5, 10)
-        with pytest.raises(StorageError, match=says), source_of(before)[0].window(BIG, Runs(0, 4, (2,), (9,))):
-            pass
+        with pytest.raises(StorageError, match=says):
+            fetch(before, BIG, 0, 13)
     else:
         assert before.location.startswith("memory://") or place.options == {"client": "fsspec"}
     before.close()
