@@ -143,31 +143,37 @@ class Executor:
         return ()
 
     def _open(self, task: OpenItems) -> Sequence[ReadTask]:
-        with self._buffers.buffer(task.stop - task.start) as data:
-            self._storage.read_into(task.path, task.start, data)
-            if task.stop >= task.reads[-1].item.byte_stop:
+        if task.has_whole_items:
+            with self._buffers.buffer(task.stop - task.start) as data:
+                self._storage.read_into(task.path, task.start, data)
                 for read in task.reads:
                     item = read.item
                     content = data[item.byte_offset - task.start : item.byte_stop - task.start]
                     self._copy_all(read, content, self._layouts.layout(item, content))
-                self._counters.add_completed(sum(read.wanted_bytes for read in task.reads))
-                return ()
-            (read,) = task.reads
-            layout = self._layout(read.item, data)
-            left: list[ReadTask] = []
-            for one in data_reads(read, layout, self._requests):
-                if one.stop > len(data):
-                    left.append(one)
-                else:
-                    self._copy(one, data)
-                    self._counters.add_completed(one.wanted_bytes)
-            return left
+            self._counters.add_completed(sum(read.wanted_bytes for read in task.reads))
+            return ()
+        (read,) = task.reads
+        num_bytes = max(task.stop - task.start, min(self._layouts.header_bytes, read.item.byte_length))
+        with self._buffers.buffer(num_bytes) as data:
+            self._storage.read_into(task.path, task.start, data)
+            return self._copy_opened(read, data)
+
+    def _copy_opened(self, read: ItemRead, data: memoryview) -> Sequence[ReadTask]:
+        """Copy what an item's first bytes hold; returns the reads of the rest."""
+        layout, left = self._layout(read.item, data), []
+        for one in data_reads(read, layout, self._requests):
+            if one.stop > len(data):
+                left.append(one)
+            else:
+                self._copy(one, data)
+                self._counters.add_completed(one.wanted_bytes)
+        return left
 
     def _layout(self, item: TensorItem, content: memoryview) -> ItemLayout:
         try:
             return self._layouts.layout(item, content)
         except HeaderTooShort:
-            return read_layout(item, self._storage, self._layouts, first_bytes=2 * len(content))
+            return read_layout(item, self._storage, self._layouts, known_bytes=len(content))
 
     def _read_whole(self, read: ItemRead) -> None:
         """An item that is transformed as a whole: decode it, then copy."""

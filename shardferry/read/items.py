@@ -129,6 +129,9 @@ class ItemLayouts:
     """
 
     def __init__(self) -> None:
+        self.header_bytes = (
+            HEADER_BYTES  # that hold every header so far: a writer that aligns records widely does so always
+        )
         self._parsed: dict[bytes, ItemLayout] = {}
         self._raw: dict[tuple[torch.dtype, tuple[int, ...]], ItemLayout] = {}
         self._header_lengths: tuple[int, ...] = ()
@@ -173,22 +176,23 @@ class ItemLayouts:
                 header = bytes(content[: 2 * len(header)])
             except DecodeError as error:
                 raise item.damaged(str(error)) from error
+        self.header_bytes = max(self.header_bytes, len(header))
         layout = self._parsed.setdefault(header[: layout.raw_start], layout)
         if layout.raw_start not in self._header_lengths:
             self._header_lengths = (*self._header_lengths, layout.raw_start)
         return layout
 
 
-def read_layout(item: TensorItem, storage: ByteReader, layouts: ItemLayouts, *, first_bytes: int) -> ItemLayout:
+def read_layout(item: TensorItem, storage: ByteReader, layouts: ItemLayouts, *, known_bytes: int = 0) -> ItemLayout:
     """Read an item's header, however long it is, and parse it.
 
     Args:
-        first_bytes: to read at first; twice as many each time that the header goes on.
+        known_bytes: that are known not to hold the whole header.
 
     Raises:
         StorageError, DecodeError: the item is short or damaged.
     """
-    num_bytes = first_bytes
+    num_bytes = max(2 * known_bytes, layouts.header_bytes)
     while True:
         header = read_item(item, storage, min(num_bytes, item.byte_length))
         try:

@@ -79,6 +79,11 @@ class OpenItems:
     stop: int  # bytes, exclusive
     reads: tuple[ItemRead, ...]
 
+    @property
+    def has_whole_items(self) -> bool:
+        """Whether the request fetches its items whole."""
+        return self.stop >= self.reads[-1].item.byte_stop
+
 
 @dataclass(frozen=True, slots=True)
 class ReadData:
@@ -262,8 +267,7 @@ def _opening_bytes(read: ItemRead, requests: RequestCache) -> int:
             (one.requests[0] for one in data_reads(read, layout, requests)), key=lambda r: r.start, default=None
         )
         if first is not None and is_one_with_header(first, layout.raw_start, limits):
-            return first.stop
-        return layout.raw_start
+            return max(first.stop, HEADER_BYTES)
     return min(HEADER_BYTES, item.byte_length)
 
 
@@ -309,14 +313,10 @@ def _with_following(tasks: Iterable[ReadTask], requests: RequestCache) -> Iterat
     layouts: dict[ItemLayout, ItemLayout] = {}  # one object for equal layouts
     for task in tasks:
         yield task
-        if isinstance(task, OpenItems) and not _has_whole_items(task):
+        if isinstance(task, OpenItems) and not task.has_whole_items:
             (read,) = task.reads
             layout = assumed_layout(read.item)
             yield from following(read, layouts.setdefault(layout, layout), task.stop - task.start, requests)
-
-
-def _has_whole_items(task: OpenItems) -> bool:
-    return task.stop >= task.reads[-1].item.byte_stop
 
 
 def following(read: ItemRead, layout: ItemLayout, num_bytes: int, requests: RequestCache) -> list[ReadData]:

@@ -13,7 +13,6 @@ from shardferry.checkpoint.item_format import KnownValue, RawItem
 from shardferry.errors import DecodeError, StorageError
 from shardferry.plan.planner import find_problems
 from shardferry.read.items import ItemLayouts, StoredItem, TensorItem, decoded, items_of, read_item, read_layout
-from shardferry.read.zip_header import HEADER_BYTES
 from shardferry.storage.base import RangeReader
 
 _COPY_BYTES = 1024 * 1024  # of an item at a time, for its checksum
@@ -100,7 +99,7 @@ def _check(item: StoredItem, storage: RangeReader) -> None:
         _check_sums(item, io.BytesIO(content))
         return
     if isinstance(item, TensorItem):
-        read_layout(item, storage, ItemLayouts(), first_bytes=HEADER_BYTES)
+        read_layout(item, storage, ItemLayouts())
     file = io.BufferedReader(_ItemFile(storage, item), _COPY_BYTES)
     if isinstance(item.format, RawItem):  # no checksum to hold it against; that it can be read is what can be said
         while file.read(_COPY_BYTES):

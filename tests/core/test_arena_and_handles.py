@@ -54,12 +54,13 @@ def test_memory_lives_as_long_as_a_tensor_uses_it() -> None:
 
 
 def test_an_arena_for_its_own_process_alone_is_no_file() -> None:
-    arena = HostArena(512, num_places=3)
-    number = Path(f"/proc/self/fd/{arena.descriptor}")
-    assert NAME in str(number.readlink())
-    arena.keep_to_itself()
+    shared = HostArena(512, num_places=3)
+    assert NAME in str(Path(f"/proc/self/fd/{shared.descriptor}").readlink())
+    assert shared.is_shareable
+    descriptors = set(Path("/proc/self/fd").iterdir())
+    arena = HostArena.private(512)
     assert not arena.is_shareable
-    assert not number.exists()
+    assert set(Path("/proc/self/fd").iterdir()) <= descriptors
     tensor = arena.tensor(256, SHAPE, torch.float32)
     assert not tensor.any()
     tensor.copy_(CONTENT)

@@ -190,7 +190,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_how_to_read_in_the_cores_terms() -> None:
-    read = {"memory_budget": "20MiB", "concurrency": 12, "max_over_read": 0.5, "max_gap": "1KiB", "max_request": "2MiB"}
+    read = {"memory_budget": "20MiB", "concurrency": 12, "max_gap": "1KiB", "max_request": "2MiB"}
     options = StageConfig.model_validate({"read": read}).read.options(10.0)
-    assert (options.concurrency, options.memory_budget_bytes, options.timeout_s) == (12, 20 << 20, 10.0)
-    assert (options.max_over_read, options.max_gap_bytes, options.max_request_bytes) == (0.5, 1024, 2 << 20)
+    assert (options.concurrency, options.memory_budget, options.load_s) == (12, 20 << 20, 10.0)
+    assert (options.max_gap, options.max_request, options.max_attempts) == (1024, 2 << 20, 5)
