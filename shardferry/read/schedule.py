@@ -267,7 +267,7 @@ def _opening_bytes(read: ItemRead, requests: RequestCache) -> int:
             (one.requests[0] for one in data_reads(read, layout, requests)), key=lambda r: r.start, default=None
         )
         if first is not None and is_one_with_header(first, layout.raw_start, limits):
-            return max(first.stop, HEADER_BYTES)
+            return min(max(first.stop, HEADER_BYTES), item.byte_length)
     return min(HEADER_BYTES, item.byte_length)
 
 
