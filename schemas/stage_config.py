@@ -19,10 +19,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from torch.distributed.tensor import Placement
 
 from shardferry.config import DtypePolicy, KeyPolicy, LoadRequest, Selection, can_convert
 from shardferry.errors import LayoutError, SpecError
-from shardferry.layout.mesh import Mesh, Placement, parse_placement
+from shardferry.layout.mesh import Mesh, parse_placement
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 from shardferry.read.execute import ReadOptions
 
@@ -139,7 +140,7 @@ class TopologySpec(Spec):
         return self
 
     def layout(self) -> SpecLayout:
-        """The same in the core's terms. Raises ValueError: an unknown axis, or text that is no placement."""
+        """The same in the core's terms. Raises ValueError: an unknown axis, or text that is not a placement."""
         rules = [
             Rule(rule.match, _placements(rule.placements, f"rules[{index}]"), rule.state)
             for index, rule in enumerate(self.rules)

@@ -15,8 +15,9 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.peer_memory import ArenaAddress
 from shardferry.handoff.handle import node_identity
-from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import RankLayout, TensorLayout
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import SpecLayout, spec_of
+from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.cooperative import SharedPlan, share_reads
 from shardferry.plan.costs import RankCosts, Work, compare
 from shardferry.plan.plan_sample import PlanSample
@@ -82,7 +83,7 @@ class Neighbours:
     @classmethod
     def of(cls, job: Job, words: Sequence[Word], agreement: Agreement) -> Self:
         """From every rank's word."""
-        return cls(agreement.rank, words, job.layout.spec, agreement.host_group is not None)
+        return cls(agreement.rank, words, spec_of(job.layout), agreement.host_group is not None)
 
     @property
     def islands(self) -> dict[int, str]:
@@ -219,7 +220,7 @@ def word_of(
         alone_because=because,
         in_memory=asks and answers_from_memory(plan, job.catalog, storage),
         shares_reads=asks and storage.traits.shares_reads,
-        layouts=told(plan) if not because and job.layout.spec is None else None,
+        layouts=told(plan) if not because and spec_of(job.layout) is None else None,
         taken=np.packbits(np.array([*plan.state_claims.taken, *plan.weight_claims.taken], dtype=bool)).tobytes(),
     )
 
@@ -237,6 +238,6 @@ def _alone_because(job: Job, agreement: Agreement) -> str:
         return "there is no other rank"
     if job.device.type != "cpu" and agreement.host_group is None:
         return "arenas are on GPUs, and the process group carries no host memory: it has no gloo beside its NCCL"
-    if job.layout.spec is None and agreement.size > MAX_TOLD_RANKS:
+    if spec_of(job.layout) is None and agreement.size > MAX_TOLD_RANKS:
         return f"of more than {MAX_TOLD_RANKS} live models each rank knows its own alone"
     return ""

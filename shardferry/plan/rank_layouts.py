@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from torch.distributed.tensor import Placement, Replicate
 
-from shardferry.layout.mesh import Placement, Replicate
-from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
-from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import NumberedLayouts, RankLayout, TensorLayout, replicated
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
+from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.planner import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
@@ -29,9 +29,6 @@ class Wants(Protocol):
 
     def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
         """How a tensor lies on one of the ranks; None for another rank, and where it has nothing of it."""
-
-    def words(self) -> object:
-        """All that they are made of, in values that JSON takes: equal words, equal wants of equal tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +68,12 @@ class SpecWants:
             return None
         return self._layout(self._rank(world_rank), tensor)
 
-    def words(self) -> object:
-        return [self._spec.words(), self._world_ranks.tolist()]
-
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
-        kept_to = self._spec.kept_to(tensor.fqn)
+        kept_to = self._spec.holder_coordinates(tensor.fqn)
         alike = (shape, placements, tensor.section, tensor.as_parameter, kept_to)
         if alike not in self._kinds:
-            ranks = ranks_within(self._spec.mesh, self._world_ranks, kept_to)
+            ranks = ranks_at(self._spec.mesh, self._world_ranks, kept_to)
             self._kinds[alike] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
         return self._kinds[alike]
 
@@ -92,10 +86,11 @@ class SpecWants:
         """As `_layout` has them."""
         everywhere = (Replicate(),) * len(self._spec.mesh.axes)
         as_parameter = self._spec.placements(tensor.fqn)
-        assert as_parameter is not None
         if tensor.section == "model":
             return as_parameter if tensor.layout.global_shape else everywhere
-        return self._spec.placements(tensor.fqn, tensor.name) or (as_parameter if tensor.as_parameter else everywhere)
+        return self._spec.entry_placements(tensor.fqn, tensor.name) or (
+            as_parameter if tensor.as_parameter else everywhere
+        )
 
     @staticmethod
     def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:
@@ -125,15 +120,6 @@ class ToldWants:
 
     def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
         return self.by_rank.get(world_rank, {}).get(tensor.key)
-
-    def words(self) -> object:
-        keys: dict[tuple[str, ...], int] = {}  # most ranks have the same
-        layouts = NumberedLayouts()
-        told = [
-            (rank, keys.setdefault(tuple(here), len(keys)), list(map(layouts.number, here.values())))
-            for rank, here in sorted(self.by_rank.items())
-        ]
-        return [told, list(keys), layouts.words()]
 
 
 def _wants(layout: TensorLayout, region: Region) -> bool:

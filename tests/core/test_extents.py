@@ -10,12 +10,13 @@ from unittest import mock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
 
 from shardferry.arena import HostArena
 from shardferry.checkpoint.item_format import RawItem
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.planner import plan_load
 from shardferry.read.coalesce import JoinLimits, join

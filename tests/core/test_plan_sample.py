@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from torch.distributed.tensor import Shard
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest
 from shardferry.layout.live import LiveLayout
-from shardferry.layout.mesh import Shard
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh
 from shardferry.plan import plan_sample
 from shardferry.plan.cooperative import share_reads
 from shardferry.plan.costs import Work
@@ -26,7 +26,7 @@ LIMITS = JoinLimits.of(OBJECT_STORE, max_gap_bytes=None, max_request_bytes=None)
 
 
 def layout(rank: int) -> TensorLayout:
-    return sharded((96, 512), [AxisCut(RANKS, rank, Shard(0))])
+    return shard_on_mesh((96, 512), [AxisCut(RANKS, rank, Shard(0))])
 
 
 @pytest.fixture(scope="module")
