@@ -27,8 +27,8 @@ from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.receiver import Reception
+from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan.planner import LoadPlan
 from shardferry.schemas.stage_report import RankReport, Span

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch.distributed.tensor import Replicate, Shard
+
 from benchmarks.models import NUM_SMALL
-from shardferry.layout.mesh import Mesh, Replicate, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh
 
 COPIES, AXIS = "copies", "dp"
 
@@ -57,7 +59,7 @@ class Case:
         dim, (copies, ranks) = self.shard_dim(shape), self.mesh_shape
         placement = Replicate() if dim is None else Shard(dim)
         copy, rank = divmod(world_rank, ranks)
-        return sharded(shape, [AxisCut(copies, copy, Replicate()), AxisCut(ranks, rank, placement)])
+        return shard_on_mesh(shape, [AxisCut(copies, copy, Replicate()), AxisCut(ranks, rank, placement)])
 
     def spec(self) -> SpecLayout:
         """The topology as a stage's spec would say it."""

@@ -8,12 +8,13 @@ from itertools import product
 
 import numpy as np
 import torch
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedObject, SavedTensor
 from shardferry.checkpoint.item_format import ZipItem
-from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
-from shardferry.layout.tensor_layout import AxisCut, sharded
+from shardferry.layout.tensor_layout import AxisCut, shard_on_mesh
 
 ITEM_OVERHEAD = 1024  # bytes of a saved item beside its data: what torch.save's zip has, about
 OPTIMIZER_KEY = "optim"
@@ -89,7 +90,6 @@ def synthetic_catalog(
 def _chunks(spec: SpecLayout, fqn: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes that have elements, each once, and who writes them. One row a chunk."""
     placements = spec.placements(fqn)
-    assert placements is not None
     ranges = [range(1 if isinstance(p, Replicate) else n) for p, (_, n) in zip(placements, spec.mesh.axes, strict=True)]
     regions, ranks = [], []
     for coordinate in product(*ranges):
@@ -97,7 +97,7 @@ def _chunks(spec: SpecLayout, fqn: str, shape: tuple[int, ...]) -> tuple[np.ndar
         for (_, num_ranks), index in zip(spec.mesh.axes, coordinate, strict=True):
             rank = rank * num_ranks + index
         cuts = [AxisCut(n, i, p) for (_, n), i, p in zip(spec.mesh.axes, coordinate, placements, strict=True)]
-        for box in sharded(shape, cuts).boxes:
+        for box in shard_on_mesh(shape, cuts).boxes:
             regions.append((box.region.offsets, box.region.sizes))
             ranks.append(rank)
     offsets, sizes = (np.array(column, dtype=np.int64) for column in zip(*regions, strict=True))

@@ -10,12 +10,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard as ShardOf
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.checkpoint import OPTIMIZER_KEY, adamw
 from benchmarks.models import STATES, STEP, Shapes, fill_box
-from shardferry.layout.mesh import Shard as ShardOf
-from shardferry.layout.tensor_layout import AxisCut, sharded
+from shardferry.layout.tensor_layout import AxisCut, shard_on_mesh
 
 
 def save_as_many(path: str, shapes: Shapes, num_ranks: int) -> None:
@@ -51,7 +51,7 @@ def _state_dict(shapes: Shapes, rank: int, num_ranks: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (num_ranks,))
     state: dict[str, dict[str, Any]] = {}
     for fqn, shape in shapes.items():
-        region = sharded(shape, [AxisCut(num_ranks, rank, ShardOf(0))]).boxes[0].region
+        region = shard_on_mesh(shape, [AxisCut(num_ranks, rank, ShardOf(0))]).boxes[0].region
         state[fqn] = {"step": torch.tensor(STEP)}
         for name in STATES:
             local = torch.empty(region.sizes)

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from torch.distributed.tensor import Shard
+
 from benchmarks.large import LLAMA_405B, synthetic_catalog, tp_fsdp
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest, SplitLimits
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.planning import plan_report
 from shardferry.plan.cooperative import assign_reads

@@ -7,7 +7,7 @@ neighbours: what a rank wants is known of each, what it reads is then taken to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from shardferry.plan.demand import Demand
 from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.read.schedule import count_objects, requests_of_plan
+from shardferry.region import Region, first_overlap, uncovered
 from shardferry.schemas.plan_report import RankPlan
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.storage.traits import StorageTraits
@@ -133,3 +134,18 @@ def _with_objects(rank: RankPlan, bytes_needed: int, bytes_read: int, num_reques
             "num_requests": rank.num_requests + num_requests,
         }
     )
+
+
+def union_numel(regions: Iterable[Region]) -> int:
+    """The number of elements in the union of some regions of one tensor; an element in several regions counts once."""
+    boxes = sorted(set(regions))
+    if not boxes:
+        return 0
+    offsets = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), -1)
+    sizes = np.array([box.sizes for box in boxes], dtype=np.int64).reshape(len(boxes), -1)
+    if first_overlap(offsets, sizes) is None:
+        return sum(box.numel for box in boxes)
+    disjoint: list[Region] = []
+    for box in boxes:
+        disjoint += uncovered(box, disjoint)
+    return sum(box.numel for box in disjoint)

@@ -11,13 +11,13 @@ from shardferry.checkpoint.open import opened_storage
 from shardferry.checkpoint.optimizer_index import index_optimizer
 from shardferry.config import LoadRequest
 from shardferry.errors import SpecError
-from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import RankLayout
-from shardferry.pipeline.forecast import forecast, read_limits
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import SpecLayout, spec_of
+from shardferry.pipeline.forecast import forecast, read_limits, union_numel
 from shardferry.plan.demand import demand_of
 from shardferry.plan.planner import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
 from shardferry.read.execute import check_files
-from shardferry.region import Region, union_numel
+from shardferry.region import Region
 from shardferry.schemas.plan_report import Balance, PlanReport
 from shardferry.schemas.stage_config import StageConfig
 
@@ -116,7 +116,7 @@ def unique_bytes(
     Args:
         values: the saved Python values; only with its param groups is known what a live optimizer wants.
     """
-    spec = layouts[0].spec
+    spec = spec_of(layouts[0])
     if spec is not None:
         return demand_of(catalog, spec, request).unique + object_bytes(catalog, request)
     regions: dict[str, set[Region]] = defaultdict(set)

@@ -9,7 +9,7 @@ from typing import Any
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
-from shardferry.layout.tensor_layout import RankLayout
+from shardferry.layout.rank_layout import RankLayout
 from shardferry.load import read_values
 from shardferry.pipeline.planning import amplification, unique_bytes
 from shardferry.schemas.stage_config import StageConfig

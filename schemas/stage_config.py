@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from torch.distributed.tensor import Placement
 
 from shardferry.config import (
     MIN_MEMORY_BUDGET_BYTES,
@@ -31,7 +32,7 @@ from shardferry.config import (
     can_convert,
 )
 from shardferry.errors import LayoutError, SpecError
-from shardferry.layout.mesh import Mesh, Placement, parse_placement
+from shardferry.layout.mesh import Mesh, parse_placement
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
@@ -147,7 +148,7 @@ class TopologySpec(Spec):
         return self
 
     def layout(self) -> SpecLayout:
-        """The same in the core's terms. Raises ValueError: an unknown axis, or text that is no placement."""
+        """The same in the core's terms. Raises ValueError: an unknown axis, or text that is not a placement."""
         rules = [
             Rule(rule.match, _placements(rule.placements, f"rules[{index}]"), rule.state)
             for index, rule in enumerate(self.rules)

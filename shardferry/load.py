@@ -27,7 +27,8 @@ from shardferry.exchange.point_to_point import Channel, Deadline
 from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken_by_any
 from shardferry.exchange.strategy import ChosenStrategy, choose_strategy, plan_cooperation
 from shardferry.handoff.handle import InProcess, Payload, ShardHandle, SharedMemory
-from shardferry.layout.tensor_layout import RankLayout, replicated
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.tensor_layout import replicated
 from shardferry.optimizer.install import fit
 from shardferry.optimizer.live import LiveModel, live_layout
 from shardferry.plan.manifest import Manifest, StateTensor, StateValue

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import yaml
+from torch.distributed.tensor import Replicate, Shard
 
-from shardferry.layout.mesh import Replicate, Shard
 from shardferry.schemas import StageConfig
 from tests.support.commands import REPOSITORY
 

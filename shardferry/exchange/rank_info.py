@@ -12,7 +12,9 @@ from shardferry.arena import Arena, HostArena, available_host_bytes, check_host_
 from shardferry.config import ReadOptions
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.peer_memory import ArenaAddress
-from shardferry.layout.tensor_layout import RankLayout, TensorLayout
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import spec_of
+from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.planner import LoadPlan
 from shardferry.plan.rank_layouts import layouts_to_send
 
@@ -58,7 +60,7 @@ def rank_info(
         available_bytes=available_host_bytes(),
         address=ArenaAddress.of(arena) if isinstance(arena, HostArena) else None,
         direct_because=because,
-        layouts=layouts_to_send(plan) if not because and layout.spec is None else None,
+        layouts=layouts_to_send(plan) if not because and spec_of(layout) is None else None,
         taken=np.packbits(np.array([*plan.state_claims.taken, *plan.weight_claims.taken], dtype=bool)).tobytes(),
     )
 
@@ -70,7 +72,7 @@ def _direct_because(arena: Arena, layout: RankLayout, options: ReadOptions, agre
         return "there is no other rank"
     if arena.device.type != "cpu" and agreement.host_group is None:
         return "arenas are on GPUs, and the process group carries no host memory: it has no gloo beside its NCCL"
-    if layout.spec is None and agreement.size > MAX_LIVE_RANKS:
+    if spec_of(layout) is None and agreement.size > MAX_LIVE_RANKS:
         return f"with more than {MAX_LIVE_RANKS} live models, each rank knows only its own layout"
     return ""
 

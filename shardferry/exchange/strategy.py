@@ -9,7 +9,8 @@ from typing import Literal
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import SplitLimits, Strategy
 from shardferry.exchange.rank_info import RankInfo
-from shardferry.layout.tensor_layout import RankLayout
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import spec_of
 from shardferry.plan.cooperative import CooperativePlan, assign_reads
 from shardferry.plan.planner import LoadPlan
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, RankLayouts
@@ -72,8 +73,9 @@ def plan_cooperation(
     """This rank's part of the reads. Every rank computes its own, from the same facts."""
     members = companions(ranks, world_rank=plan.world_rank, is_connected=is_connected)
     layouts: RankLayouts
-    if layout.spec is not None:
-        layouts = LayoutsFromSpec(layout.spec, members)
+    spec = spec_of(layout)
+    if spec is not None:
+        layouts = LayoutsFromSpec(spec, members)
     else:
         layouts = ExchangedLayouts({rank: ranks[rank].layouts or {} for rank in members})
     memory_groups = {rank: info.memory_group for rank, info in enumerate(ranks)}

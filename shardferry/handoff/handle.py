@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from shardferry.arena import Arena, HostArena, host_identity, open_memory_file, view_bytes
 from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.errors import HandoffError
-from shardferry.layout.placing import torch_placements
+from shardferry.layout.from_tensor import dtensor_placements
 from shardferry.optimizer import install
 from shardferry.optimizer.live import LiveModel
 from shardferry.plan.manifest import Entry, Manifest, StateTensor
@@ -211,7 +211,7 @@ class Shard:
         if mesh is None or entry.layout.placements is None:
             return local
         shape = torch.Size(entry.layout.global_shape)
-        placements = torch_placements(entry.layout, mesh)
+        placements = dtensor_placements(entry.layout, mesh)
         return DTensor.from_local(
             local, mesh, placements, run_check=False, shape=shape, stride=row_major_strides(entry.layout.global_shape)
         )

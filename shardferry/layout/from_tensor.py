@@ -1,35 +1,51 @@
-"""Where the elements of one live tensor are on this rank: DTensor, ShardedTensor, CheckpointableTensor, or plain."""
+"""Find the layout of a live tensor on this rank (DTensor, ShardedTensor, CheckpointableTensor or plain), and the reverse.
+
+Torch's placements alone don't tell a DTensor's layout: FSDP2 over TP shards uneven tensors in another order than torch
+reads the placements. The shape of the local tensor decides between the orders.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardferry.errors import LayoutError
-from shardferry.layout.mesh import Placement, Replicate, Shard
-from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, replicated, sharded, single_box
+from shardferry.layout.tensor_layout import (
+    AxisCut,
+    LocalRegion,
+    TensorLayout,
+    replicated,
+    shard_on_mesh,
+    single_box,
+)
 from shardferry.region import Region
 
 _PROTOCOL = ("global_shape", "global_offsets", "local_offsets", "local_sizes")  # of torch's CheckpointableTensor
 
 
 def layout_of_tensor(tensor: torch.Tensor, *, name: str) -> TensorLayout:
-    """How a live tensor lies on this rank.
+    """The layout of a live tensor on this rank.
+
+    Args:
+        tensor: of any of the four kinds.
+        name: for messages.
 
     Raises:
-        LayoutError: a Partial placement, several local shards that have no memory in common, or placements that don't
-            give the local tensor that is there.
+        LayoutError: a Partial placement, several local shards that aren't parts of one local tensor, or a local tensor
+            whose shape contradicts its placements.
     """
     if isinstance(tensor, DTensor):
-        return _layout_of_dtensor(tensor, name)
+        local_shape = tuple(tensor.to_local().shape)
+        return layout_of_placements(tensor.device_mesh, tensor.placements, tuple(tensor.shape), local_shape, name=name)
     if isinstance(tensor, ShardedTensor):
         return _layout_of_sharded_tensor(tensor, name)
     if all(hasattr(tensor, field) for field in _PROTOCOL):
@@ -37,116 +53,127 @@ def layout_of_tensor(tensor: torch.Tensor, *, name: str) -> TensorLayout:
     return replicated(tuple(tensor.shape))
 
 
-@dataclass(frozen=True, slots=True)
-class TorchCut:
-    """One mesh axis of a DTensor, as torch writes it; ``dim`` None replicates."""
-
-    num_ranks: int
-    index: int
-    dim: int | None
-    split_factor: int = 1  # of a _StridedShard
-
-
-def _layout_of_dtensor(tensor: DTensor, name: str) -> TensorLayout:
-    local_shape = tuple(tensor.to_local().shape)
-    return layout_of_placements(tensor.device_mesh, tensor.placements, tuple(tensor.shape), local_shape, name=name)
-
-
 def layout_of_placements(
     mesh: DeviceMesh,
-    placements: Sequence[Any],
+    placements: Sequence[Placement],
     global_shape: tuple[int, ...],
     local_shape: tuple[int, ...],
     *,
     name: str,
 ) -> TensorLayout:
-    """How a DTensor with these placements, whose local tensor has this shape, lies on this rank. Raises LayoutError."""
+    """The layout of a DTensor on this rank.
+
+    Args:
+        mesh: the DTensor's mesh.
+        placements: the DTensor's, by mesh axis.
+        global_shape: of the DTensor.
+        local_shape: of its local tensor.
+        name: for messages.
+
+    Raises:
+        LayoutError: this rank is not in the mesh, a placement is Partial, or no order of the axes gives the local shape.
+    """
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise LayoutError(f"{name}: this rank {dist.get_rank()} is not in the tensor's device mesh {mesh}")
-    cuts = [
-        TorchCut(mesh.size(axis), coordinate[axis], *_cut_of(placement, name))
-        for axis, placement in enumerate(placements)
-    ]
-    candidates = layouts_of_cuts(global_shape, cuts)
+    for placement in placements:
+        _check_holds_elements(placement, name)
+    cuts = [AxisCut(mesh.size(axis), coordinate[axis], placement) for axis, placement in enumerate(placements)]
+    candidates = _possible_layouts(global_shape, cuts)
     for layout in candidates:
         if layout.local_shape == local_shape or (not layout.local_numel and 0 in local_shape):
             return layout
     raise LayoutError(
         f"{name}: the local tensor has the shape {local_shape}, but placements {tuple(placements)} over {mesh} of "
-        f"{global_shape} give {candidates[0].local_shape}; a tensor that lies otherwise than its placements say can't be loaded"
+        f"{global_shape} give {candidates[0].local_shape}; a tensor whose local shape contradicts its placements can't be loaded"
     )
 
 
-def _cut_of(placement: Any, name: str) -> tuple[int | None, int]:
-    if placement.is_replicate():
-        return None, 1
-    dim = getattr(placement, "dim", None)
-    if dim is None or placement.is_partial():
+def _check_holds_elements(placement: Placement, name: str) -> None:
+    if placement.is_partial() or (_dim(placement) is None and not placement.is_replicate()):
         raise LayoutError(
-            f"{name}: placement {placement} can't be loaded; only Shard and Replicate hold whole elements"
+            f"{name}: placement {placement!r} can't be loaded; only Shard and Replicate hold whole elements"
         )
-    return dim, getattr(placement, "split_factor", 1)
 
 
-def layouts_of_cuts(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> list[TensorLayout]:
-    """How a DTensor with these cuts may lie, the likeliest first.
+def _dim(placement: Placement) -> int | None:
+    """The dimension that a Shard or _StridedShard shards; None for Replicate."""
+    return getattr(placement, "dim", None)
 
-    Torch reads placements from left to right. FSDP2 over TP, ``(_StridedShard(0, split_factor=tp), Shard(0))``, was cut
-    the other way round: by TP first. The two are the same but for uneven tensors, where the second is what is in memory.
+
+def _split_factor(placement: Placement) -> int:
+    return getattr(placement, "split_factor", 1)
+
+
+def _possible_layouts(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> list[TensorLayout]:
+    """The layouts that a DTensor with these placements may have, the likeliest first.
+
+    Torch reads placements from left to right. FSDP2 over TP, ``(_StridedShard(0, split_factor=tp), Shard(0))``, was sharded
+    by TP first. Both orders give the same layout, except for uneven tensors: there, memory has the second.
     """
-    candidates = [_innermost_first(shape, cuts), _strided_last(shape, cuts), left_to_right(shape, cuts)]
+    candidates = [_innermost_first(shape, cuts), _strided_last(shape, cuts), shard_left_to_right(shape, cuts)]
     return [layout for layout in candidates if layout is not None]
 
 
-def _innermost_first(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> TensorLayout | None:
-    """As `shardferry.layout.tensor_layout.sharded` cuts; None where the split factors say another order."""
+def _innermost_first(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorLayout | None:
+    """As `shard_on_mesh` does; None if the split factors ask for another order."""
+    plain: list[AxisCut] = []
     for axis, cut in enumerate(cuts):
-        if cut.dim is not None and cut.split_factor != _num_chunks(cuts[axis + 1 :], cut.dim):
+        dim = _dim(cut.placement)
+        if dim is not None and _split_factor(cut.placement) != _num_chunks(cuts[axis + 1 :], dim):
             return None
-    placements: list[Placement] = [Replicate() if cut.dim is None else Shard(cut.dim) for cut in cuts]
-    own = [AxisCut(cut.num_ranks, cut.index, how) for cut, how in zip(cuts, placements, strict=True)]
-    return sharded(shape, own)
+        plain.append(replace(cut, placement=Replicate() if dim is None else Shard(dim)))
+    return shard_on_mesh(shape, plain)
 
 
-def _strided_last(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> TensorLayout | None:
-    """As FSDP2, on the outermost axis, cuts what several axes have cut before it; None where this is not such a tensor."""
-    strided = [axis for axis, cut in enumerate(cuts) if cut.split_factor > 1]
+def _strided_last(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorLayout | None:
+    """As FSDP2 does on the outermost axis if several inner axes shard the dimension; None if this is another case."""
+    strided = [axis for axis, cut in enumerate(cuts) if _split_factor(cut.placement) > 1]
     if len(strided) != 1:
         return None
-    outer, inner = cuts[strided[0]], cuts[strided[0] + 1 :]
-    if any(cut.dim == outer.dim for cut in cuts[: strided[0]]) or outer.split_factor != _num_chunks(inner, outer.dim):
+    outer, before, inner = cuts[strided[0]], cuts[: strided[0]], cuts[strided[0] + 1 :]
+    dim = _dim(outer.placement)
+    if dim is None or any(_dim(cut.placement) == dim for cut in before):
         return None
-    return left_to_right(shape, [*cuts[: strided[0]], *inner, replace(outer, split_factor=1)])
+    if _split_factor(outer.placement) != _num_chunks(inner, dim):
+        return None
+    return shard_left_to_right(shape, [*before, *inner, replace(outer, placement=Shard(dim))])
 
 
-def _num_chunks(cuts: Sequence[TorchCut], dim: int | None) -> int:
-    return math.prod(cut.num_ranks for cut in cuts if cut.dim == dim)
+def _num_chunks(cuts: Sequence[AxisCut], dim: int) -> int:
+    """The number of chunks that some axes make of a dimension."""
+    return math.prod(cut.num_ranks for cut in cuts if _dim(cut.placement) == dim)
 
 
-_Runs = list[tuple[int, int]]  # first index and length, ascending; what one rank holds of one dimension
+_Runs = list[tuple[int, int]]  # first index and length, ascending: the indices of one dimension that one rank holds
 
 
-def left_to_right(shape: tuple[int, ...], cuts: Sequence[TorchCut]) -> TensorLayout:
-    """Each axis cuts what the axes before it have left; ``_StridedShard`` takes its part of each of ``split_factor`` chunks.
+def shard_left_to_right(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorLayout:
+    """The layout of one rank if each axis splits what the axes before it have left, as torch reads placements.
 
+    A _StridedShard first splits the dimension into ``split_factor`` chunks, and then each of these among its ranks.
     Source: torch/distributed/tensor/_utils.py, _compute_local_shape_and_global_offset.
+
+    Args:
+        shape: the tensor's global shape.
+        cuts: one per mesh axis, outermost first; Shard, _StridedShard and Replicate. That they fit the shape is not checked.
     """
     kept: list[_Runs] = [[(0, size)] if size else [] for size in shape]
     for cut in cuts:
-        if cut.dim is not None:
-            chunks = [_chunk(kept[cut.dim], cut.split_factor, place) for place in range(cut.split_factor)]
-            kept[cut.dim] = _joined([run for part in chunks for run in _chunk(part, cut.num_ranks, cut.index)])
+        dim, num_chunks = _dim(cut.placement), _split_factor(cut.placement)
+        if dim is not None:
+            chunks = [_chunk(kept[dim], num_chunks, index) for index in range(num_chunks)]
+            kept[dim] = _joined([run for part in chunks for run in _chunk(part, cut.num_ranks, cut.index)])
     local_shape = tuple(sum(length for _, length in runs) for runs in kept)
     boxes = [
-        Box(Region(tuple(r[0] for r in runs), sizes := tuple(r[1] for r in runs)), Region(places, sizes))
-        for runs, places in zip(itertools.product(*kept), itertools.product(*map(_places, kept)), strict=True)
+        LocalRegion(Region(tuple(r[0] for r in runs), sizes := tuple(r[1] for r in runs)), Region(offsets, sizes))
+        for runs, offsets in zip(itertools.product(*kept), itertools.product(*map(_local_offsets, kept)), strict=True)
     ]
     return TensorLayout(shape, local_shape, tuple(boxes) if math.prod(local_shape) else ())
 
 
 def _chunk(runs: _Runs, num_chunks: int, index: int) -> _Runs:
-    """The ``index``-th of ``num_chunks`` parts, as ``torch.chunk`` cuts: parts of the ceiling, the last short or empty."""
+    """One of ``num_chunks`` chunks, as ``torch.chunk`` splits: each has the ceiling, the last ones are short or empty."""
     full = -(-sum(length for _, length in runs) // num_chunks)
     start, stop = index * full, (index + 1) * full
     part: _Runs = []
@@ -160,6 +187,7 @@ def _chunk(runs: _Runs, num_chunks: int, index: int) -> _Runs:
 
 
 def _joined(runs: _Runs) -> _Runs:
+    """The same indices in as few runs as possible."""
     joined: _Runs = []
     for first, length in runs:
         if joined and sum(joined[-1]) == first:
@@ -169,8 +197,8 @@ def _joined(runs: _Runs) -> _Runs:
     return joined
 
 
-def _places(runs: _Runs) -> list[int]:
-    """Where each run begins in the local tensor."""
+def _local_offsets(runs: _Runs) -> list[int]:
+    """The index in the local tensor at which each run begins."""
     return list(itertools.accumulate((length for _, length in runs), initial=0))[:-1]
 
 
@@ -181,7 +209,7 @@ def _layout_of_sharded_tensor(tensor: ShardedTensor, name: str) -> TensorLayout:
         return single_box(shape, Region((0,) * len(shape), (0,) * len(shape)))
     if len(shards) > 1:
         raise LayoutError(
-            f"{name}: a ShardedTensor with {len(shards)} local shards has no one local tensor to load into; "
+            f"{name}: a ShardedTensor with {len(shards)} local shards has no single local tensor to load into; "
             "use a DTensor, or a plain tensor with the fields of torch's CheckpointableTensor"
         )
     meta, inner = shards[0].metadata, shards[0].tensor
@@ -189,7 +217,7 @@ def _layout_of_sharded_tensor(tensor: ShardedTensor, name: str) -> TensorLayout:
     if not isinstance(inner, ShardedTensor | DTensor):
         return single_box(shape, region)
     within = layout_of_tensor(inner, name=name)  # FSDP1 over TP: the outer shard is itself sharded
-    boxes = (Box(_moved(box.region, region.offsets), box.local) for box in within.boxes)
+    boxes = (LocalRegion(_moved(box.region, region.offsets), box.local) for box in within.boxes)
     return TensorLayout(shape, within.local_shape, tuple(boxes))
 
 
@@ -198,23 +226,55 @@ def _moved(region: Region, by: tuple[int, ...]) -> Region:
 
 
 def _layout_of_checkpointable(tensor: Any, name: str) -> TensorLayout:
-    """A plain tensor that says itself which boxes of a whole it holds, and where (torch 2.14)."""
+    """The layout of a plain tensor that names its own regions of a global tensor, and their local places (torch 2.14)."""
     shape = tuple(map(int, tensor.global_shape))
     local_shape = tuple(tensor.shape)
-    boxes: list[Box] = []
+    boxes: list[LocalRegion] = []
     for there, here, sizes in zip(tensor.global_offsets, tensor.local_offsets, tensor.local_sizes, strict=True):
-        box = Box(Region(tuple(map(int, there)), tuple(map(int, sizes))), Region(tuple(map(int, here)), tuple(sizes)))
-        if not (_inside(box.region, shape) and _inside(box.local, local_shape)):
+        box = LocalRegion(_region(there, sizes), _region(here, sizes))
+        if not (_is_inside(box.region, shape) and _is_inside(box.local, local_shape)):
             raise LayoutError(
-                f"{name}: says that {box.local} of its local shape {local_shape} is {box.region} of {shape}; one of the two is outside"
+                f"{name}: the tensor says that {box.local} of its local shape {local_shape} is {box.region} of {shape}; "
+                "one of the two is out of bounds"
             )
         if box.region.numel:
             boxes.append(box)
     return TensorLayout(shape, local_shape, tuple(boxes))
 
 
-def _inside(region: Region, shape: tuple[int, ...]) -> bool:
+def _region(offsets: Sequence[int], sizes: Sequence[int]) -> Region:
+    return Region(tuple(map(int, offsets)), tuple(map(int, sizes)))
+
+
+def _is_inside(region: Region, shape: tuple[int, ...]) -> bool:
     fits = len(region.offsets) == len(region.sizes) == len(shape)
     return fits and all(
         o >= 0 and e - o >= 0 and e <= n for o, e, n in zip(region.offsets, region.ends, shape, strict=True)
     )
+
+
+def dtensor_placements(layout: TensorLayout, mesh: DeviceMesh) -> list[Placement]:
+    """The placements of a DTensor whose local tensor has a layout, by mesh axis.
+
+    They are the layout's own, but for a Shard whose dimension inner axes shard too: torch needs a _StridedShard there.
+
+    Args:
+        layout: one with placements, as `shard_on_mesh` gives it.
+        mesh: with as many axes as the layout has placements, of the same sizes.
+    """
+    assert layout.placements is not None
+    result: list[Placement] = []
+    for axis, placement in enumerate(layout.placements):
+        inner = range(axis + 1, mesh.ndim)
+        num_chunks = math.prod(mesh.size(later) for later in inner if layout.placements[later] == placement)
+        dim = _dim(placement)
+        result.append(placement if dim is None or num_chunks == 1 else strided_shard(dim, num_chunks))
+    return result
+
+
+def strided_shard(dim: int, split_factor: int) -> Placement:
+    """FSDP2's placement over TP: the dimension was split into ``split_factor`` chunks first.
+
+    The class is private in torch: only this module and tests/core/test_private_apis.py use it.
+    """
+    return _StridedShard(dim, split_factor=split_factor)

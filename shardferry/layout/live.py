@@ -1,4 +1,4 @@
-"""Say what a rank wants by what its live model holds: a layout for each parameter, entry and buffer."""
+"""The layout of a rank whose model is live: one layout per parameter, state entry and buffer."""
 
 from __future__ import annotations
 
@@ -22,36 +22,44 @@ class LiveEntry:
 
 @dataclass(frozen=True)
 class LiveLayout:
-    """What the live model of one rank holds: a layout for each parameter that its optimizer trains."""
+    """What the live model of one rank holds; a `RankLayout`. A rank with a live model doesn't know the others' layouts."""
 
     world_rank: int
     world_size: int
-    parameters: Mapping[str, TensorLayout]
+    parameters: Mapping[str, TensorLayout]  # by FQN: those that the optimizer trains
     mesh: Mesh | None = None
-    spec: None = None  # what other ranks want is not known
     entries: Mapping[tuple[str, str], LiveEntry] = field(default_factory=dict)  # by FQN and state name
-    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # FQN: the parameter's other names
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # FQN: the parameter's other FQNs
     frozen: frozenset[str] = frozenset()
     groups: tuple[tuple[str, ...], ...] | None = None  # FQNs of each param group; None: flat parameters have no order
-    buffers: Mapping[str, TensorLayout] = field(default_factory=dict)  # what a model has besides its parameters
-    untrained: Mapping[str, TensorLayout] = field(default_factory=dict)  # parameters of no optimizer
+    buffers: Mapping[str, TensorLayout] = field(default_factory=dict)  # by FQN
+    untrained: Mapping[str, TensorLayout] = field(default_factory=dict)  # by FQN: parameters of no optimizer
     extras: frozenset[str] = frozenset()  # FQNs of modules' extra states
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of parameters and buffers
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # by FQN, of parameters and buffers
 
     def fqns(self) -> Sequence[str]:
+        """The parameters that the optimizer trains."""
         return tuple(self.parameters)
 
     def holds(self, fqn: str) -> bool:
+        """Whether the optimizer trains a parameter on this rank."""
         return fqn in self.parameters
 
     def parameter_shape(self, fqn: str) -> tuple[int, ...] | None:
+        """The parameter's global shape; None for one that the optimizer doesn't train."""
         layout = self.parameters.get(fqn)
         return None if layout is None else layout.global_shape
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        """The live parameter's layout. Raises LayoutError if the saved state has another global shape."""
         return self._same_shape(fqn, self.parameters[fqn], shape)
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
+        """The live state entry's own layout; None if there is no such entry yet, or if it follows its parameter.
+
+        Raises:
+            LayoutError: the saved entry has another global shape.
+        """
         known = self.entries.get((fqn, name))
         if known is None or known.layout is None:
             return None
@@ -63,27 +71,37 @@ class LiveLayout:
         return known.layout
 
     def dtype(self, fqn: str, name: str) -> torch.dtype | None:
+        """The dtype of the live state entry, or of the parameter or buffer if the name is empty; None if not known."""
         if not name:
             return self.dtypes.get(fqn)
         known = self.entries.get((fqn, name))
         return None if known is None else known.dtype
 
     def weights(self) -> Sequence[str]:
+        """All parameters, buffers and extra states of the model."""
         return (*self.parameters, *self.untrained, *self.buffers, *sorted(self.extras))
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        """The layout of a live parameter or buffer; extra states are whole on every rank.
+
+        Raises:
+            LayoutError: the saved value has another global shape.
+        """
         if fqn in self.extras:
             return replicated(shape)
         layout = self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
         return self._same_shape(fqn, layout, shape)
 
     def aliases(self, fqn: str) -> Sequence[str]:
+        """Other FQNs of the same (tied) parameter."""
         return self.tied.get(fqn, ())
 
     def positions(self) -> Sequence[Sequence[str]] | None:
+        """The FQNs of each param group in order; None for flat parameters, which have none."""
         return self.groups
 
     def may_lack(self, fqn: str) -> bool:
+        """Whether a parameter is frozen, so that a checkpoint without state for it is complete."""
         return fqn in self.frozen
 
     @staticmethod

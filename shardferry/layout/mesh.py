@@ -1,4 +1,8 @@
-"""Name the ranks by a mesh of axes, and say by a placement what each axis does to a tensor."""
+"""Name the ranks of a job by mesh axes, and parse the placement that each axis has for a tensor.
+
+Placements are torch's own: ``Shard(dim)`` gives each rank of an axis one chunk of a tensor's dimension, ``Replicate()``
+gives each rank all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +10,57 @@ import math
 import re
 from dataclasses import dataclass
 
+from torch.distributed.tensor import Placement, Replicate, Shard
+
 from shardferry.errors import LayoutError
-
-
-@dataclass(frozen=True, slots=True)
-class Replicate:
-    """Every rank of the axis holds the same."""
-
-    def __str__(self) -> str:
-        return "Replicate"
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The axis cuts dimension ``dim`` into chunks of ``ceil(size / ranks)``; the last ones may be short or empty."""
-
-    dim: int
-
-    def __str__(self) -> str:
-        return f"Shard({self.dim})"
-
-
-Placement = Replicate | Shard
 
 _PLACEMENT = re.compile(r"\s*(?:Replicate(?:\(\s*\))?|Shard\(\s*(?:dim\s*=\s*)?(\d+)\s*\))\s*")
 
 
 def parse_placement(text: str) -> Placement:
-    """``"Shard(0)"`` or ``"Replicate"``. Raises LayoutError for anything else."""
+    """Parse ``"Shard(0)"`` or ``"Replicate"``, or what torch prints for one: ``"Shard(dim=0)"``, ``"Replicate()"``.
+
+    Raises:
+        LayoutError: any other text; a negative dimension too.
+    """
     match = _PLACEMENT.fullmatch(text)
     if match is None:
-        raise LayoutError(f"{text!r} is no placement; write 'Shard(<dim>)' or 'Replicate'")
+        raise LayoutError(f"{text!r} is not a placement; write 'Shard(<dim>)' or 'Replicate'")
     return Replicate() if match[1] is None else Shard(int(match[1]))
+
+
+def sharded_dim(placement: Placement) -> int | None:
+    """The tensor dimension that a placement shards; None for Replicate.
+
+    Raises:
+        LayoutError: a placement of another class. Partial holds no whole elements, and torch's _StridedShard is not a
+            placement of a spec; in some versions of torch it is a subclass of Shard.
+    """
+    if type(placement) is Shard:
+        return placement.dim
+    if isinstance(placement, Replicate):
+        return None
+    raise LayoutError(f"placement {placement!r} can't be loaded; only Shard and Replicate hold whole elements")
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Named axes with their sizes, outermost first: rank ``r`` stands at the row-major coordinate of ``r``."""
+    """Named axes and their sizes, outermost first. World ranks are the row-major positions in the mesh."""
 
-    axes: tuple[tuple[str, int], ...]
+    axes: tuple[tuple[str, int], ...]  # name, number of ranks
 
     @property
     def size(self) -> int:
+        """The number of ranks."""
         return math.prod(size for _, size in self.axes)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The axes' names, outermost first."""
         return tuple(name for name, _ in self.axes)
 
     def coordinate(self, world_rank: int) -> tuple[int, ...]:
+        """A rank's index on each axis, outermost first. That the rank is below `size` is not checked."""
         coordinate = []
         for _, size in reversed(self.axes):
             world_rank, index = divmod(world_rank, size)

@@ -1,4 +1,4 @@
-"""Turn a mesh and placement rules, as people write them, into what each rank wants."""
+"""Turn a target topology, as people write it, into the layout of each rank: one rank at a time, or all ranks as columns."""
 
 from __future__ import annotations
 
@@ -7,39 +7,50 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
+import numpy as np
+from torch.distributed.tensor import Placement, Replicate
+
 from shardferry.errors import LayoutError
-from shardferry.layout.mesh import Mesh, Placement, Replicate
-from shardferry.layout.tensor_layout import AxisCut, RankLayout, TensorLayout, replicated, sharded
+from shardferry.layout.mesh import Mesh, sharded_dim
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, replicated, shard_on_mesh
+from shardferry.region import Region
+
+_REPLICATE = Replicate()
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Placements for the parameters whose FQN matches a shell glob; axes that aren't named replicate.
 
-    With ``state``, a glob over state names, the rule is for those entries alone, whatever their shape.
+    With ``state``, a glob over state names, the rule is for those state entries only, whatever their shape.
     """
 
     match: str
-    placements: Mapping[str, Placement]
+    placements: Mapping[str, Placement]  # by axis; Shard or Replicate
     state: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HeldBy:
-    """Parameters that only some coordinates of some axes have: the layers of a pipeline stage, the experts of a rank."""
+    """Parameters that only some coordinates of some axes hold: a pipeline stage's layers, a rank's experts."""
 
     match: str  # shell glob over FQNs
-    ranks: Mapping[str, tuple[int, ...]]  # axis: its coordinates
+    coordinates: Mapping[str, tuple[int, ...]]  # by axis
 
 
 @dataclass(frozen=True)
 class SpecLayout:
-    """A target topology as people write it: a mesh, rules of which the first match wins, and a default."""
+    """A target topology: a mesh, rules, and a default. The first rule that matches a parameter decides.
+
+    Raises:
+        LayoutError: an axis that the mesh doesn't have, or a coordinate outside its axis.
+    """
 
     mesh: Mesh
     rules: tuple[Rule, ...] = ()
-    default: Mapping[str, Placement] | None = None
-    held_by: tuple[HeldBy, ...] = ()
+    default: Mapping[str, Placement] | None = None  # by axis, for parameters that no rule matches
+    held_by: tuple[HeldBy, ...] = ()  # the first match per axis decides; every coordinate holds the other parameters
 
     def __post_init__(self) -> None:
         for where, axes in self._axes():
@@ -50,50 +61,47 @@ class SpecLayout:
                     )
         sizes = dict(self.mesh.axes)
         for held in self.held_by:
-            for axis, ranks in held.ranks.items():
-                if not ranks or not all(0 <= rank < sizes[axis] for rank in ranks):
+            for axis, coordinates in held.coordinates.items():
+                if not coordinates or not all(0 <= index < sizes[axis] for index in coordinates):
                     raise LayoutError(
-                        f"held_by {held.match!r}: {axis}: {list(ranks)} are no coordinates of an axis of {sizes[axis]}; "
+                        f"held_by {held.match!r}: {axis}: {list(coordinates)} are not coordinates of an axis of {sizes[axis]}; "
                         f"give some of 0 to {sizes[axis] - 1}"
                     )
 
     def _axes(self) -> list[tuple[str, Mapping[str, object]]]:
+        """Every mapping whose keys are axes, and its name in messages."""
         rules = [(f"rule {rule.match!r}", rule.placements) for rule in self.rules]
-        held = [(f"held_by {held.match!r}", held.ranks) for held in self.held_by]
+        held = [(f"held_by {held.match!r}", held.coordinates) for held in self.held_by]
         return [*rules, ("default", self.default or {}), *held]
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         return self.mesh.size
 
-    def words(self) -> object:
-        """All of it, in values that JSON takes."""
-        default = None if self.default is None else _words(self.default)
-        rules = [(rule.match, rule.state, _words(rule.placements)) for rule in self.rules]
-        held_by = [(held.match, sorted(held.ranks.items())) for held in self.held_by]
-        return [self.mesh.axes, rules, default, held_by]
+    def rank(self, world_rank: int) -> SpecRank:
+        """The layout of one rank. That the rank is below `world_size` is not checked."""
+        return SpecRank(self, world_rank)
 
-    def rank(self, world_rank: int) -> RankLayout:
-        """The layout as one rank sees it."""
-        return _SpecRank(self, world_rank)
+    def placements(self, fqn: str) -> tuple[Placement, ...]:
+        """The placements of a parameter, by mesh axis, outermost first."""
+        known = self._known_placements.get(fqn)
+        if known is None:
+            rule = next((rule for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match)), None)
+            known = self._by_axis((self.default or {}) if rule is None else rule.placements)
+            self._known_placements[fqn] = known
+        return known
 
-    def placements(self, fqn: str, state: str | None = None) -> tuple[Placement, ...] | None:
-        """By mesh axis, outermost first. With a state name: of the rule for that entry, None where there is none."""
-        if state is None:
-            known = self._known_placements.get(fqn)
-            if known is None:
-                rule = next((rule for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match)), None)
-                known = self._by_axis((self.default or {}) if rule is None else rule.placements)
-                self._known_placements[fqn] = known
-            return known
+    def entry_placements(self, fqn: str, name: str) -> tuple[Placement, ...] | None:
+        """The placements of one state entry, by mesh axis, outermost first; None if no rule is for this entry."""
         for rule in self._entry_rules:
-            if fnmatchcase(state, rule.state or "") and fnmatchcase(fqn, rule.match):
+            if fnmatchcase(name, rule.state or "") and fnmatchcase(fqn, rule.match):
                 return self._by_axis(rule.placements)
         return None
 
     @cached_property
     def _known_placements(self) -> dict[str, tuple[Placement, ...]]:
-        """By FQN: each is looked up by every rank of a node for every entry of its state."""
+        """By FQN. The ranks of a node ask for each parameter once per state entry."""
         return {}
 
     @cached_property
@@ -101,75 +109,82 @@ class SpecLayout:
         return [rule for rule in self.rules if rule.state]
 
     def _by_axis(self, placements: Mapping[str, Placement]) -> tuple[Placement, ...]:
-        return tuple(placements.get(axis, Replicate()) for axis in self.mesh.names)
+        return tuple(placements.get(axis, _REPLICATE) for axis in self.mesh.names)
 
-    def kept_to(self, fqn: str) -> tuple[tuple[int, ...] | None, ...]:
-        """By mesh axis, the coordinates that have anything of a parameter; None: all. The first match decides."""
+    def holder_coordinates(self, fqn: str) -> tuple[tuple[int, ...] | None, ...]:
+        """By mesh axis, the coordinates that hold any part of a parameter; None: all of them."""
         return tuple(
-            next((h.ranks[axis] for h in self.held_by if axis in h.ranks and fnmatchcase(fqn, h.match)), None)
+            next(
+                (h.coordinates[axis] for h in self.held_by if axis in h.coordinates and fnmatchcase(fqn, h.match)), None
+            )
             for axis in self.mesh.names
         )
 
     def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
-        """Whether the rank at a coordinate has anything of a parameter."""
-        return all(kept is None or index in kept for kept, index in zip(self.kept_to(fqn), coordinate, strict=True))
-
-
-def _words(placements: Mapping[str, Placement]) -> list[tuple[str, str]]:
-    return sorted((axis, str(placement)) for axis, placement in placements.items())
+        """Whether the rank at a coordinate (by mesh axis, outermost first) holds any part of a parameter."""
+        holders = self.holder_coordinates(fqn)
+        return all(kept is None or index in kept for kept, index in zip(holders, coordinate, strict=True))
 
 
 @dataclass(frozen=True)
-class _SpecRank:
+class SpecRank:
+    """What one rank of a spec holds; a `RankLayout`. Only the checkpoint knows the parameters and their shapes."""
+
     spec: SpecLayout
     world_rank: int
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         return self.spec.world_size
 
     @property
     def mesh(self) -> Mesh:
+        """The spec's mesh."""
         return self.spec.mesh
 
     def fqns(self) -> None:
-        return None
+        """None: the rank wants every parameter of the checkpoint that `holds` admits."""
 
     def holds(self, fqn: str) -> bool:
+        """Whether this rank holds any part of a parameter."""
         return not self.spec.held_by or self.spec.holds(fqn, self.mesh.coordinate(self.world_rank))
 
     def parameter_shape(self, fqn: str) -> None:
-        return None
+        """None: a spec has no shapes."""
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        placements = self.spec.placements(fqn)
-        assert placements is not None
-        return self._cut(fqn, shape, placements)
+        """The layout of a tensor that has its parameter's placements. Raises LayoutError if the shape can't have them."""
+        return self._shard(fqn, shape, self.spec.placements(fqn))
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
-        placements = self.spec.placements(fqn, name)
-        return None if placements is None else self._cut(f"{fqn}: {name!r}", shape, placements)
+        """The layout of a state entry by the rule for it; None if there is none. Raises LayoutError as `parameter` does."""
+        placements = self.spec.entry_placements(fqn, name)
+        return None if placements is None else self._shard(f"{fqn}: {name!r}", shape, placements)
 
     def dtype(self, fqn: str, name: str) -> None:
-        return None
+        """None: a spec has no dtypes."""
 
     def weights(self) -> None:
-        return None
+        """None: the rank wants every weight of the checkpoint."""
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
+        """The layout of a parameter's or buffer's value; scalars are replicated. Raises LayoutError as `parameter` does."""
         return self.parameter(fqn, shape) if shape else replicated(shape, len(self.mesh.axes))
 
     def aliases(self, fqn: str) -> tuple[str, ...]:
+        """Empty: a spec names no tied parameters."""
         return ()
 
     def positions(self) -> None:
-        return None
+        """None: a spec has no param groups."""
 
     def may_lack(self, fqn: str) -> bool:
+        """False: a spec freezes no parameter."""
         return False
 
-    def _cut(self, where: str, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> TensorLayout:
-        layout = self._known_cuts.get((shape, placements))
+    def _shard(self, where: str, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> TensorLayout:
+        layout = self._known_layouts.get((shape, placements))
         if layout is None:
             coordinate = self.mesh.coordinate(self.world_rank)
             cuts = [
@@ -177,12 +192,78 @@ class _SpecRank:
                 for (_, size), index, placement in zip(self.mesh.axes, coordinate, placements, strict=True)
             ]
             try:
-                layout = self._known_cuts[shape, placements] = sharded(shape, cuts)
+                layout = self._known_layouts[shape, placements] = shard_on_mesh(shape, cuts)
             except LayoutError as error:
                 raise LayoutError(f"{where}: {error}") from None
         return layout
 
     @cached_property
-    def _known_cuts(self) -> dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout]:
-        """A model has a dozen shapes and placements, and thousands of tensors."""
+    def _known_layouts(self) -> dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout]:
+        """By shape and placements: a model has a dozen of these, and thousands of tensors."""
         return {}
+
+
+def spec_of(layout: RankLayout) -> SpecLayout | None:
+    """The spec that gives the layout of every rank, not only of this one; None for the layout of a live model."""
+    return layout.spec if isinstance(layout, SpecRank) else None
+
+
+class MeshBoxes:
+    """The region of one tensor on each of several ranks, as columns.
+
+    The regions are those that `shard_on_mesh` gives rank by rank. They are computed with one array operation per mesh axis.
+
+    Args:
+        shape: the tensor's global shape.
+        mesh: all ranks.
+        placements: by mesh axis, outermost first; Shard and Replicate. That they fit the shape is not checked.
+        world_ranks: ``int64[n]``, the ranks to compute, ascending.
+
+    Attributes:
+        offsets, sizes: ``int64[n, ndim]``, elements.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], mesh: Mesh, placements: Sequence[Placement], world_ranks: np.ndarray
+    ) -> None:
+        self.world_ranks = world_ranks
+        self.offsets = np.zeros((len(world_ranks), len(shape)), dtype=np.int64)
+        self.sizes = np.tile(np.array(shape, dtype=np.int64), (len(world_ranks), 1))
+        indices = np.unravel_index(world_ranks, [size for _, size in mesh.axes])
+        for (_, num_ranks), index, placement in reversed(list(zip(mesh.axes, indices, placements, strict=True))):
+            dim = sharded_dim(placement)
+            if dim is not None:
+                self._shard(dim, num_ranks, index)
+
+    def _shard(self, dim: int, num_ranks: int, index: np.ndarray) -> None:
+        sizes = self.sizes[:, dim]
+        full = -(-sizes // num_ranks)
+        start = np.minimum(index * full, sizes)
+        self.offsets[:, dim] += start
+        self.sizes[:, dim] = np.minimum(full, sizes - start)
+
+    def holders(self, region: Region) -> list[int]:
+        """The world ranks that hold at least one element of a region of the tensor, ascending."""
+        starts = np.maximum(self.offsets, region.offsets)
+        ends = np.minimum(self.offsets + self.sizes, region.ends)
+        found: list[int] = self.world_ranks[(starts < ends).all(axis=1)].tolist()
+        return found
+
+
+def ranks_at(mesh: Mesh, world_ranks: np.ndarray, coordinates: Sequence[tuple[int, ...] | None]) -> np.ndarray:
+    """Select the ranks at some coordinates of a mesh.
+
+    Args:
+        mesh: all ranks.
+        world_ranks: ``int64[n]``, the ranks to select from.
+        coordinates: by mesh axis, outermost first, the indices to select; None: any.
+
+    Returns:
+        ``int64[m]``, the selected ranks, in the order of ``world_ranks``.
+    """
+    indices = np.unravel_index(world_ranks, [size for _, size in mesh.axes])
+    inside = np.ones(len(world_ranks), dtype=bool)
+    for index, selected in zip(indices, coordinates, strict=True):
+        if selected is not None:
+            inside &= np.isin(index, selected)
+    return world_ranks[inside]

@@ -1,8 +1,6 @@
-"""Say which region of a tensor a rank holds, and what anything that knows a rank's wishes has to answer.
+"""Compute which regions of a tensor one rank holds, and where each of them is in the rank's local tensor.
 
-A `TensorLayout` is the answer for one tensor on one rank: boxes of the whole tensor, and where each lies in the rank's
-local tensor. Usually that is one box; a flat parameter of FSDP1 takes up to ``2 * ndim - 1``. A `RankLayout` gives one for
-each tensor: from a mesh and rules (spec_layout.py), or from live tensors (live_layout.py).
+Most layouts have one region. A flat parameter of FSDP1 has up to ``2 * ndim - 1``.
 """
 
 from __future__ import annotations
@@ -11,48 +9,52 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
 
-import torch
+from torch.distributed.tensor import Placement, Replicate
 
 from shardferry.errors import LayoutError
-from shardferry.layout.mesh import Mesh, Placement, Replicate
-from shardferry.region import Region, flat_range, row_major_strides
-
-if TYPE_CHECKING:
-    from shardferry.layout.spec import SpecLayout
+from shardferry.layout.mesh import sharded_dim
+from shardferry.region import Region, row_major_strides
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """One box of the whole tensor and where it lies in the local one.
+class LocalRegion:
+    """A region of the global tensor that one rank holds, and its place in the rank's local tensor.
 
-    ``local`` has the box's sizes; or, where the local tensor is flat, one dimension with as many elements, row-major.
+    ``local`` has the sizes of ``region``. In a flat local tensor it has one dimension instead, with as many elements in
+    row-major order.
     """
 
-    region: Region  # in the whole tensor
+    region: Region  # in the global tensor
     local: Region  # in the local tensor
 
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """What one rank holds of one tensor. Boxes are disjoint; empty shards have none."""
+    """The regions of one tensor that one rank holds. They are disjoint; an empty shard has none."""
 
     global_shape: tuple[int, ...]
     local_shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
-    placements: tuple[Placement, ...] | None = None  # by mesh axis; None where no mesh describes it
+    boxes: tuple[LocalRegion, ...]
+    placements: tuple[Placement, ...] | None = None  # Shard or Replicate per mesh axis; None: no mesh describes it
 
     @property
     def local_numel(self) -> int:
+        """Elements of the local tensor."""
         return math.prod(self.local_shape)
 
     @property
     def wanted_numel(self) -> int:
+        """Elements of all regions. Less than `local_numel` if no region fills some part of the local tensor."""
         return sum(box.region.numel for box in self.boxes)
 
-    def destination(self, box: Box) -> tuple[int, tuple[int, ...]]:
-        """Offset and strides, in elements of the local tensor's memory, of a box indexed as in the whole tensor."""
+    def destination(self, box: LocalRegion) -> tuple[int, tuple[int, ...]]:
+        """Where the elements of one of the layout's regions belong in the local tensor's memory.
+
+        Returns:
+            The offset of the region's first element, and the stride for each dimension of the global tensor; both in
+            elements.
+        """
         strides = row_major_strides(self.local_shape)
         offset = sum(o * s for o, s in zip(box.local.offsets, strides, strict=True))
         if box.local.sizes == box.region.sizes:
@@ -60,88 +62,115 @@ class TensorLayout:
         return offset, row_major_strides(box.region.sizes)
 
 
-class NumberedLayouts:
-    """Numbers some layouts by their first appearance; many thousand tensors have a few dozen."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[TensorLayout, int] = {}
-        self._known: dict[int, tuple[int, TensorLayout]] = {}  # by id, which the layout keeps from being used again
-
-    def number(self, layout: TensorLayout) -> int:
-        """Equal for equal layouts alone."""
-        known = self._known.get(id(layout))
-        if known is None:
-            number = self._numbers.setdefault(layout, len(self._numbers))
-            known = self._known[id(layout)] = (number, layout)
-        return known[0]
-
-    def words(self) -> object:
-        """All of them by number, in values that JSON takes; which placements made the boxes is not told."""
-        return [
-            (
-                *(layout.global_shape, layout.local_shape),
-                [(b.region.offsets, b.region.sizes, b.local.offsets, b.local.sizes) for b in layout.boxes],
-            )
-            for layout in self._numbers
-        ]
-
-
-@lru_cache(maxsize=65536)
+@lru_cache(
+    maxsize=1024
+)  # Most tensors of a model share a few dozen shapes, and the planner recognises one object sooner.
 def replicated(shape: tuple[int, ...], num_axes: int | None = None) -> TensorLayout:
-    """The whole tensor on every rank."""
+    """The layout of a rank that holds the whole tensor.
+
+    Args:
+        shape: the tensor's global shape.
+        num_axes: the number of mesh axes, each of which replicates; None if no mesh describes the tensor.
+    """
     whole = Region.whole(shape)
     placements = None if num_axes is None else (Replicate(),) * num_axes
-    return TensorLayout(shape, shape, (Box(whole, whole),) if whole.numel else (), placements)
+    return TensorLayout(shape, shape, (LocalRegion(whole, whole),) if whole.numel else (), placements)
 
 
 def single_box(shape: Sequence[int], region: Region, placements: tuple[Placement, ...] | None = None) -> TensorLayout:
-    """A local tensor that is exactly one box of the whole."""
-    box = Box(region, Region.whole(region.sizes))
+    """The layout of a rank whose local tensor is exactly one region of the global tensor.
+
+    Args:
+        shape: the tensor's global shape.
+        region: what the rank holds. That it is inside the shape is not checked.
+        placements: by mesh axis, outermost first; None if no mesh describes the tensor.
+    """
+    box = LocalRegion(region, Region.whole(region.sizes))
     return TensorLayout(tuple(shape), region.sizes, (box,) if region.numel else (), placements)
 
 
 def flat_slice(shape: Sequence[int], *, start: int, stop: int) -> TensorLayout:
-    """A local 1-dim tensor that holds the elements ``start`` to ``stop`` (exclusive) of the row-major flattened whole."""
+    """The layout of a rank whose 1-dim local tensor is a slice of the flattened global tensor (FSDP1).
+
+    Args:
+        shape: the tensor's global shape.
+        start, stop: the slice, in elements of the row-major order; ``stop`` is exclusive.
+    """
     boxes, position = [], 0
     for region in flat_range(shape, start=start, stop=stop):
-        boxes.append(Box(region, Region((position,), (region.numel,))))
+        boxes.append(LocalRegion(region, Region((position,), (region.numel,))))
         position += region.numel
     return TensorLayout(tuple(shape), (position,), tuple(boxes))
 
 
+def flat_range(shape: Sequence[int], *, start: int, stop: int) -> list[Region]:
+    """The regions that hold the elements ``start <= i < stop`` of a row-major flattened tensor, in ascending order.
+
+    Each region is contiguous in the flattened tensor; there are at most ``2 * ndim - 1``. With shape (3, 4), 2 to 9 is
+    ``[0:1, 2:4], [1:2, 0:4], [2:3, 0:1]``.
+
+    Args:
+        shape: the tensor's global shape.
+        start, stop: in elements of the row-major order; ``stop`` is exclusive. That it is inside the tensor is not checked.
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [Region((), ())]
+    inner = math.prod(shape[1:])
+    first, last = start // inner, (stop - 1) // inner
+
+    def rows(begin: int, end: int) -> Region:
+        return Region((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:]))
+
+    def part(row: int, begin: int, end: int) -> list[Region]:
+        boxes = flat_range(shape[1:], start=begin, stop=end)
+        return [Region((row, *box.offsets), (1, *box.sizes)) for box in boxes]
+
+    head, tail = start - first * inner, stop - last * inner
+    if first == last and (head or tail < inner):
+        return part(first, head, tail)
+    boxes = part(first, head, inner) if head else []
+    begin, end = first + bool(head), last + (tail == inner)
+    if begin < end:
+        boxes.append(rows(begin, end))
+    if tail < inner:
+        boxes += part(last, 0, tail)
+    return boxes
+
+
 @dataclass(frozen=True, slots=True)
 class AxisCut:
-    """One mesh axis as seen by one rank: how many ranks, which of them, and what it does to the tensor."""
+    """What one mesh axis does to a tensor, as one rank sees it."""
 
-    num_ranks: int
-    index: int
+    num_ranks: int  # of the axis
+    index: int  # this rank's, on the axis
     placement: Placement
 
 
-def sharded(shape: Sequence[int], cuts: Sequence[AxisCut]) -> TensorLayout:
-    """One rank's box of a tensor.
+def shard_on_mesh(shape: Sequence[int], cuts: Sequence[AxisCut]) -> TensorLayout:
+    """The layout of one rank, by the placement of each mesh axis.
 
-    Axes that cut the same dimension cut it innermost first, as FSDP2 over TP does (torch writes that layout as
-    ``(_StridedShard(0, split_factor=tp), Shard(0))``): 8 rows over dp 2 x tp 2 give dp 0, tp 1 the rows 4 and 5.
+    A Shard axis splits a dimension into chunks of ``ceil(size / num_ranks)``; the last chunks may be short or empty. If
+    several axes shard one dimension, the innermost axis splits it first, as FSDP2 over TP does. Torch writes that as
+    ``(_StridedShard(0, split_factor=tp), Shard(0))``. For 8 rows::
+
+        tp 0     |0 1 2 3|          tp 1     |4 5 6 7|
+        dp 0, 1  |0 1|2 3|          dp 0, 1  |4 5|6 7|
 
     Args:
-        cuts: by mesh axis, outermost first.
+        shape: the tensor's global shape.
+        cuts: one per mesh axis, outermost first; Shard and Replicate.
 
     Raises:
-        LayoutError: a placement names a dimension that the tensor hasn't.
+        LayoutError: a placement names a dimension that the tensor doesn't have, or is neither Shard nor Replicate.
     """
     offsets, sizes = [0] * len(shape), list(shape)
     for cut in reversed(cuts):
-        if isinstance(cut.placement, Replicate):
+        dim = sharded_dim(cut.placement)
+        if dim is None:
             continue
-        dim = cut.placement.dim
-        if dim >= len(shape):
-            raise LayoutError(
-                f"{cut.placement} asks for dimension {dim} of a tensor with {len(shape)} dimensions {tuple(shape)}; "
-                f"shard one of 0 to {len(shape) - 1}"
-                if shape
-                else f"{cut.placement} of a scalar; leave it replicated"
-            )
+        _check_dim(dim, shape)
         full = -(-sizes[dim] // cut.num_ranks)
         start = min(cut.index * full, sizes[dim])
         offsets[dim] += start
@@ -149,51 +178,12 @@ def sharded(shape: Sequence[int], cuts: Sequence[AxisCut]) -> TensorLayout:
     return single_box(shape, Region(tuple(offsets), tuple(sizes)), tuple(cut.placement for cut in cuts))
 
 
-class RankLayout(Protocol):
-    """What one rank wants."""
-
-    @property
-    def world_rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def mesh(self) -> Mesh | None: ...
-
-    @property
-    def spec(self) -> SpecLayout | None:
-        """The spec that says what every rank wants; None where each knows of itself alone."""
-
-    def fqns(self) -> Sequence[str] | None:
-        """Parameters whose state this rank wants; None for those that the checkpoint has and `holds` admits."""
-
-    def holds(self, fqn: str) -> bool:
-        """Whether this rank has anything of a parameter."""
-
-    def parameter_shape(self, fqn: str) -> tuple[int, ...] | None:
-        """The whole parameter's shape where it is known without the checkpoint."""
-
-    def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """How state with its parameter's shape lies on this rank. Raises LayoutError."""
-
-    def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
-        """How one state entry lies where that is known for itself; None: by its shape. Raises LayoutError."""
-
-    def dtype(self, fqn: str, name: str) -> torch.dtype | None:
-        """The dtype that one state entry, or with an empty name the parameter, has here; None where any will do."""
-
-    def weights(self) -> Sequence[str] | None:
-        """Parameters and buffers whose values this rank wants; None for those that the checkpoint has."""
-
-    def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """How a parameter or a buffer lies on this rank. Raises LayoutError."""
-
-    def aliases(self, fqn: str) -> Sequence[str]:
-        """Other names of the same (tied) parameter."""
-
-    def positions(self) -> Sequence[Sequence[str]] | None:
-        """The FQNs of each live param group in order, for state that was saved by position; None where not known."""
-
-    def may_lack(self, fqn: str) -> bool:
-        """Whether it is no loss when nothing is saved for a parameter: it is frozen."""
+def _check_dim(dim: int, shape: Sequence[int]) -> None:
+    if 0 <= dim < len(shape):
+        return
+    if not shape:
+        raise LayoutError(f"Shard({dim}) of a scalar; leave it replicated")
+    raise LayoutError(
+        f"Shard({dim}) asks for dimension {dim} of a tensor with {len(shape)} dimensions {tuple(shape)}; "
+        f"shard one of 0 to {len(shape) - 1}"
+    )

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shardferry.errors import LayoutError
 from shardferry.layout.from_tensor import layout_of_placements
-from shardferry.layout.tensor_layout import Box, TensorLayout, flat_slice
+from shardferry.layout.tensor_layout import LocalRegion, TensorLayout, flat_slice
 from shardferry.region import Region
 
 
@@ -96,7 +96,7 @@ def _within(flat: TensorLayout, local: TensorLayout, fqn: str) -> TensorLayout:
             "it can slice one, as TP by Shard gives it. Use FSDP2 (fully_shard)"
         )
     origin = local.boxes[0].region.offsets if local.boxes else (0,) * len(local.global_shape)
-    boxes = (Box(Region(_sum(box.region.offsets, origin), box.region.sizes), box.local) for box in flat.boxes)
+    boxes = (LocalRegion(Region(_sum(box.region.offsets, origin), box.region.sizes), box.local) for box in flat.boxes)
     return TensorLayout(local.global_shape, flat.local_shape, tuple(boxes))
 
 

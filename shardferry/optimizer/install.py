@@ -14,8 +14,7 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 from shardferry.checkpoint.optimizer_index import SCALAR_STATE
 from shardferry.checkpoint.param_groups import hyperparameters_for
 from shardferry.errors import InstallError
-from shardferry.layout.from_tensor import layout_of_tensor
-from shardferry.layout.placing import torch_placements
+from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.plan.manifest import Entry, StateTensor, StateValue
@@ -168,7 +167,7 @@ class _Installer:
             return local
         mesh, shape = live.device_mesh, entry.layout.global_shape
         placed = entry.layout.placements is not None and len(entry.layout.placements) == mesh.ndim
-        placements = torch_placements(entry.layout, mesh) if placed else [TorchReplicate()] * mesh.ndim
+        placements = dtensor_placements(entry.layout, mesh) if placed else [TorchReplicate()] * mesh.ndim
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 

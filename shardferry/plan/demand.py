@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch.distributed.tensor import Placement, Replicate
 
 from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedTensor
 from shardferry.config import LoadRequest
-from shardferry.layout.mesh import Mesh, Placement, Replicate
-from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
-from shardferry.layout.spec import SpecLayout
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
 from shardferry.plan.planner import ALIGNMENT, PlannedTensor, wanted_tensors
 
 _PAIRS = 1 << 21  # of boxes, compared at a time
@@ -72,7 +72,7 @@ def _classes(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> Iter
     for tensor in _tensors(catalog, layout, request):
         saved = catalog.tensors[tensor.key]
         placements = tensor.layout.placements or (Replicate(),) * len(layout.mesh.axes)
-        kept_to = layout.kept_to(tensor.fqn)
+        kept_to = layout.holder_coordinates(tensor.fqn)
         boxes = (column.tobytes() for column in catalog.boxes(saved))
         alike = (saved.shape, placements, kept_to, saved.dtype, *boxes)
         known = classes.get(alike)
@@ -89,7 +89,7 @@ def _tensors(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> tupl
 
 def _boxes_of_ranks(mesh: Mesh, alike: _Alike) -> np.ndarray:
     """The box of each rank: ``int64[world_size, 2, ndim]``, offsets and sizes. A scalar is one element of one dimension."""
-    ranks = ranks_within(mesh, np.arange(mesh.size), alike.kept_to)
+    ranks = ranks_at(mesh, np.arange(mesh.size), alike.kept_to)
     found = MeshBoxes(alike.shape or (1,), mesh, alike.placements, ranks)
     boxes = np.zeros((mesh.size, 2, len(alike.shape or (1,))), dtype=np.int64)
     boxes[ranks, 0], boxes[ranks, 1] = found.offsets, found.sizes

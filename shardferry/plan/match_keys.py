@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from shardferry.checkpoint.saved_optimizer import SavedOptimizer
 from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
-from shardferry.layout.tensor_layout import RankLayout
+from shardferry.layout.rank_layout import RankLayout
 
 _SHOWN = 5  # names in a message
 

@@ -27,7 +27,8 @@ from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Mesh
-from shardferry.layout.tensor_layout import Box, RankLayout, TensorLayout
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
 from shardferry.plan.manifest import Section
 from shardferry.plan.match_keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
 from shardferry.plan.state_layout import StateShapes
@@ -354,7 +355,7 @@ class _Planner:
         stored: np.ndarray = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
         return stored.tobytes()
 
-    def _copies_of(self, saved: SavedTensor, layout: TensorLayout, box: Box) -> Iterator[_ChunkCopy]:
+    def _copies_of(self, saved: SavedTensor, layout: TensorLayout, box: LocalRegion) -> Iterator[_ChunkCopy]:
         offset, strides = layout.destination(box)
         for chunk, chunk_region, common in covering_chunks(self._catalog, saved, box.region):
             inside = common.relative_to(box.region.offsets)

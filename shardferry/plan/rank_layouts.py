@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from torch.distributed.tensor import Placement, Replicate
 
-from shardferry.layout.mesh import Placement, Replicate
-from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
-from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import RankLayout, TensorLayout, replicated
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
+from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.planner import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
@@ -70,10 +70,10 @@ class LayoutsFromSpec:
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
-        kept_to = self._spec.kept_to(tensor.fqn)
+        kept_to = self._spec.holder_coordinates(tensor.fqn)
         alike = (shape, placements, tensor.section, tensor.as_parameter, kept_to)
         if alike not in self._kinds:
-            ranks = ranks_within(self._spec.mesh, self._world_ranks, kept_to)
+            ranks = ranks_at(self._spec.mesh, self._world_ranks, kept_to)
             self._kinds[alike] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
         return self._kinds[alike]
 
@@ -86,10 +86,11 @@ class LayoutsFromSpec:
         """As `_layout` has them."""
         everywhere = (Replicate(),) * len(self._spec.mesh.axes)
         as_parameter = self._spec.placements(tensor.fqn)
-        assert as_parameter is not None
         if tensor.section == "model":
             return as_parameter if tensor.layout.global_shape else everywhere
-        return self._spec.placements(tensor.fqn, tensor.name) or (as_parameter if tensor.as_parameter else everywhere)
+        return self._spec.entry_placements(tensor.fqn, tensor.name) or (
+            as_parameter if tensor.as_parameter else everywhere
+        )
 
     @staticmethod
     def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:

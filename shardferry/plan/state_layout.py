@@ -14,7 +14,8 @@ from shardferry.checkpoint.optimizer_index import SCALAR_STATE, OptimizerIndex, 
 from shardferry.checkpoint.saved_optimizer import SavedOptimizer
 from shardferry.config import LoadRequest
 from shardferry.errors import LayoutError
-from shardferry.layout.tensor_layout import RankLayout, TensorLayout, replicated
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.match_keys import Found
 
 Shape = tuple[int, ...]

@@ -11,12 +11,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils.serialization import config
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint, storage_of
-from shardferry.layout.mesh import Replicate, Shard
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, sharded
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, shard_on_mesh
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
 from shardferry.storage import RemoteReader
@@ -74,7 +74,7 @@ def targets(draw: st.DrawFn, shape: tuple[int, ...]) -> list[TensorLayout]:
     dims = [Replicate(), *map(Shard, range(len(shape)))]
     axes = draw(st.lists(st.tuples(st.integers(1, 4), st.sampled_from(dims)), min_size=1, max_size=2))
     return [
-        sharded(shape, [AxisCut(n, i, placement) for (n, placement), i in zip(axes, index, strict=True)])
+        shard_on_mesh(shape, [AxisCut(n, i, placement) for (n, placement), i in zip(axes, index, strict=True)])
         for index in itertools.product(*(range(n) for n, _ in axes))
     ]
 

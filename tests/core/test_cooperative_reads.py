@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard
 
 from shardferry.config import LoadRequest, MessageLimits, ReadOptions, Strategy
 from shardferry.errors import RankError, ShardferryError
 from shardferry.exchange.agreement import Agreement
-from shardferry.layout.mesh import Mesh, Replicate, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
 from shardferry.stats import Counters

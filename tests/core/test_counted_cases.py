@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard
 
 from benchmarks.cases import CASES, Case
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.exchange.agreement import Agreement
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
 from shardferry.region import Region
 from shardferry.stats import Counters

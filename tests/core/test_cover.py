@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
 
 from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
-from shardferry.layout.from_tensor import TorchCut, left_to_right
+from shardferry.layout.from_tensor import shard_left_to_right, strided_shard
 from shardferry.layout.live import LiveLayout
-from shardferry.layout.mesh import Replicate, Shard
-from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, flat_slice, sharded
+from shardferry.layout.tensor_layout import AxisCut, LocalRegion, TensorLayout, flat_slice, shard_on_mesh
 from shardferry.plan.planner import ALIGNMENT, LoadPlan, plan_load
 from shardferry.region import Region
 from tests.support.catalogs import catalog_of
@@ -32,7 +32,7 @@ def plan_of(shape: tuple[int, ...], saved: list[Region], layout: TensorLayout) -
 
 
 def one_row(size: int, ranks: int, rank: int) -> TensorLayout:
-    return sharded((size,), [AxisCut(ranks, rank, Shard(0))])
+    return shard_on_mesh((size,), [AxisCut(ranks, rank, Shard(0))])
 
 
 @pytest.mark.conformance(2)
@@ -82,7 +82,7 @@ def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    """One rank's share of a tensor: cut as we cut, as torch reads placements, by flat position, or in boxes of its own."""
+    """One rank's part of a tensor: sharded as by a spec, as torch reads placements, by flat position, or in rows of its own."""
     return draw(draw(st.sampled_from([cut_layouts, torch_layouts, flat_layouts, boxes_of_rows]))(shape))
 
 
@@ -93,7 +93,7 @@ def cut_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
         ranks = draw(st.integers(1, 5))
         placement = draw(st.sampled_from([Replicate(), *(Shard(dim) for dim in range(len(shape)))]))
         cuts.append(AxisCut(ranks, draw(st.integers(0, ranks - 1)), placement))
-    return sharded(shape, cuts)
+    return shard_on_mesh(shape, cuts)
 
 
 @st.composite
@@ -103,8 +103,9 @@ def torch_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
     for _ in range(draw(st.integers(0, 3)) if shape else 0):
         ranks = draw(st.integers(1, 4))
         dim, split_factor = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 3))
-        cuts.append(TorchCut(ranks, draw(st.integers(0, ranks - 1)), dim, split_factor))
-    return left_to_right(shape, cuts)
+        placement = Shard(dim) if split_factor == 1 else strided_shard(dim, split_factor)
+        cuts.append(AxisCut(ranks, draw(st.integers(0, ranks - 1)), placement))
+    return shard_left_to_right(shape, cuts)
 
 
 @st.composite
@@ -123,7 +124,7 @@ def boxes_of_rows(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
     boxes, position, inner = [], 0, (0,) * (len(shape) - 1)
     for start, stop in spans[: draw(st.integers(0, len(spans)))]:
         sizes = (stop - start, *shape[1:])
-        boxes.append(Box(Region((start, *inner), sizes), Region((position, *inner), sizes)))
+        boxes.append(LocalRegion(Region((start, *inner), sizes), Region((position, *inner), sizes)))
         position += stop - start
     return TensorLayout(shape, (position, *shape[1:]), tuple(boxes))
 
@@ -215,4 +216,4 @@ def test_an_overlap_is_an_error_exactly_where_it_is_wanted(
 def test_the_hole_is_named_by_its_box() -> None:
     saved = [Region((0, 0), (2, 4)), Region((2, 0), (2, 3))]
     with pytest.raises(PlanError, match=r"2 of 16 wanted elements .* first at \[2:4, 3:4\] of the shape \(4, 4\)"):
-        plan_of((4, 4), saved, sharded((4, 4), []))
+        plan_of((4, 4), saved, shard_on_mesh((4, 4), []))

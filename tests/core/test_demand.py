@@ -8,10 +8,11 @@ from itertools import product
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest
-from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 from shardferry.plan.demand import demand_of
 from shardferry.plan.planner import plan_load

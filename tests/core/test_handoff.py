@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardOf
 from torch.distributed.tensor import Shard as TorchShard
 
 from shardferry.arena import HostArena
@@ -26,7 +27,6 @@ from shardferry.errors import HandoffError
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import Payload, Shard, ShardHandle
 from shardferry.layout.mesh import Mesh
-from shardferry.layout.mesh import Shard as ShardOf
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from shardferry.plan.planner import ALIGNMENT

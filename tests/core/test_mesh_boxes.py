@@ -1,4 +1,4 @@
-"""Boxes of all ranks at once against the boxes of one rank after the other."""
+"""The regions of all ranks as columns against those of one rank after the other."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Placement, Replicate, Shard
 
-from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
-from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
-from shardferry.layout.tensor_layout import AxisCut, sharded
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.spec import MeshBoxes, ranks_at
+from shardferry.layout.tensor_layout import AxisCut, shard_on_mesh
 from shardferry.region import Region
 
 
@@ -28,7 +29,7 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], Mesh, list[Placement], Reg
 
 @settings(deadline=None)
 @given(meshes())
-def test_boxes_are_those_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Placement], Region]) -> None:
+def test_columns_have_the_region_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Placement], Region]) -> None:
     shape, mesh, placements, region = case
     boxes = MeshBoxes(shape, mesh, placements, np.arange(mesh.size))
     holders = []
@@ -37,7 +38,7 @@ def test_boxes_are_those_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Pl
             AxisCut(size, index, placement)
             for (_, size), index, placement in zip(mesh.axes, mesh.coordinate(rank), placements, strict=True)
         ]
-        layout = sharded(shape, cuts)
+        layout = shard_on_mesh(shape, cuts)
         box = Region(tuple(boxes.offsets[rank].tolist()), tuple(boxes.sizes[rank].tolist()))
         assert box.sizes == layout.local_shape
         assert box.numel == 0 or box == layout.boxes[0].region
@@ -46,9 +47,9 @@ def test_boxes_are_those_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Pl
     assert boxes.holders(region) == holders
 
 
-def test_ranks_within_are_those_with_the_coordinates() -> None:
+def test_ranks_at_coordinates_are_those_that_have_them() -> None:
     mesh = Mesh((("pp", 3), ("dp", 2), ("tp", 2)))
-    kept_to = ((0, 2), None, (1,))
-    found = ranks_within(mesh, np.arange(2, mesh.size), kept_to)
+    coordinates = ((0, 2), None, (1,))
+    found = ranks_at(mesh, np.arange(2, mesh.size), coordinates)
     wanted = [rank for rank in range(2, math.prod((3, 2, 2))) if mesh.coordinate(rank)[0] != 1 and rank % 2 == 1]
     assert found.tolist() == wanted

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.tensor import Shard
 
 from benchmarks.large import TransformerSize, synthetic_catalog, tp_fsdp
 from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.plan import demand
 from shardferry.plan import planner as plan

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from shardferry.checkpoint.safetensors import OFFSETS_REMARK, SHARDING_REMARK
 from shardferry.checkpoint.safetensors_files import INDEX_FILE, SUFFIX
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
-from shardferry.layout.placing import strided_shard
+from shardferry.layout.from_tensor import strided_shard
 from shardferry.optimizer.fsdp1 import flattened_parameters
 from shardferry.read.transforms import ZSTANDARD
 from shardferry.region import Region

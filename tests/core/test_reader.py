@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.tensor import Shard
 
 from shardferry.arena import HostArena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import DecodeError, StorageError
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.planner import LoadPlan, plan_load
 from shardferry.read.execute import read_plan

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from shardferry.region import (
     Region,
     first_overlap,
-    flat_range,
     row_major_strides,
     tile,
     uncovered,
-    union_numel,
 )
 
 Index = tuple[int, ...]
@@ -110,21 +108,6 @@ def test_boxes_too_wide_for_their_corners_to_be_numbered_are_compared() -> None:
     sizes = np.array([[3, half], [3, half]])
     assert tile(np.array([[0, 0], [0, half]]), sizes, whole) is True
     assert tile(np.array([[0, 0], [0, half - 1]]), sizes, whole) is False
-
-
-@given(lists)
-def test_the_union_counts_each_element_once(boxes: list[Region]) -> None:
-    assert union_numel(boxes) == len(set().union(*map(elements, boxes)))
-
-
-@given(shapes, st.data())
-def test_flat_ranges_are_the_row_major_elements_in_order(shape: Index, data: st.DataObject) -> None:
-    order = list(itertools.product(*map(range, shape)))
-    start = data.draw(st.integers(0, len(order)))
-    stop = data.draw(st.integers(start, len(order)))
-    boxes = flat_range(shape, start=start, stop=stop)
-    assert [index for box in boxes for index in sorted(elements(box))] == order[start:stop]
-    assert len(boxes) <= max(1, 2 * len(shape) - 1)
 
 
 @given(shapes.filter(lambda shape: 0 not in shape))

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter, HuggingFaceStorageWri
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard as Cut
 
 from shardferry.checkpoint.open import open_checkpoint, storage_of
 from shardferry.checkpoint.optimizer_index import index_optimizer
@@ -24,7 +25,6 @@ from shardferry.checkpoint.safetensors import parse_header
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import CatalogError, PlanError, StorageError
 from shardferry.layout.mesh import Mesh
-from shardferry.layout.mesh import Shard as Cut
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.planner import plan_load
 from shardferry.read.execute import read_objects

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
 
 from shardferry.config import LoadRequest, ReadOptions, SplitLimits
 from shardferry.layout.live import LiveLayout
-from shardferry.layout.mesh import Mesh, Replicate, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
-from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, sharded
+from shardferry.layout.tensor_layout import AxisCut, LocalRegion, TensorLayout, shard_on_mesh
 from shardferry.plan.cooperative import CooperativePlan, MemoryGroups, assign_reads
 from shardferry.plan.planner import LoadPlan, plan_load
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, layouts_to_send
@@ -147,7 +148,7 @@ def rows(size: int, ranks: int) -> list[Region]:
 
 
 def split(ranks: int, dim: int) -> list[TensorLayout]:
-    return [sharded((64, 64), [AxisCut(ranks, rank, Shard(dim))]) for rank in range(ranks)]
+    return [shard_on_mesh((64, 64), [AxisCut(ranks, rank, Shard(dim))]) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -168,7 +169,7 @@ def test_rows_that_stay_rows_are_read_by_their_own_ranks() -> None:
 
 
 def test_replicas_are_read_once() -> None:
-    wanted = [sharded((64, 64), [AxisCut(2, r // 2, Replicate()), AxisCut(2, r % 2, Shard(0))]) for r in range(4)]
+    wanted = [shard_on_mesh((64, 64), [AxisCut(2, r // 2, Replicate()), AxisCut(2, r % 2, Shard(0))]) for r in range(4)]
     plans = shared_plans((64, 64), rows(64, 4), wanted, SplitLimits(max_part_bytes=1 << 20))
     read = [sum(r.region.numel for r in s.reads) + sum(i.copy.source.numel for i in s.own) for _, s in plans]
     assert sum(read) == 64 * 64
@@ -222,7 +223,7 @@ def wide_plans(
 
 def one_box(shape: tuple[int, ...], region: Region) -> TensorLayout:
     """A rank that wants this of a tensor."""
-    return TensorLayout(shape, region.sizes, (Box(region, Region.whole(region.sizes)),))
+    return TensorLayout(shape, region.sizes, (LocalRegion(region, Region.whole(region.sizes)),))
 
 
 def elements_read(shared: CooperativePlan) -> int:
@@ -257,7 +258,7 @@ def test_columns_that_nobody_wants_are_no_reason_to_read_rows_whole() -> None:
 )
 def test_what_all_want_is_read_by_all_alike(shape: tuple[int, ...], num_tensors: int) -> None:
     ranks = 8
-    wanted = [sharded(shape, [AxisCut(ranks, rank, Replicate())]) for rank in range(ranks)]
+    wanted = [shard_on_mesh(shape, [AxisCut(ranks, rank, Replicate())]) for rank in range(ranks)]
     read = [elements_read(s) for _, s in wide_plans(shape, [Region.whole(shape)], wanted, num_tensors)]
     assert sum(read) == num_tensors * math.prod(shape)
     assert max(read) <= 1.35 * sum(read) / ranks
@@ -266,8 +267,8 @@ def test_what_all_want_is_read_by_all_alike(shape: tuple[int, ...], num_tensors:
 def test_slabs_of_a_window_have_one_reader_whatever_their_rows() -> None:
     """Some are cut between two ranks, some are wanted by both."""
     shape = (64, 64)
-    halves = [sharded(shape, [AxisCut(2, rank, Shard(0))]) for rank in range(2)]
-    both = sharded(shape, [AxisCut(2, 0, Replicate())])
+    halves = [shard_on_mesh(shape, [AxisCut(2, rank, Shard(0))]) for rank in range(2)]
+    both = shard_on_mesh(shape, [AxisCut(2, 0, Replicate())])
     names = [f"w{number:03}" for number in range(400)]
     catalog = catalog_of(dict.fromkeys(names, (shape, [Region.whole(shape)])))
     live = [
@@ -284,7 +285,7 @@ def test_slabs_of_a_window_have_one_reader_whatever_their_rows() -> None:
 
 
 def test_what_is_wanted_by_nobody_between_two_ranks_is_not_read() -> None:
-    wanted = [sharded((64, 64), [AxisCut(8, rank, Shard(0))]) for rank in (0, 2)]  # rows 0 to 7 and 16 to 23
+    wanted = [shard_on_mesh((64, 64), [AxisCut(8, rank, Shard(0))]) for rank in (0, 2)]  # rows 0 to 7 and 16 to 23
     whole = catalog_of({"w": ((64, 64), [Region((0, 0), (64, 64))])})
     plans = [plan_load(whole, LiveLayout(rank, 2, {"w": layout}), REQUEST) for rank, layout in enumerate(wanted)]
     wants = ExchangedLayouts({rank: layouts_to_send(plan) for rank, plan in enumerate(plans)})
@@ -309,7 +310,7 @@ def test_a_spec_tells_what_ranks_would_tell() -> None:
 
 def test_between_islands_a_replica_travels_once() -> None:
     """4 copies on 2 islands: half of the bytes are read on each, and each half goes to the other island once."""
-    wanted = [sharded((64, 64), [AxisCut(4, rank, Replicate())]) for rank in range(4)]
+    wanted = [shard_on_mesh((64, 64), [AxisCut(4, rank, Replicate())]) for rank in range(4)]
     islands = {0: "a", 1: "a", 2: "b", 3: "b"}
     plans = shared_plans((64, 64), rows(64, 4), wanted, SplitLimits(max_part_bytes=1 << 20), islands)
     itemsize = plans[0][0].tensors[0].dtype.itemsize

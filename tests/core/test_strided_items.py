@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
 from tests.support.alone import save_alone

@@ -1,4 +1,4 @@
-"""How live tensors lie, held against torch: its DTensors hold the indices that we say they hold."""
+"""The layouts of live tensors against torch: its DTensors hold the indices that we say they hold."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardferry.errors import LayoutError
-from shardferry.layout.from_tensor import TorchCut, layout_of_tensor, left_to_right
-from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.layout.from_tensor import layout_of_tensor, shard_left_to_right, strided_shard
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout
 from tests.support.ranks import RankPool
 
 MESHES = ((4,), (2, 2), (4, 2), (2, 2, 2))
@@ -64,12 +64,12 @@ def test_any_placements_on_any_mesh(ranks: RankPool, mesh_shape: tuple[int, ...]
     assert all(ranks.run(torch.Size(mesh_shape).numel(), compare_with_torch, mesh_shape, 7))
 
 
-ROWS = range(1, 41)  # of one parameter each: evenly and unevenly cut, empty on some ranks
+ROWS = range(1, 41)  # of one parameter each: evenly and unevenly sharded, empty on some ranks
 AXES = {"dp-tp": ("dp", "tp"), "dp-ep-tp": ("dp", "ep", "tp")}
 
 
 def compare_with_fsdp2(mesh_shape: Sequence[int], axes: tuple[str, ...]) -> int:
-    """FSDP2 over what the inner axes have cut by rows; each weight is the number of its row."""
+    """FSDP2 over inner axes that have sharded the rows; each weight is the number of its row."""
     mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=axes)
     inner = mesh[axes[1:]]
     module = torch.nn.Module()
@@ -99,33 +99,33 @@ def test_what_fsdp2_has_in_memory(ranks: RankPool, mesh_shape: tuple[int, ...], 
 
 
 @st.composite
-def torch_cuts(draw: st.DrawFn, ndim: int) -> list[TorchCut]:
+def torch_cuts(draw: st.DrawFn, ndim: int) -> list[AxisCut]:
+    choices: list[Placement] = [Replicate()]
+    for dim in range(ndim):
+        choices += [Shard(dim), *(strided_shard(dim, split_factor) for split_factor in (2, 3, 4))]
     cuts = []
     for _ in range(draw(st.integers(0, 3))):
         num_ranks = draw(st.integers(1, 4))
-        dim = draw(st.none() | st.integers(0, ndim - 1)) if ndim else None
-        split_factor = 1 if dim is None else draw(st.integers(1, 4))
-        cuts.append(TorchCut(num_ranks, draw(st.integers(0, num_ranks - 1)), dim, split_factor))
+        cuts.append(AxisCut(num_ranks, draw(st.integers(0, num_ranks - 1)), draw(st.sampled_from(choices))))
     return cuts
 
 
-def cut_by_torch(whole: torch.Tensor, cuts: Sequence[TorchCut]) -> torch.Tensor:
+def split_by_torch(whole: torch.Tensor, cuts: Sequence[AxisCut]) -> torch.Tensor:
     """What `distribute_tensor` does, axis by axis, without processes."""
     for cut in cuts:
-        if cut.dim is not None:
-            split = cut.split_factor > 1
-            placement = _StridedShard(cut.dim, split_factor=cut.split_factor) if split else Shard(cut.dim)
-            whole = placement._split_tensor(whole, cut.num_ranks, with_padding=False, contiguous=False)[0][cut.index]
+        if isinstance(cut.placement, Shard | _StridedShard):
+            parts, _ = cut.placement._split_tensor(whole, cut.num_ranks, with_padding=False, contiguous=False)
+            whole = parts[cut.index]
     return whole
 
 
 @settings(deadline=None, max_examples=500)
 @given(st.data())
-def test_any_cuts_from_left_to_right(data: st.DataObject) -> None:
+def test_any_placements_from_left_to_right(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 13), max_size=3), label="shape"))
     cuts = data.draw(torch_cuts(len(shape)), label="cuts")
-    local = cut_by_torch(torch.arange(torch.Size(shape).numel()).view(shape), cuts)
-    layout = left_to_right(shape, cuts)
+    local = split_by_torch(torch.arange(torch.Size(shape).numel()).view(shape), cuts)
+    layout = shard_left_to_right(shape, cuts)
     assert read(layout).reshape(-1).tolist() == local.reshape(-1).tolist()
     assert layout.wanted_numel == layout.local_numel == local.numel()
 
@@ -140,7 +140,7 @@ def a_partial_is_refused() -> str:
 
 def test_a_partial_is_refused(ranks: RankPool) -> None:
     for message in ranks.run(2, a_partial_is_refused):
-        assert message.startswith("w: placement P(sum) can't be loaded")
+        assert message.startswith("w: placement Partial(sum) can't be loaded")
 
 
 def checkpointable(**fields: object) -> torch.Tensor:
@@ -150,7 +150,7 @@ def checkpointable(**fields: object) -> torch.Tensor:
     return tensor
 
 
-def test_a_plain_tensor_may_say_itself_which_shards_it_holds() -> None:
+def test_a_plain_tensor_may_name_the_regions_that_it_holds() -> None:
     tensor = checkpointable(
         global_shape=(20, 4),
         global_offsets=((4, 0), (12, 0)),
@@ -161,9 +161,9 @@ def test_a_plain_tensor_may_say_itself_which_shards_it_holds() -> None:
     assert local[:, 0].tolist() == [16, 20, 48, 52, 56, 60]
 
 
-def test_a_shard_that_lies_outside_is_refused() -> None:
+def test_a_region_out_of_bounds_is_refused() -> None:
     tensor = checkpointable(
         global_shape=(20, 4), global_offsets=((18, 0),), local_offsets=((0, 0),), local_sizes=((6, 4),)
     )
-    with pytest.raises(LayoutError, match=r"w: says that \[0:6, 0:4\].*is \[18:24, 0:4\] of \(20, 4\)"):
+    with pytest.raises(LayoutError, match=r"w: the tensor says that \[0:6, 0:4\].*is \[18:24, 0:4\] of \(20, 4\)"):
         layout_of_tensor(tensor, name="w")

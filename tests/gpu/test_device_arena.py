@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 from shardferry.arena import DeviceArena, allocate_arena
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.errors import ArenaError
 from shardferry.exchange.agreement import Agreement
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank
 from tests.support.alone import save_alone

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
 
 from benchmarks.large import TransformerSize, synthetic_catalog
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import PlanError, SpecError
 from shardferry.layout.live import LiveLayout
-from shardferry.layout.mesh import Mesh, Shard
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh
 from shardferry.pipeline.display import print_plan
-from shardferry.pipeline.forecast import Forecast, forecast
+from shardferry.pipeline.forecast import Forecast, forecast, union_numel
 from shardferry.pipeline.overrides import override, parse_mesh
 from shardferry.pipeline.planning import plan_report, target_layout, unique_bytes
 from shardferry.plan.demand import demand_of
@@ -160,8 +164,21 @@ def test_unique_bytes_of_live_models_are_the_union_of_their_boxes(catalog: Catal
     assert unique_bytes(catalog, layouts, request, values) == 4 * (3 * numel + len(rows)) + objects
 
 
+@st.composite
+def regions(draw: st.DrawFn) -> list[Region]:
+    ndim = draw(st.integers(0, 3))
+    numbers = st.tuples(*[st.integers(0, 4)] * ndim)
+    return draw(st.lists(st.builds(Region, numbers, numbers), max_size=7))
+
+
+@given(regions())
+def test_the_union_counts_each_element_once(boxes: list[Region]) -> None:
+    elements = {index for box in boxes for index in itertools.product(*map(range, box.offsets, box.ends))}
+    assert union_numel(boxes) == len(elements)
+
+
 def _half(shape: tuple[int, ...], index: int) -> TensorLayout:
-    return sharded(shape, [AxisCut(2, index, Shard(0))])
+    return shard_on_mesh(shape, [AxisCut(2, index, Shard(0))])
 
 
 @pytest.mark.parametrize(

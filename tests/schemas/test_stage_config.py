@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
 from shardferry.errors import SpecError
-from shardferry.layout.mesh import Replicate, Shard
 from shardferry.schemas import StageConfig
 
 DESIGN = """
@@ -82,8 +82,8 @@ def test_who_holds_what() -> None:
     assert holders("layers.0.weight") == [0, 1, 2, 3]
     assert holders("layers.1.expert3.weight") == [7]
     assert layout.placements("layers.0.weight") == (Replicate(), Replicate(), Replicate())
-    assert layout.placements("layers.0.weight", "exp_avg") is None
-    assert layout.placements("layers.0.weight", "row_var") == (Replicate(), Replicate(), Replicate())
+    assert layout.entry_placements("layers.0.weight", "exp_avg") is None
+    assert layout.entry_placements("layers.0.weight", "row_var") == (Replicate(), Replicate(), Replicate())
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_who_holds_what() -> None:
     [
         pytest.param(
             {"topology": {"mesh": {"pp": 2}, "held_by": [{"match": "*", "ranks": {"pp": [2]}}]}},
-            r"topology: held_by '\*': pp: \[2\] are no coordinates of an axis of 2; give some of 0 to 1",
+            r"topology: held_by '\*': pp: \[2\] are not coordinates of an axis of 2; give some of 0 to 1",
             id="holder",
         ),
         pytest.param(
@@ -132,7 +132,7 @@ def test_who_holds_what() -> None:
         ),
         pytest.param(
             {"topology": {"mesh": {"dp": 2}, "rules": [{"match": "*", "placements": {"dp": "Shrd(0)"}}]}},
-            r"rules\[0\]: 'Shrd\(0\)' is no placement; write 'Shard\(<dim>\)' or 'Replicate'",
+            r"rules\[0\]: 'Shrd\(0\)' is not a placement; write 'Shard\(<dim>\)' or 'Replicate'",
             id="placement",
         ),
         pytest.param({"topology": {"mesh": {"dp": 0}}}, r"topology\.mesh\.dp: .*greater than 0 \(found 0\)", id="size"),
