@@ -14,8 +14,9 @@ from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout
 from shardferry.pipeline.forecast import forecast, join_limits
+from shardferry.plan.cover import check_cover
 from shardferry.plan.demand import demand_of
-from shardferry.plan.planner import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
+from shardferry.plan.planner import plan_load, planned_objects, saved_weights, wanted_tensors
 from shardferry.read.execute import check_files
 from shardferry.region import Region, union_numel
 from shardferry.schemas.plan_report import Balance, PlanReport
