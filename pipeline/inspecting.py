@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.optimizer_index import top_level_keys
-from shardferry.plan.planner import find_problems
+from shardferry.plan.cover import find_problems
 
 
 class TensorReport(BaseModel):

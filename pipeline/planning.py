@@ -14,8 +14,9 @@ from shardferry.errors import SpecError
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout, spec_of
 from shardferry.pipeline.forecast import forecast, read_limits, union_numel
+from shardferry.plan.cover import check_cover
 from shardferry.plan.demand import demand_of
-from shardferry.plan.planner import check_cover, plan_load, planned_objects, saved_weights, wanted_tensors
+from shardferry.plan.planner import plan_load, planned_objects, saved_weights, wanted_tensors
 from shardferry.read.execute import check_files
 from shardferry.region import Region
 from shardferry.schemas.plan_report import Balance, PlanReport

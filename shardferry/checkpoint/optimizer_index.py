@@ -35,9 +35,10 @@ class OptimizerIndex:
     optimizer_key: str
     state: Mapping[str, Mapping[str, StateEntry]]  # FQN as saved -> state name -> entry
     param_groups: Mapping[KeyPath, str]  # path below "param_groups" -> key
+    paths: Mapping[str, KeyPath]  # key -> path below the optimizer's key; also of what is neither state nor param group
 
     def all_keys(self) -> list[str]:
-        """All keys of this optimizer."""
+        """All keys of this optimizer's state and param groups."""
         return [entry.key for names in self.state.values() for entry in names.values()] + list(
             self.param_groups.values()
         )
@@ -51,15 +52,44 @@ def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
             empty where the optimizer's own state dict was saved.
 
     Raises:
-        PlanError: nothing was saved under this key; the message names the keys that are there.
+        PlanError: nothing was saved under this key, or something else than an optimizer; the message names the keys that are
+            there.
+    """
+    if optimizer_key in catalog.objects:
+        raise PlanError(
+            f"{catalog.location}: {optimizer_key!r} is one Python object, its tensors in it: it was saved nested and with "
+            "flatten_state_dict=False. Save with torch's default planner, or with flatten_optimizer_state_dict=True"
+        )
+    index = index_keys(catalog, optimizer_key)
+    if index.state or index.param_groups:
+        return index
+    if all(path and _split_section(path)[0] == BUFFERS for path in index.paths.values()):
+        raise PlanError(
+            f"{catalog.location}: {optimizer_key!r} holds Megatron-Core's flat buffers (dp_reshardable or "
+            "dp_zero_gather_scatter), which don't tell where a parameter lies; load them with Megatron and save with "
+            "--dist-ckpt-optim-fully-reshardable"
+        )
+    raise PlanError(
+        f"{catalog.location}: {optimizer_key!r} holds no optimizer: neither 'state' nor 'param_groups' is below it; "
+        f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
+    )
+
+
+def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
+    """Look up everything that was saved under a key, whether or not it is an optimizer.
+
+    Args:
+        optimizer_key: as in `index_optimizer`. A value that was saved under exactly this key has an empty path.
+
+    Raises:
+        PlanError: nothing was saved under this key; Megatron-Core's steps are missing.
     """
     state: dict[KeyPath, str] = {}
     groups: dict[KeyPath, str] = {}
-    sections: set[str] = set()
+    paths = dict(_below(catalog, optimizer_key))
     of_megatron: set[str] = set()
-    for key, tail in _below(catalog, optimizer_key):
-        section, rest = _split_section(tail)
-        sections.add(section)
+    for key, path in paths.items():
+        section, rest = _split_section(path)
         if section == "state" and rest:
             entry = megatron_entry(rest) if catalog.paths is None else None
             if entry:
@@ -67,30 +97,16 @@ def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
             state[entry or rest] = key
         elif section == "param_groups":
             groups[rest] = key
-    if optimizer_key in catalog.objects:
-        raise PlanError(
-            f"{catalog.location}: {optimizer_key!r} is one Python object, its tensors in it: it was saved nested and with "
-            "flatten_state_dict=False. Save with torch's default planner, or with flatten_optimizer_state_dict=True"
-        )
-    if not sections:
+    if optimizer_key in catalog.tensors or optimizer_key in catalog.objects:
+        paths.setdefault(optimizer_key, ())
+    if not paths:
         raise PlanError(
             f"{catalog.location}: nothing is saved under optimizer_key {optimizer_key!r}; "
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog))) or 'none'}"
         )
-    if sections == {BUFFERS}:
-        raise PlanError(
-            f"{catalog.location}: {optimizer_key!r} holds Megatron-Core's flat buffers (dp_reshardable or "
-            "dp_zero_gather_scatter), which don't tell where a parameter lies; load them with Megatron and save with "
-            "--dist-ckpt-optim-fully-reshardable"
-        )
-    if not state and not groups:
-        raise PlanError(
-            f"{catalog.location}: {optimizer_key!r} holds no optimizer: neither 'state' nor 'param_groups' is below it; "
-            f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
-        )
     by_fqn = _by_fqn(state, _flattened_fqns(groups))
     _check_steps(catalog, {fqn: by_fqn[fqn] for fqn in by_fqn if fqn in of_megatron})
-    return OptimizerIndex(optimizer_key, by_fqn, groups)
+    return OptimizerIndex(optimizer_key, by_fqn, groups, paths)
 
 
 def index_weights(catalog: Catalog, model_key: str) -> dict[str, str]:

@@ -1,13 +1,15 @@
-"""The face for users of ``torch.distributed.checkpoint.optimizer``: change the import, keep the call.
+"""A replacement for ``torch.distributed.checkpoint.optimizer``: change the import, keep the call.
 
-Same names, same types in and out; right where torch's are wrong: state lies as its parameter's ShardedTensor or DTensor
-does (torch shards over the whole world, which corrupts HSDP), no whole tensor is allocated, only needed bytes are read,
-holes and wrong keys are errors, and a rank that fails makes all ranks raise. Each helper also has torch's own name.
+Names and types are torch's, and each helper also has torch's own underscored name. What torch gets wrong is right here:
+state has its parameter's layout (torch shards over the whole world, which corrupts HSDP), no whole tensor is allocated,
+only needed bytes are read, holes and wrong keys are errors, and if one rank fails, all ranks raise.
 """
 
 from __future__ import annotations
 
-from shardferry.dcp.helpers import (
+from shardferry.dcp.load import load_sharded_optimizer_state_dict
+from shardferry.dcp.planner import ReaderWithOffset
+from shardferry.dcp.sharded_tensors import (
     STATE_DICT_2D_LAYOUT,
     alloc_tensor,
     create_colwise_spec,
@@ -15,8 +17,6 @@ from shardferry.dcp.helpers import (
     is_nested_tensor,
     rank_device,
 )
-from shardferry.dcp.load import load_sharded_optimizer_state_dict
-from shardferry.dcp.reader_with_offset import ReaderWithOffset
 
 # torch's own names
 _ReaderWithOffset = ReaderWithOffset

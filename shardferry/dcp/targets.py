@@ -1,11 +1,12 @@
-"""Turn the saved tensors and the model's own ones into how each saved tensor will stand in the result.
+"""Plan the result of a load: the path of each saved value, and the layout of each saved tensor on this rank.
 
-State with its parameter's shape lies as the parameter does; all other state is whole on every rank, never cut by guess.
+State with its parameter's shape is laid out as the parameter; every other tensor is whole on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,210 +17,229 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
-from shardferry.checkpoint.catalog import KeyPath
-from shardferry.checkpoint.optimizer_index import SCALAR_STATE
-from shardferry.dcp.helpers import create_colwise_spec, inner, is_nested_tensor, only_shard
-from shardferry.dcp.key_paths import fqn_and_name
-from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, is_here, region_of, sharded_tensor, size_of
+from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedTensor
+from shardferry.checkpoint.optimizer_index import OptimizerIndex, index_keys, parameter_shape
+from shardferry.dcp.sharded_tensors import (
+    boxes_as_sharded_tensor,
+    create_colwise_spec,
+    is_nested_tensor,
+    is_own,
+    nested_shard,
+    region_of,
+    sharded_tensor,
+    size_of,
+)
 from shardferry.errors import LayoutError
 from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout, replicated, single_box
-from shardferry.region import Region, row_major_strides
+from shardferry.plan.state_layout import ParameterRule
+from shardferry.region import row_major_strides
+from shardferry.state_dicts import nest
 
-# What torch's own optimizers keep in their parameter's shape, always: another shape is another model's.
-_AS_PARAMETER = frozenset(
+# State that torch's own optimizers always keep in their parameter's shape: another shape is another model's.
+_MOMENTS = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
 )
 
 Build = Callable[[Sequence[torch.Tensor]], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """One tensor of the optimizer, as the checkpoint has it."""
+@dataclass(frozen=True)
+class Target:
+    """One saved tensor in the result: the local tensors that it needs, and what is built of them."""
 
     key: str
-    path: KeyPath
-    shape: tuple[int, ...]
     dtype: torch.dtype
-
-    @property
-    def fqn(self) -> str:
-        return fqn_and_name(self.path)[0]
-
-    @property
-    def name(self) -> str:
-        return fqn_and_name(self.path)[1]
+    layouts: tuple[TensorLayout, ...]  # one per local tensor
+    result: Build
+    for_planner: Build  # of the same local tensors: a tensor that tells any planner their places in the saved tensor
 
 
 @dataclass(frozen=True)
-class Target:
-    """How one saved tensor will stand in the result: which local tensors it has, and what is made of them."""
+class ResultPlan:
+    """The result of one load, without its values."""
 
-    key: str
-    dtype: torch.dtype
-    layouts: tuple[TensorLayout, ...]  # of the local tensors
-    result: Build
-    for_planner: Build  # of the same local tensors: what tells any planner where they lie in the saved tensor
+    optimizer_key: str
+    paths: Mapping[str, KeyPath]  # of every saved value in the result, by its key in the checkpoint
+    targets: tuple[Target, ...]  # one per saved tensor
+
+    def nested(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The result with the values, by key.
+
+        A plain ``optimizer.state_dict()`` keys its state by integers, which torch's writer turns into strings. They become
+        integers again if the param groups name their parameters by integers.
+        """
+        nested: dict[str, Any] = nest({self.paths[key]: value for key, value in values.items()})
+        optimizer = nested[self.optimizer_key]
+        if isinstance(optimizer, dict) and _is_keyed_by_integers(optimizer):
+            state = optimizer["state"]
+            by_name = state if isinstance(state, dict) else dict(enumerate(state))
+            optimizer["state"] = {int(key): entries for key, entries in by_name.items()}
+        return nested
 
 
-def targets_of(states: Iterable[SavedState], model: Mapping[str, Any], group: dist.ProcessGroup) -> list[Target]:
-    """One target a saved tensor.
+def plan_result(catalog: Catalog, optimizer_key: str, model: Mapping[str, Any], group: dist.ProcessGroup) -> ResultPlan:
+    """Plan the result for everything that was saved under the optimizer's key.
 
     Args:
-        model: the model's state dict; what isn't a tensor is not looked at.
+        model: the model's state dict; values that are not tensors are ignored.
+        group: the ranks over which state of unknown parameters is sharded.
 
     Raises:
-        LayoutError: a tensor of the model lies in a way that isn't supported.
+        PlanError: nothing is saved under the key.
+        LayoutError: a tensor of the model has a layout that is not supported, or is another model's.
     """
-    states = list(states)
-    guessed, factors = _guessed_shapes(states), _factors(states, model)
-    return [
-        _whole(state) if state.name in factors else _target(state, model.get(state.fqn), guessed.get(state.fqn), group)
-        for state in states
-    ]
+    index = index_keys(catalog, optimizer_key)
+    tensors = {key: catalog.tensors[key] for key in index.paths if key in catalog.tensors}
+    state = {
+        fqn: {name: tensors[entry.key] for name, entry in entries.items() if entry.key in tensors}
+        for fqn, entries in index.state.items()
+    }
+    known = {fqn: tensor for fqn in state if isinstance(tensor := model.get(fqn), torch.Tensor)}
+    targets = {key: _whole(tensor) for key, tensor in tensors.items()}
+    targets |= {target.key: target for target in _targets_of_state(state, known, group)}
+    return ResultPlan(optimizer_key, _result_paths(catalog, index), tuple(targets.values()))
 
 
-def _factors(states: Iterable[SavedState], model: Mapping[str, Any]) -> set[str]:
-    """Names that somewhere have another shape than their parameter: a square matrix's statistics are square by accident."""
-    known = [(state, like) for state in states if isinstance(like := model.get(state.fqn), torch.Tensor)]
-    return {state.name for state, like in known if state.shape != tuple(size_of(like))} - _AS_PARAMETER
+def _result_paths(catalog: Catalog, index: OptimizerIndex) -> dict[str, KeyPath]:
+    """The paths as they were saved. State whose path was not recorded gets one of its FQN and name."""
+    paths = {key: (index.optimizer_key, *below) for key, below in index.paths.items()}
+    for fqn, entries in index.state.items():
+        for entry in entries.values():
+            if len(catalog.path(entry.key)) == 1:
+                paths[entry.key] = (index.optimizer_key, "state", fqn, *entry.path)
+    return paths
 
 
-def _guessed_shapes(states: Iterable[SavedState]) -> dict[str, tuple[int, ...] | None]:
-    """The shape of each parameter as its state tells it, for parameters that the model's state dict hasn't.
+def _targets_of_state(
+    state: Mapping[str, Mapping[str, SavedTensor]], known: Mapping[str, torch.Tensor], group: dist.ProcessGroup
+) -> Iterator[Target]:
+    """Targets of the state tensors that are laid out as their parameters.
 
-    None where the state's shapes disagree (Adafactor's rows and columns). A number beside tensors tells nothing.
+    Args:
+        state: all state tensors, by FQN and name.
+        known: the model's parameters, by FQN.
     """
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    for state in states:
-        if state.name not in SCALAR_STATE:
-            shapes.setdefault(state.fqn, set()).add(state.shape)
-    return {fqn: _the_one(found) for fqn, found in shapes.items()}
+    shapes = {fqn: tuple(size_of(known[fqn])) if fqn in known else _shape_of(state[fqn]) for fqn in state}
+    rule = ParameterRule(state, shapes.get)
+    for fqn, tensors in state.items():
+        for name, saved in tensors.items():
+            if fqn in known and name in _MOMENTS and saved.shape != shapes[fqn]:
+                raise LayoutError(
+                    f"{saved.key}: was saved with the shape {saved.shape}, but the model's {fqn} has {shapes[fqn]}; "
+                    "this checkpoint belongs to another model"
+                )
+            if saved.shape and rule.follows(fqn, name, saved):
+                yield _as_tensor(saved, fqn, known[fqn], group) if fqn in known else _chunked(saved, group)
 
 
-def _the_one(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:
-    candidates = [shape for shape in shapes if shape not in ((), (1,))] or list(shapes)
-    return candidates[0] if len(candidates) == 1 else None
+def _shape_of(state: Mapping[str, SavedTensor]) -> tuple[int, ...] | None:
+    """A parameter's shape by its state alone. Numbers beside larger tensors don't count."""
+    larger = {name: tensor for name, tensor in state.items() if tensor.shape not in ((), (1,))}
+    return parameter_shape(larger or state)
 
 
-def _target(state: SavedState, like: Any, guessed: tuple[int, ...] | None, group: dist.ProcessGroup) -> Target:
-    known = isinstance(like, torch.Tensor)
-    wanted = tuple(size_of(like)) if known else guessed
-    if known and state.name in _AS_PARAMETER and state.shape != wanted:
-        raise LayoutError(
-            f"{state.key}: was saved with the shape {state.shape}, but the model's {state.fqn} has {wanted}; "
-            "this checkpoint belongs to another model"
-        )
-    if state.name in SCALAR_STATE or not state.shape or state.shape != wanted:
-        return _whole(state)
-    nested = known and _is_nested(state, like)
+def _is_keyed_by_integers(optimizer: Mapping[str, Any]) -> bool:
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict | list):
+        return False
+    named = [parameter for group in groups if isinstance(group, dict) for parameter in group.get("params", ())]
+    return bool(named) and all(type(parameter) is int for parameter in named) and all(str(k).isdigit() for k in state)
+
+
+def _whole(saved: SavedTensor) -> Target:
+    return Target(saved.key, saved.dtype, (replicated(saved.shape),), _only, _only)
+
+
+def _only(local: Sequence[torch.Tensor]) -> torch.Tensor:
+    return local[0]
+
+
+def _as_tensor(saved: SavedTensor, fqn: str, like: torch.Tensor, group: dist.ProcessGroup) -> Target:
+    """As the model's tensor of the same shape."""
+    try:
+        is_nested = is_nested_tensor(like)
+    except LayoutError as error:
+        raise LayoutError(f"{fqn}: {error}") from None
     if isinstance(like, ShardedTensor):
-        return _nested(state, like, group) if nested else _as_shards(state, like, (0,) * len(state.shape))
-    if isinstance(like, DTensor):
-        return _like_dtensor(state, like, group)
-    return _whole(state) if known else _chunked(state, group)
+        return _as_nested(saved, like, group) if is_nested else _as_shards(saved, like)
+    return _as_dtensor(saved, fqn, like, group) if isinstance(like, DTensor) else _whole(saved)
 
 
-def _whole(state: SavedState) -> Target:
-    def only(local: Sequence[torch.Tensor]) -> torch.Tensor:
-        return local[0]
+def _as_dtensor(saved: SavedTensor, fqn: str, like: DTensor, group: dist.ProcessGroup) -> Target:
+    def build(local: torch.Tensor) -> DTensor:
+        stride = row_major_strides(like.shape)
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
+        )
 
-    return Target(state.key, state.dtype, (replicated(state.shape),), only, only)
-
-
-def _like_dtensor(state: SavedState, like: DTensor, group: dist.ProcessGroup) -> Target:
-    if like.device_mesh.get_coordinate() is None:  # a mesh of other ranks: nothing of it is here
-        empty = torch.empty_like(like.to_local(), dtype=state.dtype)
-        return Target(state.key, state.dtype, (), lambda _: _dtensor(like, empty), lambda _: _dtensor(like, empty))
-    layout = layout_of_tensor(like, name=state.fqn)
+    if like.device_mesh.get_coordinate() is None:  # the mesh has other ranks: this one holds nothing
+        empty = torch.empty_like(like.to_local(), dtype=saved.dtype)
+        return Target(saved.key, saved.dtype, (), lambda _: build(empty), lambda _: build(empty))
+    layout = layout_of_tensor(like, name=fqn)
     regions = [box.region for box in layout.boxes]
 
     def result(local: Sequence[torch.Tensor]) -> DTensor:
-        return _dtensor(like, local[0].view(like.to_local().shape))
+        return build(local[0].view(like.to_local().shape))
 
-    def in_boxes(local: Sequence[torch.Tensor]) -> Any:
+    def as_box(local: Sequence[torch.Tensor]) -> ShardedTensor:
         if len(regions) > 1:
             raise LayoutError(
-                f"{state.key}: {like.placements} leaves {len(regions)} boxes of the tensor on this rank, which a planner "
+                f"{saved.key}: {like.placements} leaves {len(regions)} boxes of the tensor on this rank, which a planner "
                 "can't be told; leave planner out and read with torch's own FileSystemReader"
             )
         return boxes_as_sharded_tensor(
-            state.shape, state.dtype, regions=regions, local=local if regions else (), group=group
+            saved.shape, saved.dtype, regions=regions, local=local if regions else (), group=group
         )
 
-    # Where two axes cut one dimension, planners don't ask which one cuts first: they are told the box.
-    return Target(state.key, state.dtype, (layout,), result, in_boxes if _cuts_a_dimension_twice(like) else result)
+    # Planners ignore the order in which two mesh axes cut one dimension, so they are given the box instead.
+    dims = [placement.dim for placement in like.placements if hasattr(placement, "dim")]
+    return Target(saved.key, saved.dtype, (layout,), result, as_box if len(set(dims)) < len(dims) else result)
 
 
-def _cuts_a_dimension_twice(tensor: DTensor) -> bool:
-    dims = [placement.dim for placement in tensor.placements if hasattr(placement, "dim")]
-    return len(set(dims)) < len(dims)
+def _as_nested(saved: SavedTensor, like: ShardedTensor, group: dist.ProcessGroup) -> Target:
+    """As the inner ShardedTensor, which begins where the outer one's shard does."""
+    outer, inner = nested_shard(like, saved.key)
+    regions = [region_of(shard.metadata, outer.shard_offsets) for shard in inner.local_shards()]
+
+    def for_planner(local: Sequence[torch.Tensor]) -> ShardedTensor:
+        return boxes_as_sharded_tensor(saved.shape, saved.dtype, regions=regions, local=local, group=group)
+
+    return dataclasses.replace(_as_shards(saved, inner, outer.shard_offsets), for_planner=for_planner)
 
 
-def _dtensor(like: DTensor, local: torch.Tensor) -> DTensor:
-    return DTensor.from_local(
-        local,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=row_major_strides(like.shape),
-    )
-
-
-def _is_nested(state: SavedState, like: torch.Tensor) -> bool:
-    try:
-        return is_nested_tensor(like)
-    except LayoutError as error:
-        raise LayoutError(f"{state.fqn}: {error}") from None
-
-
-def _nested(state: SavedState, like: ShardedTensor, group: dist.ProcessGroup) -> Target:
-    outer = only_shard(like, state.key)
-    target = _as_shards(state, inner(outer), outer.metadata.shard_offsets)
-    regions = [box.region for layout in target.layouts for box in layout.boxes]
-
-    def for_planner(local: Sequence[torch.Tensor]) -> Any:
-        filled = [tensor for tensor in local if tensor.numel()]
-        return boxes_as_sharded_tensor(state.shape, state.dtype, regions=regions, local=filled, group=group)
-
-    return Target(state.key, state.dtype, target.layouts, target.result, for_planner)
-
-
-def _as_shards(state: SavedState, like: ShardedTensor, origin: Sequence[int]) -> Target:
-    """As another ShardedTensor stands, whose own origin is at ``origin`` in the saved tensor."""
+def _as_shards(saved: SavedTensor, like: ShardedTensor, origin: Sequence[int] | None = None) -> Target:
+    """As a ShardedTensor, which begins at ``origin`` in the saved tensor."""
     own = [shard.metadata for shard in like.local_shards()]
-    return _sharded(state, size_of(like), own, like.metadata().shards_metadata, origin, like._process_group)
+    table = like.metadata().shards_metadata
+    return _sharded(saved, size_of(like), own=own, table=table, group=like._process_group, origin=origin)
 
 
-def _chunked(state: SavedState, group: dist.ProcessGroup) -> Target:
-    """Cut along dimension 0 over the group, as torch does with all parameters."""
-    properties = TensorProperties(dtype=state.dtype)
-    table = create_colwise_spec(group).build_metadata(torch.Size(state.shape), properties).shards_metadata
-    # Ranks beyond the rows hold nothing, and the table of shards doesn't mention them; but one it must mention.
+def _chunked(saved: SavedTensor, group: dist.ProcessGroup) -> Target:
+    """Sharded along dimension 0 over the group, as torch shards all parameters."""
+    spec = create_colwise_spec(group)
+    table = spec.build_metadata(torch.Size(saved.shape), TensorProperties(dtype=saved.dtype)).shards_metadata
+    # Ranks beyond the rows hold nothing and are not in the table of shards, which must not be empty.
     table = [shard for shard in table if 0 not in shard.shard_sizes] or table[:1]
-    own = [shard for shard in table if is_here(shard)]
-    return _sharded(state, state.shape, own, table, (0,) * len(state.shape), group)
+    return _sharded(saved, saved.shape, own=list(filter(is_own, table)), table=table, group=group)
 
 
 def _sharded(
-    state: SavedState,
+    saved: SavedTensor,
     size: Sequence[int],
+    *,
     own: Sequence[ShardMetadata],
     table: Sequence[ShardMetadata],
-    origin: Sequence[int],
     group: dist.ProcessGroup,
+    origin: Sequence[int] | None = None,
 ) -> Target:
-    layouts = tuple(_layout(state, region_of(shard, origin)) for shard in own)
+    regions = [region_of(shard, origin) for shard in own]
+    for region in regions:
+        if any(end > length for end, length in zip(region.ends, saved.shape, strict=True)):
+            raise LayoutError(f"{saved.key}: the model's shard {region} lies outside the saved shape {saved.shape}")
 
     def result(local: Sequence[torch.Tensor]) -> ShardedTensor:
-        return sharded_tensor(size, state.dtype, table=table, own=own, local=local, group=group)
+        return sharded_tensor(size, saved.dtype, table=table, own=own, local=local, group=group)
 
-    return Target(state.key, state.dtype, layouts, result, result)
-
-
-def _layout(state: SavedState, region: Region) -> TensorLayout:
-    if any(end > length for end, length in zip(region.ends, state.shape, strict=True)):
-        raise LayoutError(f"{state.key}: the model's shard {region} lies outside the saved shape {state.shape}")
-    return single_box(state.shape, region)
+    layouts = tuple(single_box(saved.shape, region) for region in regions)
+    return Target(saved.key, saved.dtype, layouts, result, result)

@@ -5,7 +5,7 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,11 @@ from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
+from shardferry.plan.cover import covering_chunks
 from shardferry.plan.manifest import Section
 from shardferry.plan.match_keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
 from shardferry.plan.state_layout import StateShapes
-from shardferry.region import BoxCopy, Region, first_overlap, tile, uncovered
+from shardferry.region import BoxCopy
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
@@ -379,89 +380,3 @@ class _Planner:
             self._end,
             **known,
         )
-
-
-def covering_chunks(catalog: Catalog, saved: SavedTensor, wanted: Region) -> list[tuple[int, Region, Region]]:
-    """The saved chunks that hold a region, proven to hold each of its elements exactly once.
-
-    Returns:
-        For each chunk: its row in the catalog, its box, and what it has in common with ``wanted``.
-
-    Raises:
-        PlanError: an element is in no saved chunk, or in two that are stored at different places.
-    """
-    offsets, sizes = catalog.boxes(saved)
-    rows, starts, lengths = _covering_rows(catalog, saved, wanted)
-    common = zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
-    return [
-        (saved.chunks[row], _region(offsets, sizes, row), Region(tuple(start), tuple(length)))
-        for row, start, length in common
-    ]
-
-
-def _covering_rows(catalog: Catalog, saved: SavedTensor, wanted: Region) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same as columns: rows of the tensor's chunks, and offsets and sizes of what they have in common with ``wanted``."""
-    offsets, sizes = catalog.boxes(saved)
-    starts = np.maximum(offsets, wanted.offsets)
-    lengths = np.minimum(offsets + sizes, wanted.ends) - starts
-    stored = catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
-    rows = np.flatnonzero((lengths > 0).all(axis=1) & stored)
-    starts, lengths = starts[rows], lengths[rows]
-    if not tile(starts, lengths, wanted):
-        overlap = first_overlap(starts, lengths)
-        if overlap is not None:
-            raise _overlap_error(catalog, saved, rows[list(overlap)].tolist())
-        raise _hole_error(catalog, saved, wanted, [_region(offsets, sizes, row) for row in rows.tolist()])
-    return rows, starts, lengths
-
-
-def check_cover(catalog: Catalog, tensors: Iterable[SavedTensor]) -> None:
-    """Prove that each element of some tensors is saved exactly once. Tensors that are cut alike are looked at once.
-
-    Raises:
-        PlanError: a hole or an overlap.
-    """
-    proven: set[tuple[object, ...]] = set()
-    for saved in tensors:
-        stored = catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
-        alike = (saved.shape, *(column.tobytes() for column in (*catalog.boxes(saved), stored)))
-        if alike not in proven:
-            _covering_rows(catalog, saved, Region.whole(saved.shape))
-            proven.add(alike)
-
-
-def _region(offsets: np.ndarray, sizes: np.ndarray, row: int) -> Region:
-    return Region(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
-
-
-def _overlap_error(catalog: Catalog, saved: SavedTensor, rows: list[int]) -> PlanError:
-    chunks = [saved.chunks[row] for row in rows]
-    (one, other) = [catalog.region(saved, chunk) for chunk in chunks]
-    files = [catalog.files[catalog.chunk_file[chunk]] for chunk in chunks]
-    return PlanError(
-        f"{saved.key}: {one.intersect(other)} is saved twice, in {files[0]} as part of {one} and in {files[1]} as part of "
-        f"{other}; which one is right can't be known. Save again with a writer that removes duplicates."
-    )
-
-
-def _hole_error(catalog: Catalog, saved: SavedTensor, wanted: Region, chunks: list[Region]) -> PlanError:
-    holes = uncovered(wanted, chunks)
-    missing = sum(hole.numel for hole in holes)
-    return PlanError(
-        f"{saved.key}: {missing} of {wanted.numel} wanted elements are in no saved chunk, first at {holes[0]} of the shape "
-        f"{saved.shape}; the checkpoint {catalog.location} is incomplete. Use another checkpoint or save again."
-    )
-
-
-def find_problems(catalog: Catalog) -> list[str]:
-    """What is wrong with a checkpoint as its metadata describes it: each hole, overlap and unstored chunk, in words."""
-    problems = list(catalog.problems)
-    for saved in catalog.tensors.values():
-        whole = Region.whole(saved.shape)
-        if not whole.numel:
-            continue
-        try:
-            _covering_rows(catalog, saved, whole)
-        except PlanError as error:
-            problems.append(str(error))
-    return problems

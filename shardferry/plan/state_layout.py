@@ -6,7 +6,7 @@ too. So a name that has another shape than its parameter anywhere is never cut a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
@@ -19,6 +19,40 @@ from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.match_keys import Found
 
 Shape = tuple[int, ...]
+
+
+class ParameterRule:
+    """Tells which state tensors are laid out as their parameter.
+
+    Args:
+        tensors: all saved state tensors, by FQN and state name.
+        known_shape: a parameter's whole shape by its FQN, in elements; None where only its state can tell.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Mapping[str, SavedTensor]], known_shape: Callable[[str], Shape | None]
+    ) -> None:
+        self._tensors = tensors
+        self._known_shape = known_shape
+
+    def follows(self, fqn: str, name: str, saved: SavedTensor) -> bool:
+        """Whether a state tensor that has no layout of its own is laid out as its parameter."""
+        return name not in SCALAR_STATE and name not in self._factors and saved.shape == self._shape(fqn)
+
+    def _shape(self, fqn: str) -> Shape | None:
+        known = self._known_shape(fqn)
+        return known if known is not None else parameter_shape(self._tensors[fqn])
+
+    @cached_property
+    def _factors(self) -> frozenset[str]:
+        """State names that have another shape than their parameter at least once."""
+        return frozenset(
+            name
+            for fqn, tensors in self._tensors.items()
+            if (known := self._known_shape(fqn)) is not None
+            for name, tensor in tensors.items()
+            if tensor.shape != known
+        )
 
 
 class StateShapes:
@@ -36,6 +70,7 @@ class StateShapes:
         self._layout = layout
         self._tensors = {parameter.fqn: _tensors(catalog, saved, parameter) for parameter in found}
         self._weights = _weight_shapes(catalog, request, index)
+        self._rule = ParameterRule(self._tensors, self._known_shape)
 
     def lies(self, fqn: str, name: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
         """How one state tensor lies on this rank, and whether that is as its parameter does.
@@ -47,32 +82,13 @@ class StateShapes:
         if own is not None:
             return own, False
         self._check_same_model(fqn, name, saved)
-        if self.follows(fqn, name, saved):
+        if self._rule.follows(fqn, name, saved):
             return self._layout.parameter(fqn, saved.shape), True
         return replicated(saved.shape), False
-
-    def follows(self, fqn: str, name: str, saved: SavedTensor) -> bool:
-        """Whether a state tensor that has no layout of its own lies as its parameter does."""
-        return name not in SCALAR_STATE and name not in self._factors and saved.shape == self._shape(fqn)
-
-    def _shape(self, fqn: str) -> Shape | None:
-        known = self._known_shape(fqn)
-        return known if known is not None else parameter_shape(self._tensors[fqn])
 
     def _known_shape(self, fqn: str) -> Shape | None:
         live = self._layout.parameter_shape(fqn)
         return live if live is not None else self._weights.get(fqn)
-
-    @cached_property
-    def _factors(self) -> frozenset[str]:
-        """Names that somewhere have not their parameter's shape."""
-        return frozenset(
-            name
-            for fqn, tensors in self._tensors.items()
-            if (known := self._known_shape(fqn)) is not None
-            for name, tensor in tensors.items()
-            if tensor.shape != known
-        )
 
     def _check_same_model(self, fqn: str, name: str, saved: SavedTensor) -> None:
         """Moments of another model's parameter must not pass as factors of this one's."""

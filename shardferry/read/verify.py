@@ -11,7 +11,7 @@ from typing import IO, Any
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import KnownValue, RawItem
 from shardferry.errors import DecodeError, StorageError
-from shardferry.plan.planner import find_problems
+from shardferry.plan.cover import find_problems
 from shardferry.read.items import ItemLayouts, StoredItem, TensorItem, decoded, items_of, read_item, read_layout
 from shardferry.storage.base import RangeReader
 

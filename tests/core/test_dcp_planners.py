@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_read_items
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardferry.dcp as ours
-from shardferry.dcp.storages import has_ranges
+from shardferry.dcp.load import has_ranges
 from shardferry.errors import PlanError
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata

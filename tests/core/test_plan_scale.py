@@ -18,12 +18,12 @@ from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
-from shardferry.plan import demand
-from shardferry.plan import planner as plan
+from shardferry.plan import cover, demand
 from shardferry.plan import rank_layouts as wants
 from shardferry.plan import split as slabs
 from shardferry.plan.cooperative import assign_reads
-from shardferry.plan.planner import check_cover, covering_chunks, plan_load
+from shardferry.plan.cover import check_cover, covering_chunks
+from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.region import Region
 from tests.support.simulation import simulate
@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(where, name, counted)
 
-    count(plan, "_covering_rows")
+    count(cover, "_covering_rows")
     count(layout, "single_box")
     count(slabs, "copies_out_of")
     count(wants, "MeshBoxes")
@@ -125,7 +125,7 @@ def test_a_rank_of_many_gets_each_element_from_its_place(rank: int) -> None:
 def test_a_cover_of_very_many_chunks_is_proven_without_comparing_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid of 128 x 64 chunks; neighbours in a row would be compared with each other."""
     compared: list[int] = []
-    monkeypatch.setattr(plan, "first_overlap", lambda offsets, _: compared.append(len(offsets)))
+    monkeypatch.setattr(cover, "first_overlap", lambda offsets, _: compared.append(len(offsets)))
     mesh = Mesh((("dp_shard", 128), ("tp", 64)))
     rules = (Rule("output.weight", {"dp_shard": Shard(0), "tp": Shard(1)}),)
     saved = SpecLayout(mesh, rules, {"dp_shard": Shard(0)})

@@ -86,7 +86,7 @@ def test_names_in_and_around_safetensors_files() -> None:
 
 
 def test_readers_of_torch(tmp_path: Path) -> None:
-    """shardferry/dcp/storages.py"""
+    """shardferry/dcp/load.py"""
     assert ExtensionRegistry().extensions == FileSystemReader(tmp_path).transforms.extension_registry.extensions
     reader = FsspecReader("memory://ckpt")
     assert isinstance(reader.fs.fs, fsspec.AbstractFileSystem)
@@ -111,7 +111,7 @@ def test_sharded_tensors(ranks: RankPool) -> None:
 
 
 def test_planner_helpers() -> None:
-    """shardferry/dcp/reader_with_offset.py"""
+    """shardferry/dcp/planner.py"""
     (chunk,) = _create_chunk_list(torch.zeros(2, 3))
     assert (tuple(chunk.offsets), tuple(chunk.sizes)) == ((0, 0), (2, 3))
     visited: dict[tuple[Any, ...], Any] = {}
