@@ -26,6 +26,12 @@ NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
 _PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
 
 
+def host_identity() -> str:
+    """Identity of this machine and process namespace: processes with equal ones see each other under ``/proc/<pid>``."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
 def available_host_bytes() -> int:
     """Memory that this process can still take: of the machine, and of its control group where that has a limit."""
     free = [_meminfo("MemAvailable")]
@@ -118,6 +124,10 @@ class HostArena:
         assert self._bytes is not None, "the arena was detached"
         return view_bytes(self._bytes, offset, shape, dtype)
 
+    def as_bytes(self) -> torch.Tensor:
+        """A view of the whole arena: one dimension of ``nbytes`` uint8."""
+        return self.tensor(0, (self.nbytes,), torch.uint8)
+
     def freeze(self) -> None:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
         self.detach()
@@ -163,6 +173,10 @@ class DeviceArena:
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""
         return view_bytes(self._bytes, offset, shape, dtype)
+
+    def as_bytes(self) -> torch.Tensor:
+        """A view of the whole arena: one dimension of ``nbytes`` uint8."""
+        return self.tensor(0, (self.nbytes,), torch.uint8)
 
     @contextmanager
     def staging(self, nbytes: int) -> Iterator[torch.Tensor]:
