@@ -18,8 +18,9 @@ from shardferry.checkpoint.open import opened_storage
 from shardferry.errors import StorageError
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.demand import Demand
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.plan_cache import PlanCache
-from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
+from shardferry.plan.planner import plan_load, planned_objects
 from shardferry.plan.predict import predict_objects, predict_reads
 from shardferry.plan.probe import answers_from_memory
 from shardferry.plan.rank_layouts import SpecWants

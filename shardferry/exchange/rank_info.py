@@ -10,18 +10,17 @@ from typing import Literal, Protocol, Self
 import numpy as np
 import torch
 
-from shardferry.arena import Arena, HostArena, available_host_bytes, check_host_room
+from shardferry.arena import Arena, HostArena, available_host_bytes, check_host_room, host_identity
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.peer_memory import ArenaAddress
-from shardferry.handoff.handle import node_identity
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout, TensorLayout
 from shardferry.plan.cooperative import SharedPlan, share_reads
 from shardferry.plan.costs import RankCosts, Work, compare
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.plan_cache import PlanCache
 from shardferry.plan.plan_sample import PlanSample
-from shardferry.plan.planner import LoadPlan
 from shardferry.plan.probe import answers_from_memory, measure_rates
 from shardferry.plan.rank_layouts import SpecWants, ToldWants, Wants, told
 from shardferry.plan.split import SlabLimits
@@ -209,7 +208,7 @@ def word_of(
     Raises:
         StorageError: a file that the plan reads is missing.
     """
-    node, on_host = job.read.node or node_identity(), isinstance(arena, HostArena)
+    node, on_host = job.read.node or host_identity(), isinstance(arena, HostArena)
     because = _alone_because(job, agreement)
     asks = not because and job.read.strategy == "auto"
     return Word(

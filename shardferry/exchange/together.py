@@ -10,7 +10,7 @@ from shardferry.arena import Arena, HostArena
 from shardferry.exchange.peer_memory import ArenaAddress, PeerArenas, Places
 from shardferry.exchange.point_to_point import Channel, Exchange
 from shardferry.plan.cooperative import Relayed, SharedPlan
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.read.destinations import Block, DevicePlace, Ways, deliver
 from shardferry.read.execute import Sharing
 from shardferry.stats import BusyTimes

@@ -26,7 +26,7 @@ from itertools import accumulate
 from shardferry._gc import paused_gc
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import TransformedItem
-from shardferry.plan.planner import LoadPlan, PlannedTensor, ReadItem
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor, ReadItem
 from shardferry.plan.rank_layouts import Want, Wants
 from shardferry.plan.split import Cut, Cutter, Delivery, SlabLimits, deliveries_of, ranks_of
 from shardferry.region import Region

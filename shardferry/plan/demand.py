@@ -16,7 +16,8 @@ from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh, Placement, Replicate
 from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
 from shardferry.layout.spec import SpecLayout
-from shardferry.plan.planner import ALIGNMENT, PlannedTensor, wanted_tensors
+from shardferry.plan.load_plan import PlannedTensor
+from shardferry.plan.planner import ALIGNMENT, wanted_tensors
 
 _PAIRS = 1 << 21  # of boxes, compared at a time
 

@@ -19,9 +19,9 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.column_file import FileKind, decode_file, encode_file
 from shardferry.layout.tensor_layout import NumberedLayouts
 from shardferry.plan.cooperative import Islands, SharedPlan, share_reads
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor
 from shardferry.plan.plan_check import check_columns
 from shardferry.plan.plan_columns import COLUMNS, PlanColumns
-from shardferry.plan.planner import LoadPlan, PlannedTensor
 from shardferry.plan.rank_layouts import Wants
 from shardferry.plan.split import SlabLimits
 
@@ -102,7 +102,7 @@ def _words_of_tensors(tensors: Sequence[PlannedTensor]) -> object:
     layouts = NumberedLayouts()
     words = [
         (
-            *(tensor.key, tensor.fqn, tensor.name, tensor.section, tensor.as_parameter),
+            *(tensor.key, tensor.fqn, tensor.name, tensor.section, tensor.sharded_like_param),
             *(str(tensor.dtype), tensor.arena_offset, layouts.number(tensor.layout)),
         )
         for tensor in tensors

@@ -20,8 +20,8 @@ from shardferry.checkpoint.column_file import UnusableFile
 from shardferry.checkpoint.ragged import Ragged
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.cooperative import Islands
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.plan_columns import COLUMNS, PlanColumns
-from shardferry.plan.planner import LoadPlan
 from shardferry.plan.rank_layouts import Wants
 
 _LARGEST = 2**62  # so that nothing below is more than 64 bits hold

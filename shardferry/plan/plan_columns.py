@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from shardferry.plan.cooperative import Forward, Relayed, SharedPlan, SharedRead
-from shardferry.plan.planner import PlannedTensor, ReadItem
+from shardferry.plan.load_plan import PlannedTensor, ReadItem
 from shardferry.plan.split import Delivery
 from shardferry.region import Region
 

@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from shardferry.plan.planner import LoadPlan, ReadItem
+from shardferry.plan.load_plan import LoadPlan, ReadItem
 
 _MOST_WHOLE = (
     2048  # reads of a plan whose shared reads are worked out whole: doing it twice would cost more than a sample saves

@@ -12,7 +12,7 @@ from shardferry._gc import paused_gc
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import KnownValue, RawItem, TransformedItem
 from shardferry.plan.cooperative import SharedPlan, SharedRead
-from shardferry.plan.planner import LoadPlan, PlannedObject, ReadItem
+from shardferry.plan.load_plan import LoadPlan, PlannedObject, ReadItem
 from shardferry.read.coalesce import JoinLimits, join, whole_items
 from shardferry.read.items import USUAL_RAW_START, TensorItem, tensor_item, usual_layout
 from shardferry.read.requests import Gather, Request, brings_head, requests_for

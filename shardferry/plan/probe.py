@@ -11,7 +11,7 @@ import numpy as np
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.plan.costs import StorageRates
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.read.source import Counters
 from shardferry.storage.base import RangeReader
 from shardferry.storage.traits import StorageTraits

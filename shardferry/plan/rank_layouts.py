@@ -12,7 +12,7 @@ from shardferry.layout.mesh import Placement, Replicate
 from shardferry.layout.mesh_boxes import MeshBoxes, ranks_within
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import NumberedLayouts, RankLayout, TensorLayout, replicated
-from shardferry.plan.planner import LoadPlan, PlannedTensor
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
 Want = tuple[int, TensorLayout]  # world rank, and how the tensor lies there
@@ -77,7 +77,7 @@ class SpecWants:
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
         kept_to = self._spec.kept_to(tensor.fqn)
-        alike = (shape, placements, tensor.section, tensor.as_parameter, kept_to)
+        alike = (shape, placements, tensor.section, tensor.sharded_like_param, kept_to)
         if alike not in self._kinds:
             ranks = ranks_within(self._spec.mesh, self._world_ranks, kept_to)
             self._kinds[alike] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
@@ -95,7 +95,9 @@ class SpecWants:
         assert as_parameter is not None
         if tensor.section == "model":
             return as_parameter if tensor.layout.global_shape else everywhere
-        return self._spec.placements(tensor.fqn, tensor.name) or (as_parameter if tensor.as_parameter else everywhere)
+        return self._spec.placements(tensor.fqn, tensor.name) or (
+            as_parameter if tensor.sharded_like_param else everywhere
+        )
 
     @staticmethod
     def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:
@@ -105,7 +107,7 @@ class SpecWants:
         own = rank.entry(tensor.fqn, tensor.name, shape)
         if own is not None:
             return own
-        return rank.parameter(tensor.fqn, shape) if tensor.as_parameter else replicated(shape)
+        return rank.parameter(tensor.fqn, shape) if tensor.sharded_like_param else replicated(shape)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from shardferry.arena import Arena, HostArena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.errors import DecodeError, SpecError, StorageError
 from shardferry.plan.cooperative import SharedPlan
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.read.buffers import Budget
 from shardferry.read.carrier import Carrier
 from shardferry.read.coalesce import Extent, JoinLimits, WholeItem, join, whole_items

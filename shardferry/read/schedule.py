@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import RawItem
 from shardferry.plan.cooperative import SharedPlan, SharedRead
-from shardferry.plan.planner import LoadPlan, ReadItem
+from shardferry.plan.load_plan import LoadPlan, ReadItem
 from shardferry.read.coalesce import Extent, JoinLimits
 from shardferry.read.destinations import PlacedRequest, PlacedSlab
 from shardferry.read.items import ItemReader, TensorItem, tensor_item, usual_layout

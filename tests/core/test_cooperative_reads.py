@@ -19,6 +19,7 @@ from shardferry.config import LoadRequest
 from shardferry.errors import RankError, ShardferryError
 from shardferry.exchange import point_to_point as exchange
 from shardferry.exchange.agreement import Agreement
+from shardferry.handoff.handle import make_handle
 from shardferry.layout.mesh import Mesh, Replicate, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
@@ -68,7 +69,7 @@ def load(
             catalog = kept_catalog(path, cache)
         job = LoadJob(catalog, layout, request, torch.device("cpu"), options, plans)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
-    with loaded.handle("in_process", exclusive=True).open() as shard:
+    with make_handle(loaded.manifest, loaded.arena, "in_process", exclusive=True).open() as shard:
         compared = 0
         for fqn, entries in shard.state_dict()["state"].items():
             assert float(entries["step"]) == STEP

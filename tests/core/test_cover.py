@@ -16,7 +16,8 @@ from shardferry.layout.from_tensor import TorchCut, left_to_right
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Replicate, Shard
 from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, flat_slice, sharded
-from shardferry.plan.planner import ALIGNMENT, LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import ALIGNMENT, plan_load
 from shardferry.region import Region
 from tests.support.catalogs import catalog_of
 

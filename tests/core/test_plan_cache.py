@@ -26,10 +26,11 @@ from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, s
 from shardferry.plan import plan_cache
 from shardferry.plan import split as slabs
 from shardferry.plan.cooperative import Islands, SharedPlan, share_reads
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.plan_cache import PLAN_FILE, PlanCache, encode_plan
 from shardferry.plan.plan_check import check_columns
 from shardferry.plan.plan_columns import COLUMNS, PlanColumns
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import SpecWants, ToldWants, Wants, told
 from shardferry.plan.split import SlabLimits
 from shardferry.region import Region

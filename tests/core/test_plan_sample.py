@@ -12,8 +12,9 @@ from shardferry.layout.tensor_layout import AxisCut, TensorLayout, sharded
 from shardferry.plan import plan_sample
 from shardferry.plan.cooperative import share_reads
 from shardferry.plan.costs import Work
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.plan_sample import PlanSample
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import ToldWants, told
 from shardferry.plan.split import SlabLimits
 from shardferry.read.coalesce import JoinLimits

@@ -17,7 +17,8 @@ from shardferry.arena import HostArena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.layout.tensor_layout import single_box
-from shardferry.plan.planner import LoadPlan, plan_tensors
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_tensors
 from shardferry.plan.predict import predict_reads
 from shardferry.read.coalesce import JoinLimits
 from shardferry.read.execute import Counters, ReadOptions, read_plan

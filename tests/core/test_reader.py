@@ -17,7 +17,8 @@ from shardferry.config import LoadRequest
 from shardferry.errors import DecodeError, StorageError
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_load
 from shardferry.read.execute import Counters, ReadOptions, read_plan
 from shardferry.storage import LocalReader
 from tests.support.alone import save_alone

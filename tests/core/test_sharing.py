@@ -18,7 +18,8 @@ from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, Box, TensorLayout, sharded
 from shardferry.plan import split as slabs
 from shardferry.plan.cooperative import Islands, SharedPlan, share_reads
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import SpecWants, ToldWants, told
 from shardferry.plan.split import Delivery, SlabLimits
 from shardferry.read.coalesce import JoinLimits
