@@ -19,22 +19,21 @@ import torch.distributed as dist
 
 from shardferry.actors.network import use_interface_of
 from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
-from shardferry.arena import host_identity
 from shardferry.checkpoint.cache_directory import CacheChoice
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
-from shardferry.handoff.handle import ShardHandle
+from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.handoff.receiver import Reception
+from shardferry.handoff.transport import Recipient
+from shardferry.handoff.transports import choose_transport, needs_host_arena
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.schemas.stage_report import RankReport, Span
 from shardferry.stats import Counters
-
-Transport = Literal["shared_memory", "object_store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class LoaderSettings:
     world_rank: int
     world_size: int
     device: Literal["auto", "cpu", "cuda"]
-    transport: Literal["auto", "shared_memory", "object_store"]
+    transport: str  # "auto", or the name of a transport that crosses processes
     one_node: bool  # the cluster has one node: whoever takes a shard runs here
     start_timeout_s: float
     load_timeout_s: float
@@ -115,13 +114,13 @@ class Loader:
         with self._span("load"):
             loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
         self._loaded = loaded
-        transport = self._choose_transport(target)
-        return self._report(loaded, transport)
+        transport = choose_transport(self._settings.transport, loaded.arena, self._recipient(target))
+        return self._report(loaded, transport.name)
 
     def handle(self, report: RankReport, exclusive: bool) -> ShardHandle:
         """The shard's handle, or the shard itself where it goes through the object store."""
         assert self._loaded is not None, "load comes before handle"
-        return self._loaded.handle(report.transport, exclusive=exclusive)
+        return make_handle(self._loaded.manifest, self._loaded.arena, report.transport, exclusive=exclusive)
 
     def progress(self) -> Progress:
         """Answers while the other methods run."""
@@ -137,14 +136,14 @@ class Loader:
                 f"rank {self._settings.world_rank}: actors.device is cuda, but this actor sees no GPU "
                 f"(Ray gave it {ray.get_gpu_ids()}, torch {torch.__version__} sees {torch.cuda.device_count()}); use device: cpu"
             )
-        wants_host = self._settings.device == "cpu" or self._settings.transport == "shared_memory"
+        wants_host = self._settings.device == "cpu" or needs_host_arena(self._settings.transport)
         return torch.device("cpu") if wants_host or not has_gpu else torch.device("cuda", torch.cuda.current_device())
 
-    def _choose_transport(self, target: SpecLayout | Reception) -> Transport:
-        if self._settings.transport != "auto":
-            return self._settings.transport
-        near = target.node == host_identity() if isinstance(target, Reception) else self._settings.one_node
-        return "shared_memory" if near and self._device.type == "cpu" else "object_store"
+    def _recipient(self, target: SpecLayout | Reception) -> Recipient:
+        """The process that will open the shard, as far as it is known."""
+        if isinstance(target, Reception):
+            return target.recipient()
+        return Recipient(same_host=self._settings.one_node)
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
@@ -154,7 +153,7 @@ class Loader:
         finally:
             self._spans.append(Span(name=name, start=start, end=time.time()))
 
-    def _report(self, loaded: LoadedShard, transport: Transport) -> RankReport:
+    def _report(self, loaded: LoadedShard, transport: str) -> RankReport:
         load = next(span for span in self._spans if span.name == "load")
         spans, start = list(self._spans), load.start
         for name, seconds in loaded.seconds.items():

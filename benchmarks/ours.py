@@ -19,7 +19,8 @@ from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.exchange.agreement import Agreement
 from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_load
 from shardferry.stats import Counters
 from shardferry.storage.base import open_storage
 

@@ -18,7 +18,8 @@ from shardferry.config import ReadLimits
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.demand import Demand
-from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_load, planned_objects
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.read.schedule import count_objects, requests_of_plan
 from shardferry.region import Region, first_overlap, uncovered

@@ -15,6 +15,7 @@ from shardferry.actors.loader import Progress
 from shardferry.actors.loader_group import LoaderGroup
 from shardferry.errors import RankError
 from shardferry.handoff.handle import ShardHandle
+from shardferry.handoff.transports import transport_named
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.reporting import build_report
 from shardferry.pipeline.waiting import Wait, gather
@@ -156,8 +157,8 @@ def watch(config: StageConfig, group: LoaderGroup, refs: Refs, *, on_start: Call
             gather([refs.location], Wait("waiting for the checkpoint's location", timeouts.load_s, "timeouts.load_s"))
         reports = gather(refs.reports, Wait("loading", timeouts.load_s, "timeouts.load_s"))
         _wait_for_handles(refs.handles, timeouts.handoff_s)
-        if all(report.transport == "object_store" for report in reports):
-            group.take_down()  # the shards are in the object store: the GPUs can go to others
+        if all(transport_named(report.transport).outlives_loader for report in reports):
+            group.take_down()  # the shards don't need their loaders any more: the GPUs can go to others
     except BaseException:
         group.take_down()
         raise

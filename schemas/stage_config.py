@@ -11,6 +11,7 @@ import torch
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -19,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 from torch.distributed.tensor import Placement
 
 from shardferry.config import (
@@ -32,6 +34,7 @@ from shardferry.config import (
     can_convert,
 )
 from shardferry.errors import LayoutError, SpecError
+from shardferry.handoff.transports import AUTO, needs_host_arena, stage_transport_names
 from shardferry.layout.mesh import Mesh, parse_placement
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 
@@ -238,10 +241,24 @@ class ReadSpec(Spec):
         )
 
 
+_TRANSPORTS = stage_transport_names()
+
+
+def _check_transport(value: object) -> object:
+    """Refuse a name that is not in the registry of transports, as a Literal of its names would."""
+    if value not in _TRANSPORTS:
+        *names, last = map(repr, _TRANSPORTS)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
+    return value
+
+
+TransportName = Annotated[str, BeforeValidator(_check_transport), Field(json_schema_extra={"enum": list(_TRANSPORTS)})]
+
+
 class HandoffSpec(Spec):
     """How a loaded shard reaches its trainer."""
 
-    transport: Literal["auto", "shared_memory", "object_store"] = "auto"
+    transport: TransportName = AUTO
 
 
 class TimeoutsSpec(Spec):
@@ -264,8 +281,10 @@ class StageConfig(Spec):
 
     @model_validator(mode="after")
     def _device_and_transport_fit(self) -> Self:
-        if self.actors.device == "cuda" and self.handoff.transport == "shared_memory":
-            raise ValueError("handoff.transport shared_memory needs arenas on the host; actors.device is cuda")
+        if self.actors.device == "cuda" and needs_host_arena(self.handoff.transport):
+            raise ValueError(
+                f"handoff.transport {self.handoff.transport} needs arenas on the host; actors.device is cuda"
+            )
         if self.actors.device == "cuda" and self.actors.gpus_per_actor == 0:
             raise ValueError("actors.device is cuda, but actors.gpus_per_actor is 0")
         return self

@@ -130,6 +130,10 @@ class HostArena:
         assert self._bytes is not None, "the arena was detached"
         return view_bytes(self._bytes, offset, shape, dtype)
 
+    def as_bytes(self) -> torch.Tensor:
+        """A view of the whole arena: one dimension of ``nbytes`` uint8."""
+        return self.tensor(0, (self.nbytes,), torch.uint8)
+
     def freeze(self) -> None:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
         self.detach()
@@ -175,6 +179,10 @@ class DeviceArena:
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""
         return view_bytes(self._bytes, offset, shape, dtype)
+
+    def as_bytes(self) -> torch.Tensor:
+        """A view of the whole arena: one dimension of ``nbytes`` uint8."""
+        return self.tensor(0, (self.nbytes,), torch.uint8)
 
     @contextmanager
     def staging(self, nbytes: int) -> Iterator[torch.Tensor]:

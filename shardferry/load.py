@@ -19,21 +19,20 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import opened_storage, read_catalog
 from shardferry.config import KeyPolicy, LoadRequest, MessageLimits, ReadKeywords, ReadOptions, Selection, dtype_policy
-from shardferry.errors import HandoffError
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.delivery import open_delivery
 from shardferry.exchange.peer_memory import ArenaAddress
 from shardferry.exchange.point_to_point import Channel, Deadline
 from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken_by_any
 from shardferry.exchange.strategy import ChosenStrategy, choose_strategy, plan_cooperation
-from shardferry.handoff.handle import InProcess, Payload, ShardHandle, SharedMemory
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import replicated
 from shardferry.optimizer.install import fit
 from shardferry.optimizer.live import LiveModel, live_layout
-from shardferry.plan.manifest import Manifest, StateTensor, StateValue
+from shardferry.optimizer.loaded_state import LoadedState
+from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.plan.match_keys import KeyReport
-from shardferry.plan.planner import LoadPlan, plan_load, plan_tensors, value_keys
+from shardferry.plan.planner import plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Cooperation, read_objects, read_plan
 from shardferry.stats import Counters, PhaseClock
 from shardferry.storage.base import RangeReader, open_storage
@@ -67,35 +66,9 @@ class LoadedShard:
         """Bytes that others read for this rank."""
         return 0 if self.strategy.plan is None else self.strategy.plan.bytes_received
 
-    def handle(self, transport: str, *, exclusive: bool) -> ShardHandle:
-        """A handle for the trainer.
-
-        Args:
-            transport: ``shared_memory``, ``object_store`` or ``in_process``.
-            exclusive: the trainer gets the arena itself, and nobody else may open it. Otherwise the arena is frozen,
-                and each opener gets private pages where it writes.
-
-        Raises:
-            HandoffError: shared memory of an arena on a GPU, or a transport that isn't one of the three.
-        """
-        if transport == "in_process":
-            return ShardHandle(self.manifest, InProcess(self.arena, self.arena.nbytes))
-        if transport == "object_store":
-            data = self.arena.tensor(0, (self.arena.nbytes,), torch.uint8).cpu().numpy()
-            return ShardHandle(self.manifest, Payload(data))
-        if transport != "shared_memory":
-            raise HandoffError(f"{transport!r} is no transport; use shared_memory, object_store or in_process")
-        if not isinstance(self.arena, HostArena):
-            raise HandoffError(
-                f"shared_memory needs an arena on the host, this one is on {self.arena.device}; use device: cpu"
-            )
-        if not self.arena.is_shareable:
-            raise HandoffError("this shard was loaded for its own process alone (LoadJob.stays_here); use in_process")
-        if exclusive:
-            self.arena.detach()
-        else:
-            self.arena.freeze()
-        return ShardHandle(self.manifest, SharedMemory.of(self.arena, exclusive=exclusive))
+    def state(self) -> LoadedState:
+        """Views on the loaded state, for this process alone; `shardferry.handoff.make_handle` takes it to another one."""
+        return LoadedState(self.manifest, self.arena.as_bytes())
 
 
 @dataclass(frozen=True)
@@ -148,8 +121,15 @@ def load_rank(
             strategy = _choose_strategy(job, ready, ranks, agreement)
         with clock.phase("read"):
             agreement.all_or_raise("reading", lambda: _read(job, ready, ranks, strategy, agreement, counters))
-    manifest = _manifest(ready.plan, values)
-    return LoadedShard(ready.plan, manifest, ready.arena, counters, clock.seconds, strategy, unexpected)
+    return LoadedShard(
+        plan=ready.plan,
+        manifest=ready.plan.manifest(),
+        arena=ready.arena,
+        counters=counters,
+        seconds=clock.seconds,
+        strategy=strategy,
+        unexpected=unexpected,
+    )
 
 
 @dataclass
@@ -320,22 +300,6 @@ def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None) -> Arena:
     return arena
 
 
-def _manifest(plan: LoadPlan, values: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        plan.world_rank,
-        plan.world_size,
-        plan.mesh,
-        tuple(
-            StateTensor(t.fqn, t.name, t.dtype, t.layout, t.arena_offset, t.section, t.path, t.cast, t.as_parameter)
-            for t in plan.tensors
-        ),
-        tuple(StateValue(v.fqn, v.path, values[v.key], v.section) for v in plan.values),
-        plan.param_groups or (),
-        plan.fqns,
-        plan.request,
-    )
-
-
 def load_optimizer_state(
     model: Module | Sequence[Module],
     optimizer: Optimizer | Sequence[Optimizer],
@@ -402,8 +366,7 @@ def load_optimizer_state(
         catalog, values = open_for_all(storage, agreement, request, options, counters, storage_options)
         job = LoadJob(catalog, layout, request, live.device, options, stays_here=True)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
-    shard = loaded.handle("in_process", exclusive=True).open()
-    install = agreement.all_or_raise("fitting the state to the optimizer", lambda: fit(shard, live))
+    install = agreement.all_or_raise("fitting the state to the optimizer", lambda: fit(loaded.state(), live))
     agreement.all_or_raise("installing the state", install)
     return KeyReport(loaded.plan.missing, loaded.unexpected)
 

@@ -158,5 +158,5 @@ def _read(
     read_plan(load_plan, catalog, storage, arena, ReadOptions(), counters)
     local = iter([arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype) for t in load_plan.tensors])
     values = {target.key: target.result([next(local) for _ in target.layouts]) for target in plan.targets}
-    objects = (key for key in plan.paths if key in catalog.objects)
+    objects = [key for key in plan.paths if key in catalog.objects]
     return values | read_objects(objects, catalog, storage, ReadOptions(), counters)

@@ -13,7 +13,7 @@ from shardferry.config import MessageLimits
 from shardferry.exchange.peer_memory import ArenaAddress, PeerArenas
 from shardferry.exchange.point_to_point import Channel, Exchange, Outbox
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead, ForwardedBox
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.split import RankCopy
 from shardferry.region import Region, row_major_strides
 from shardferry.stats import BusyTimes

@@ -15,7 +15,7 @@ from shardferry.exchange.peer_memory import ArenaAddress
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import spec_of
 from shardferry.layout.tensor_layout import TensorLayout
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.rank_layouts import layouts_to_send
 
 MAX_LIVE_RANKS = 256  # whose layouts are exchanged; each rank receives every other's

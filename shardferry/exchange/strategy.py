@@ -12,7 +12,7 @@ from shardferry.exchange.rank_info import RankInfo
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import spec_of
 from shardferry.plan.cooperative import CooperativePlan, assign_reads
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, RankLayouts
 
 

@@ -1,4 +1,4 @@
-"""What a trainer's actor class mixes in so that a stage can ask it for its layout and deliver to it."""
+"""A mix-in for a trainer's actor class: a stage asks it for its layout and delivers the loaded state to it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from torch.optim import Optimizer
 from shardferry.arena import host_identity
 from shardferry.errors import LayoutError
 from shardferry.handoff.handle import ShardHandle
+from shardferry.handoff.transport import Recipient
 from shardferry.layout.live import LiveLayout
 from shardferry.optimizer.live import LiveModel, live_layout
 
 
 @dataclass(frozen=True, slots=True)
 class Reception:
-    """Where a trainer runs and what it wants."""
+    """A trainer's answer to the stage: the layout that it wants, and the process that it runs in."""
 
     layout: LiveLayout
-    node: str  # see shardferry.handoff.handle.host_identity
+    host: str  # see `shardferry.arena.host_identity`
     pid: int
+
+    def recipient(self) -> Recipient:
+        """The trainer as seen from the calling process."""
+        same_host = self.host == host_identity()
+        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid())
 
 
 class OptimizerReceiver:
@@ -38,18 +44,27 @@ class OptimizerReceiver:
 
         stage.run(trainers)
 
-    Where they have other names, override `shardferry_target`.
+    Where the attributes have other names, override `shardferry_target`.
     """
 
     model: Module
     optimizer: Optimizer
 
     def shardferry_target(self) -> tuple[Module | Sequence[Module], Optimizer | Sequence[Optimizer]]:
-        """The model (wrapped) and the optimizer whose state is wanted; several of each where a rank has several."""
+        """The wrapped model, and the optimizer that gets the loaded state; several of each where a rank has several."""
         return self.model, self.optimizer
 
     def shardferry_layout(self, world_rank: int, world_size: int) -> Reception:
-        """Called by the stage before it loads. Raises InstallError, LayoutError."""
+        """The layout of this trainer's model and optimizer; the stage calls this before it loads.
+
+        Args:
+            world_rank: this trainer's place in the list of trainers that the stage was given.
+            world_size: length of that list.
+
+        Raises:
+            InstallError: the optimizer trains a tensor that is not a parameter of the model.
+            LayoutError: the layout of a parameter is not supported, or the trainers are not in the order of their ranks.
+        """
         own = dist.get_rank() if dist.is_initialized() else 0
         if dist.is_initialized() and dist.get_world_size() == world_size and own != world_rank:
             raise LayoutError(
@@ -62,7 +77,15 @@ class OptimizerReceiver:
         return Reception(layout, host_identity(), os.getpid())
 
     def shardferry_receive(self, handle: ShardHandle) -> dict[str, Any]:
-        """Called by the stage with this rank's shard: installs it."""
+        """Install this rank's shard; the stage calls this once all ranks are loaded.
+
+        Returns:
+            ``world_rank`` and the ``transport`` of the shard.
+
+        Raises:
+            HandoffError: the shard can't be opened here.
+            InstallError: the shard doesn't fit the model and the optimizer.
+        """
         model, optimizer = self.shardferry_target()
         with handle.open() as shard:
             shard.load_into(model, optimizer)

@@ -1,6 +1,6 @@
-"""Where FSDP1 (FullyShardedDataParallel) keeps each parameter inside its flat ones.
+"""Find each original parameter inside the flat parameters of FSDP1 (FullyShardedDataParallel).
 
-The only place that looks into FSDP1's private flat-parameter handles; tests/core/test_private_apis.py fails when torch
+No other file looks into FSDP1's private flat-parameter handles; tests/core/test_private_apis.py fails when torch
 changes them. Source: torch/distributed/fsdp/_flat_param.py, FlatParamHandle and _ShardParamInfo.
 """
 
@@ -21,30 +21,40 @@ from shardferry.region import Region
 
 @dataclass(frozen=True, slots=True)
 class FlatPart:
-    """What a flat tensor holds of one original parameter."""
+    """The part of a flat tensor that belongs to one original parameter."""
 
     fqn: str  # with the wrappers' prefixes
     layout: TensorLayout
-    position: int  # elements, in the flat tensor
+    position: int  # elements, from the start of the flat tensor
     aliases: tuple[str, ...] = ()  # other names of the same (tied) parameter
 
 
 @dataclass(frozen=True)
 class FlattenedParameter:
-    """A tensor that an optimizer of an FSDP1 model may train: a flat parameter, or one original parameter's slice of it."""
+    """A tensor that an optimizer of an FSDP1 model may train: a flat parameter, or the slice of one original parameter."""
 
     tensor: torch.Tensor
     parts: tuple[FlatPart, ...]
 
 
 def flattened_parameters(model: torch.nn.Module) -> Iterator[FlattenedParameter]:
-    """All tensors of a model that FSDP1 has flattened; none for other models."""
+    """All tensors of a model that FSDP1 has flattened; none for other models.
+
+    Raises:
+        LayoutError: FSDP1 has flattened a DTensor whose local tensor is several regions of the whole.
+    """
     for prefix, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            yield from _of_handle(module._handle, f"{prefix}." if prefix else "")
+            yield from _parameters_of(module._handle, f"{prefix}." if prefix else "")
 
 
-def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
+def _parameters_of(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
+    """The flat parameter of one FSDP1 unit; or, with ``use_orig_params``, the original parameters' slices of it.
+
+    Args:
+        handle: a FlatParamHandle.
+        prefix: of the names in the unit.
+    """
     flat = handle.flat_param
     aliases = _aliases(flat)
     parts = [
@@ -56,7 +66,7 @@ def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
             flat._fqns, flat._shapes, flat._shard_param_infos, flat._param_extensions, strict=True
         )
     ]
-    if flat._params is None:
+    if flat._params is None:  # use_orig_params=False
         yield FlattenedParameter(flat, tuple(parts))
         return
     for parameter, part in zip(flat._params, parts, strict=True):
@@ -64,7 +74,7 @@ def _of_handle(handle: Any, prefix: str) -> Iterator[FlattenedParameter]:
 
 
 def _aliases(flat: Any) -> dict[str, list[str]]:
-    """The other names of tied parameters, by the name under which FSDP1 has flattened them."""
+    """The other names of tied parameters, by the name that FSDP1 has flattened them under."""
     aliases: dict[str, list[str]] = {}
     for shared in flat._shared_param_infos:
         first = _joined(shared.prim_module_name, shared.prim_param_name)
@@ -77,7 +87,14 @@ def _joined(module: str, name: str) -> str:
 
 
 def _part(fqn: str, shape: tuple[int, ...], info: Any, extension: Any) -> FlatPart:
-    """``extension`` is the DTensorSpec of a parameter that was a DTensor (FSDP1 over TP): its local tensor was flattened."""
+    """One original parameter's part of a flat parameter.
+
+    Args:
+        shape: of the tensor that was flattened.
+        info: a _ShardParamInfo.
+        extension: the DTensorSpec of a parameter that was a DTensor (FSDP1 over TP), whose local tensor was flattened;
+            else None.
+    """
     start, numel, position = 0, 0, 0
     if info.in_shard:
         start, numel, position = info.intra_param_start_idx, info.numel_in_shard, info.offset_in_shard
@@ -89,11 +106,16 @@ def _part(fqn: str, shape: tuple[int, ...], info: Any, extension: Any) -> FlatPa
 
 
 def _within(flat: TensorLayout, local: TensorLayout, fqn: str) -> TensorLayout:
-    """The layout of a slice of a flattened local tensor, which is itself one box of the whole."""
+    """The layout of a slice of a flattened local tensor, which itself is one region of the whole.
+
+    Args:
+        flat: the slice in the local tensor.
+        local: the local tensor in the whole.
+    """
     if len(local.boxes) > 1:
         raise LayoutError(
             f"{fqn}: FSDP1 has flattened a tensor of {len(local.boxes)} boxes of the whole {local.global_shape}; "
-            "it can slice one, as TP by Shard gives it. Use FSDP2 (fully_shard)"
+            "only one box is supported, as TP by Shard makes it. Use FSDP2 (fully_shard)"
         )
     origin = local.boxes[0].region.offsets if local.boxes else (0,) * len(local.global_shape)
     boxes = (LocalRegion(Region(_sum(box.region.offsets, origin), box.region.sizes), box.local) for box in flat.boxes)

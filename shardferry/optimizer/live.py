@@ -1,4 +1,4 @@
-"""Ask live models and optimizers which parameters they hold, under which FQN, and which part of each is here."""
+"""Ask a live model and its optimizers for their parameters: the FQN of each, and the region of it that this rank holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardferry.checkpoint.optimizer_index import SCALAR_STATE
@@ -20,34 +19,26 @@ from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.live import LiveEntry, LiveLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.optimizer import fsdp1
-from shardferry.optimizer.wrappers import torch_optimizers
+from shardferry.optimizer.wrappers import FqnCleaner, torch_optimizers
 from shardferry.state_dicts import flat_entries
 
 T = TypeVar("T")
 
-# What wrappers put into the names of parameters; the checkpoint's FQNs are without them.
-_WRAPPERS = (
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_orig_mod.",
-    "_forward_module.",  # Lightning Fabric's module has both, mostly the same one
-    "_original_module.",
-)
-_DDP = "module."
-_EXTRA = "_extra_state"  # as torch.nn.Module.state_dict calls it
+_EXTRA_STATE = "_extra_state"  # as torch.nn.Module.state_dict names it
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a live tensor holds of one FQN."""
+    """The part of a live tensor that belongs to one FQN."""
 
     fqn: str
     layout: TensorLayout
-    position: int = 0  # elements, where it begins in the live tensor's local memory
+    position: int = 0  # elements, from the start of the live tensor's local memory
     aliases: tuple[str, ...] = ()  # other names of the same (tied) parameter
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The FQN and the other names."""
         return (self.fqn, *self.aliases)
 
 
@@ -56,18 +47,21 @@ class LiveParameter:
     """One tensor that an optimizer may train."""
 
     tensor: torch.Tensor  # as the optimizer knows it: the key of its state
-    parts: tuple[Part, ...]  # one, or several where FSDP1 has flattened parameters together
+    parts: tuple[Part, ...]  # one; several where FSDP1 has flattened several parameters into this tensor
     flattened: bool = False  # by FSDP1
-    state: Mapping[str, Any] = field(default_factory=dict)  # what its optimizer has, by dotted name
+    state: Mapping[str, Any] = field(default_factory=dict)  # in its optimizer, by dotted name
 
     @property
     def local(self) -> torch.Tensor:
-        """The memory of this rank."""
+        """The local tensor of this rank."""
         return self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor
 
     @property
     def has_state(self) -> bool:
-        """FSDP1 takes no step on a slice that is empty here, and gathers state by who has some."""
+        """Whether the optimizer has state for it on this rank.
+
+        FSDP1 takes no step on a slice that is empty here, and gathers state from the ranks that have some.
+        """
         return not self.flattened or self.tensor.numel() > 0
 
 
@@ -81,7 +75,7 @@ class LiveGroup:
 
 
 def as_tuple(one_or_many: T | Sequence[T]) -> tuple[T, ...]:
-    """One thing, or several."""
+    """A sequence as a tuple; anything else as a tuple of one."""
     if isinstance(one_or_many, Sequence):
         return tuple(one_or_many)
     return (one_or_many,)
@@ -89,20 +83,25 @@ def as_tuple(one_or_many: T | Sequence[T]) -> tuple[T, ...]:
 
 @dataclass(frozen=True)
 class LiveModel:
-    """The model parts and optimizers of one rank, usually one of each."""
+    """The model parts and the optimizers of one rank, usually one of each."""
 
     modules: tuple[Module, ...]
-    optimizers: tuple[Optimizer, ...]
+    optimizers: tuple[Optimizer, ...]  # torch's own, out of their wrappers
 
     @classmethod
     def of(cls, model: Module | Sequence[Module], optimizer: Optimizer | Sequence[Optimizer]) -> LiveModel:
-        """From what people hold in their hands: one or several, a program's wrappers among them."""
+        """From the objects of a training program.
+
+        Args:
+            model: as it is trained, wrapped; several parts where a rank has several.
+            optimizer: of that model, several where it has several; a program's wrapper of optimizers as well.
+        """
         optimizers = tuple(one for given in as_tuple(optimizer) for one in torch_optimizers(given))
         return cls(as_tuple(model), optimizers)
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of the first parameter; the CPU for a model without parameters."""
         parameter = next((p for module in self.modules for p in module.parameters()), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
@@ -117,8 +116,8 @@ class LiveModel:
         """The optimizers' param groups, in order.
 
         Raises:
-            InstallError: an optimizer trains a tensor that is no parameter of the model.
-            LayoutError: a parameter lies in a way that isn't supported.
+            InstallError: an optimizer trains a tensor that is not a parameter of the model.
+            LayoutError: the layout of a parameter is not supported.
         """
         known = {id(parameter.tensor): parameter for parameter in self.parameters}
         return tuple(
@@ -134,33 +133,29 @@ class LiveModel:
 
     @cached_property
     def extra_states(self) -> dict[str, Module]:
-        """Modules that put an extra state into their state dict, by its FQN."""
-        return {
-            _clean(f"{name}.{_EXTRA}" if name else _EXTRA, _ddp_prefixes(root)): module
-            for root in self.modules
-            for name, module in root.named_modules()
-            if type(module).get_extra_state is not Module.get_extra_state
-        }
+        """The modules that put an extra state into their state dict, by its FQN."""
+        return {fqn: module for root in self.modules for fqn, module in _extra_states_of(root)}
 
 
 def _members(group: dict[str, Any], index: int, known: Mapping[int, LiveParameter]) -> Iterator[LiveParameter]:
-    for place, tensor in enumerate(group["params"]):
+    for position, tensor in enumerate(group["params"]):
         found = known.get(id(tensor))
         if found is None:
             raise InstallError(
-                f"param_groups[{index}]['params'][{place}] of shape {tuple(tensor.shape)} is no parameter of the model; "
+                f"param_groups[{index}]['params'][{position}] of shape {tuple(tensor.shape)} is not a parameter of the model; "
                 "give the model that the optimizer was made for (after wrapping)"
             )
         yield found
 
 
 def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LiveParameter]:
+    """The parameters of one model part. ``states`` has optimizers' state by the id of the parameter."""
     _refuse_meshes_out_of_order(root)
-    prefixes = _ddp_prefixes(root)
+    fqns = FqnCleaner.for_model(root)
     flattened: set[int] = set()
     for flat in fsdp1.flattened_parameters(root):
         flattened.add(id(flat.tensor))
-        parts = tuple(_part_of(flat_part, prefixes) for flat_part in flat.parts)
+        parts = tuple(_part_of(flat_part, fqns) for flat_part in flat.parts)
         state = flat_entries(states.get(id(flat.tensor), {}))
         yield LiveParameter(flat.tensor, parts, flattened=True, state=state)
     names: dict[int, dict[str, None]] = {}  # of each tensor, each once: two wrappers of one may show it twice
@@ -168,16 +163,17 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) not in flattened:
             tensors[id(parameter)] = parameter
-            names.setdefault(id(parameter), {})[_clean(name, prefixes)] = None
+            names.setdefault(id(parameter), {})[fqns.clean(name)] = None
     for key, (fqn, *aliases) in names.items():
         part = Part(fqn, layout_of_tensor(tensors[key], name=fqn), aliases=tuple(aliases))
         yield LiveParameter(tensors[key], (part,), state=flat_entries(states.get(key, {})))
 
 
 def _refuse_meshes_out_of_order(root: Module) -> None:
-    """FSDP2 cuts by a rank's place in its process group, and its DTensors say the place in the mesh.
+    """Refuse FSDP2 over a mesh whose ranks don't ascend.
 
-    Where the two differ, nobody can tell from a parameter what it holds. Source: torch/distributed/fsdp/_fully_shard,
+    FSDP2 shards by a rank's index in its process group, and its DTensors state the index in the mesh. Where the two
+    differ, a parameter doesn't tell which rows it holds. Source: torch/distributed/fsdp/_fully_shard,
     FSDPMeshInfo.shard_mesh_rank.
     """
     for name, module in root.named_modules():
@@ -191,41 +187,36 @@ def _refuse_meshes_out_of_order(root: Module) -> None:
 
 
 def _is_in_order(mesh: DeviceMesh) -> bool:
-    """Whether ranks ascend along every axis: process groups sort theirs."""
+    """Whether ranks ascend along every axis, as process groups sort theirs."""
     return all(bool((mesh.mesh.diff(dim=axis) > 0).all()) for axis in range(mesh.ndim))
 
 
-def _part_of(flat: fsdp1.FlatPart, ddp_prefixes: Sequence[str]) -> Part:
-    aliases = tuple(_clean(alias, ddp_prefixes) for alias in flat.aliases)
-    return Part(_clean(flat.fqn, ddp_prefixes), flat.layout, flat.position, aliases)
+def _part_of(flat: fsdp1.FlatPart, fqns: FqnCleaner) -> Part:
+    return Part(fqns.clean(flat.fqn), flat.layout, flat.position, tuple(map(fqns.clean, flat.aliases)))
 
 
 def _buffers_of(root: Module) -> Iterator[tuple[str, torch.Tensor]]:
-    prefixes = _ddp_prefixes(root)
+    fqns = FqnCleaner.for_model(root)
     for path, module in root.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:  # torch.nn.Module has no public word for it
-                yield _clean(f"{path}.{name}" if path else name, prefixes), buffer
+            if name not in module._non_persistent_buffers_set:  # torch.nn.Module has no public name for it
+                yield fqns.clean(f"{path}.{name}" if path else name), buffer
 
 
-def _ddp_prefixes(root: Module) -> list[str]:
-    """Where DDP's ``module.`` stands in names; only there it is a wrapper's."""
-    wrapped = [name for name, module in root.named_modules() if isinstance(module, DistributedDataParallel)]
-    return sorted((f"{name}.{_DDP}" if name else _DDP for name in wrapped), key=len, reverse=True)
-
-
-def _clean(name: str, ddp_prefixes: Sequence[str]) -> str:
-    """A parameter's name without what wrappers added."""
-    for prefix in ddp_prefixes:
-        if name.startswith(prefix):
-            name = name[: len(prefix) - len(_DDP)] + name[len(prefix) :]
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+def _extra_states_of(root: Module) -> Iterator[tuple[str, Module]]:
+    fqns = FqnCleaner.for_model(root)
+    for path, module in root.named_modules():
+        if type(module).get_extra_state is not Module.get_extra_state:
+            yield fqns.clean(f"{path}.{_EXTRA_STATE}" if path else _EXTRA_STATE), module
 
 
 def live_layout(live: LiveModel, *, world_rank: int, world_size: int) -> LiveLayout:
-    """The layout that live models and optimizers want. Raises InstallError, LayoutError."""
+    """The layout that a live model and its optimizers want on this rank.
+
+    Raises:
+        InstallError: an optimizer trains a tensor that is not a parameter of the model.
+        LayoutError: the layout of a parameter is not supported.
+    """
     trained = [parameter for group in live.groups for parameter in group.parameters]
     own = {id(parameter.tensor) for parameter in trained}
     parts = [part for parameter in live.parameters for part in parameter.parts]
@@ -236,7 +227,7 @@ def live_layout(live: LiveModel, *, world_rank: int, world_size: int) -> LiveLay
         entries={(p.fqn, name): entry for parameter in trained for p, name, entry in _entries_of(parameter)},
         tied={part.fqn: part.aliases for part in parts if part.aliases},
         frozen=frozenset(p.fqn for x in trained if not x.tensor.requires_grad for p in x.parts),
-        groups=_positions(live.groups),
+        groups=_fqns_of(live.groups),
         buffers={fqn: layout_of_tensor(buffer, name=fqn) for fqn, buffer in live.buffers.items()},
         untrained=_layouts([p for p in live.parameters if id(p.tensor) not in own]),
         extras=frozenset(live.extra_states),
@@ -249,14 +240,15 @@ def _layouts(parameters: Sequence[LiveParameter]) -> dict[str, TensorLayout]:
     return {part.fqn: part.layout for parameter in parameters for part in parameter.parts}
 
 
-def _positions(groups: Sequence[LiveGroup]) -> tuple[tuple[str, ...], ...] | None:
+def _fqns_of(groups: Sequence[LiveGroup]) -> tuple[tuple[str, ...], ...] | None:
+    """The FQNs of each group in order; None where a flat parameter stands for several."""
     if any(parameter.flattened for group in groups for parameter in group.parameters):
-        return None  # a flat parameter stands for many
+        return None
     return tuple(tuple(parameter.parts[0].fqn for parameter in group.parameters) for group in groups)
 
 
 def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry]]:
-    """What is known of the state that an optimizer has already made."""
+    """Layout and dtype of the state tensors that the optimizer has already made."""
     for name, value in parameter.state.items():
         if isinstance(value, torch.Tensor) and value.ndim and name not in SCALAR_STATE:
             for part in parameter.parts:
@@ -264,7 +256,7 @@ def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry
 
 
 def _layout_of_entry(parameter: LiveParameter, part: Part, value: torch.Tensor, name: str) -> TensorLayout | None:
-    """None where the entry lies as its parameter."""
+    """The layout of a state tensor; None where it is its parameter's."""
     if isinstance(value, DTensor):
         layout = layout_of_tensor(value, name=f"{part.fqn}: {name!r}")
         return None if layout == part.layout else layout

@@ -24,7 +24,7 @@ from functools import cached_property
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import TransformedItem
 from shardferry.config import SplitLimits
-from shardferry.plan.planner import LoadPlan, PlannedTensor, ReadItem
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor, ReadItem
 from shardferry.plan.rank_layouts import RankLayouts
 from shardferry.plan.split import ChunkPart, RankCopy, copies_of_ranks, ranks_of, split_chunk, whole_chunk
 from shardferry.region import BoxCopy, Region

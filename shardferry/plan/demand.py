@@ -16,7 +16,8 @@ from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedTensor
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
-from shardferry.plan.planner import ALIGNMENT, PlannedTensor, wanted_tensors
+from shardferry.plan.load_plan import PlannedTensor
+from shardferry.plan.planner import ALIGNMENT, wanted_tensors
 
 _PAIRS = 1 << 21  # of boxes, compared at a time
 

@@ -6,7 +6,6 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,95 +20,19 @@ from shardferry.checkpoint.optimizer_index import (
     index_weights,
     top_level_keys,
 )
-from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.checkpoint.saved_optimizer import SavedOptimizer
 from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
-from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
 from shardferry.plan.cover import covering_chunks
-from shardferry.plan.manifest import Section
+from shardferry.plan.load_plan import LoadPlan, PlannedObject, PlannedTensor, PlannedValue, ReadItem, Section
 from shardferry.plan.match_keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
 from shardferry.plan.state_layout import StateShapes
 from shardferry.region import BoxCopy
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor as this rank will hold it: an entry of a parameter's state, or the parameter or buffer itself."""
-
-    fqn: str
-    name: str  # of the state entry: "exp_avg"; empty for weights
-    key: str  # in the checkpoint
-    dtype: torch.dtype  # as saved, and in the arena
-    layout: TensorLayout
-    arena_offset: int  # bytes
-    section: Section = "state"
-    path: KeyPath = ()  # below the parameter: ("exp_avg",)
-    cast: torch.dtype | None = None  # what the trainer wants instead of `dtype`
-    as_parameter: bool = True  # it lies as its parameter does
-
-    @property
-    def nbytes(self) -> int:
-        return self.layout.local_numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class ReadItem:
-    """One copy: from where in a saved chunk to where in a local tensor."""
-
-    tensor: int  # row of LoadPlan.tensors
-    chunk: int  # row of the catalog
-    chunk_shape: tuple[int, ...]
-    copy: BoxCopy
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedObject:
-    """One saved value that is read whole, by rank 0, which tells the others: a hyperparameter, a ``step`` that is a number."""
-
-    key: str
-    nbytes: int  # of its item
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedValue:
-    """Where a saved Python value goes on this rank."""
-
-    fqn: str
-    path: KeyPath  # below the parameter
-    key: str
-    section: Section = "state"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """Everything that one rank has to read, and where it goes."""
-
-    world_rank: int
-    world_size: int
-    mesh: Mesh | None
-    request: LoadRequest
-    tensors: tuple[PlannedTensor, ...]
-    reads: tuple[ReadItem, ...]
-    objects: tuple[PlannedObject, ...]  # that this rank reads for all
-    values: tuple[PlannedValue, ...]
-    arena_bytes: int
-    fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
-    missing: tuple[str, ...] = ()  # wanted, not saved, allowed
-    param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
-    state_claims: Claims = field(default_factory=Claims)
-    weight_claims: Claims = field(default_factory=Claims)
-
-    @property
-    def bytes_needed(self) -> int:
-        """Bytes that this rank wants: its boxes of tensors, and whole items of Python objects."""
-        tensors = sum(t.layout.wanted_numel * t.dtype.itemsize for t in self.tensors)
-        return tensors + sum(o.nbytes for o in self.objects)
 
 
 def plan_load(
@@ -126,14 +49,15 @@ def plan_load(
             (a hole) or in two (an overlap); the message names FQN and box.
         LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
-    return _plan(_Planner(catalog, layout, request), catalog, layout, request, values)
+    return _plan(_Planner(catalog, layout, request, values), catalog, layout, request, values)
 
 
 def wanted_tensors(
     catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
 ) -> tuple[PlannedTensor, ...]:
     """What one rank wants, as in its plan, without where it comes from. Raises as `plan_load` does, but for holes and overlaps."""
-    return _plan(_Planner(catalog, layout, request, with_reads=False), catalog, layout, request, values).tensors
+    planner = _Planner(catalog, layout, request, values, with_reads=False)
+    return _plan(planner, catalog, layout, request, values).tensors
 
 
 @paused_gc()
@@ -225,7 +149,7 @@ def plan_tensors(
     """
     planner = _Planner(catalog, LiveLayout(world_rank, world_size, {}), LoadRequest())
     for key, layout in wanted:
-        planner.add_tensor("", key, catalog.tensors[key], layout)
+        planner.add_tensor(catalog.tensors[key], layout)
     return planner.finish()
 
 
@@ -250,10 +174,19 @@ class _Interned:
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
-    def __init__(self, catalog: Catalog, layout: RankLayout, request: LoadRequest, *, with_reads: bool = True) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        layout: RankLayout,
+        request: LoadRequest,
+        saved_values: Mapping[str, Any] | None = None,
+        *,
+        with_reads: bool = True,
+    ) -> None:
         self._catalog = catalog
         self._layout = layout
         self._request = request
+        self._saved_values = saved_values
         self._with_reads = with_reads
         self._all_stored = not (catalog.chunk_file == NO_FILE).any()
         self._layouts = _Interned()
@@ -274,7 +207,7 @@ class _Planner:
             for name, entry in saved.state.get(parameter.saved, {}).items():
                 tensor = self._catalog.tensors.get(entry.key)
                 if tensor is None:
-                    self._values.append(PlannedValue(parameter.fqn, entry.path, entry.key))
+                    self._add_value(entry.key, parameter.fqn, entry.path, "state")
                     continue
                 try:
                     layout, follows = shapes.lies(parameter.fqn, name, tensor)
@@ -283,7 +216,7 @@ class _Planner:
                     self._mismatched.append(error)
                 else:
                     self.add_tensor(
-                        parameter.fqn, name, tensor, layout, path=entry.path, cast=cast, as_parameter=follows
+                        tensor, layout, fqn=parameter.fqn, path=entry.path, cast=cast, sharded_like_param=follows
                     )
 
     def add_weights(self, weights: Mapping[str, str], found: Sequence[Found]) -> None:
@@ -292,7 +225,7 @@ class _Planner:
             key = weights[wanted.saved]
             tensor = self._catalog.tensors.get(key)
             if tensor is None:
-                self._values.append(PlannedValue(wanted.fqn, (), key, "model"))
+                self._add_value(key, wanted.fqn, (), "model")
                 continue
             try:
                 layout = self._layout.weight(wanted.fqn, tensor.shape)
@@ -300,7 +233,11 @@ class _Planner:
             except LayoutError as error:
                 self._mismatched.append(error)
             else:
-                self.add_tensor(wanted.fqn, "", tensor, layout, section="model", cast=cast)
+                self.add_tensor(tensor, layout, fqn=wanted.fqn, section="model", cast=cast)
+
+    def _add_value(self, key: str, fqn: str, path: KeyPath, section: Section) -> None:
+        value = None if self._saved_values is None else self._saved_values[key]
+        self._values.append(PlannedValue(key, fqn, path, value, section))
 
     def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:
         """The dtype to convert to. Raises LayoutError where that must be asked for, and wasn't."""
@@ -320,18 +257,27 @@ class _Planner:
 
     def add_tensor(
         self,
-        fqn: str,
-        name: str,
         saved: SavedTensor,
         layout: TensorLayout,
         *,
-        section: Section = "state",
+        fqn: str = "",
         path: KeyPath = (),
+        section: Section = "state",
         cast: torch.dtype | None = None,
-        as_parameter: bool = True,
+        sharded_like_param: bool = True,
     ) -> None:
         row, layout = len(self._tensors), self._layouts.one_of(layout)
-        tensor = PlannedTensor(fqn, name, saved.key, saved.dtype, layout, self._end, section, path, cast, as_parameter)
+        tensor = PlannedTensor(
+            key=saved.key,
+            fqn=fqn,
+            path=path,
+            dtype=saved.dtype,
+            layout=layout,
+            arena_offset=self._end,
+            section=section,
+            cast=cast,
+            sharded_like_param=sharded_like_param,
+        )
         self._tensors.append(tensor)
         self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if self._with_reads:
@@ -369,14 +315,14 @@ class _Planner:
         if self._mismatched:
             raise mismatch_error(self._mismatched)
         return LoadPlan(
-            self._layout.world_rank,
-            self._layout.world_size,
-            self._layout.mesh,
-            self._request,
-            tuple(self._tensors),
-            tuple(self._reads),
-            tuple(self._objects),
-            tuple(self._values),
-            self._end,
+            world_rank=self._layout.world_rank,
+            world_size=self._layout.world_size,
+            mesh=self._layout.mesh,
+            request=self._request,
+            tensors=tuple(self._tensors),
+            reads=tuple(self._reads),
+            objects=tuple(self._objects),
+            values=tuple(self._values),
+            arena_bytes=self._end,
             **known,
         )

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Placement, Replicate
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
 from shardferry.layout.tensor_layout import TensorLayout, replicated
-from shardferry.plan.planner import LoadPlan, PlannedTensor
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
 RankAndLayout = tuple[int, TensorLayout]  # world rank, and the tensor's layout there
@@ -71,7 +71,7 @@ class LayoutsFromSpec:
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
         kept_to = self._spec.holder_coordinates(tensor.fqn)
-        alike = (shape, placements, tensor.section, tensor.as_parameter, kept_to)
+        alike = (shape, placements, tensor.section, tensor.sharded_like_param, kept_to)
         if alike not in self._kinds:
             ranks = ranks_at(self._spec.mesh, self._world_ranks, kept_to)
             self._kinds[alike] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
@@ -89,7 +89,7 @@ class LayoutsFromSpec:
         if tensor.section == "model":
             return as_parameter if tensor.layout.global_shape else everywhere
         return self._spec.entry_placements(tensor.fqn, tensor.name) or (
-            as_parameter if tensor.as_parameter else everywhere
+            as_parameter if tensor.sharded_like_param else everywhere
         )
 
     @staticmethod
@@ -100,7 +100,7 @@ class LayoutsFromSpec:
         own = rank.entry(tensor.fqn, tensor.name, shape)
         if own is not None:
             return own
-        return rank.parameter(tensor.fqn, shape) if tensor.as_parameter else replicated(shape)
+        return rank.parameter(tensor.fqn, shape) if tensor.sharded_like_param else replicated(shape)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from shardferry.config import ReadLimits, ReadOptions
 from shardferry.errors import DecodeError, StorageError
 from shardferry.exchange.delivery import Delivery
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
-from shardferry.plan.planner import LoadPlan
+from shardferry.plan.load_plan import LoadPlan
 from shardferry.read.buffers import BufferPool, buffer_bytes
 from shardferry.read.items import (
     ItemLayouts,

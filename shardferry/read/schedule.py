@@ -21,7 +21,7 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import KnownValue, RawItem
 from shardferry.config import ReadLimits
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
-from shardferry.plan.planner import LoadPlan, ReadItem
+from shardferry.plan.load_plan import LoadPlan, ReadItem
 from shardferry.read.coalesce import WantedRange, coalesce, is_mostly_wanted
 from shardferry.read.items import StoredItem, TensorItem, assumed_layout, expected_layout, object_item, tensor_item
 from shardferry.read.requests import Request, is_one_with_header, requests_for

@@ -38,7 +38,7 @@ def join_the_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[nn.Module, torch.optim.Optimizer], None], str]] = {
-    "layout": (train_a_stranger, "is no parameter of the model"),
+    "layout": (train_a_stranger, "is not a parameter of the model"),
     "planning": (train_what_was_not_saved, "unknown"),
     "installing": (join_the_groups, "one live param group joins saved groups that differ in"),
 }

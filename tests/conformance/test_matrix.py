@@ -16,7 +16,8 @@ import pytest
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest
-from shardferry.plan.planner import PlannedTensor, plan_load
+from shardferry.plan.load_plan import PlannedTensor
+from shardferry.plan.planner import plan_load
 from tests.support.covering import covering_pairs, traits
 from tests.support.matrix import Held, load_and_compare, save_and_describe
 from tests.support.networks import STATES, numbers_of, parameters

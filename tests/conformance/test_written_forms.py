@@ -144,8 +144,7 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
         job = LoadJob(
             catalog, spec.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), ReadOptions(concurrency=2)
         )
-        shard = load_rank(job, Agreement(None)).handle("in_process", exclusive=True).open()
-        found = shard.state_dict()["state"]["w"]["exp_avg"]
+        found = load_rank(job, Agreement(None)).state().state_dict()["state"]["w"]["exp_avg"]
         expected = whole[:, 2 * world_rank : 2 * world_rank + 2].contiguous()
         assert found.dtype == dtype
         assert torch.equal(found.contiguous().view(torch.uint8), expected.view(torch.uint8))

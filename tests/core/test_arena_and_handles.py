@@ -17,9 +17,9 @@ import torch
 from shardferry import errors
 from shardferry.arena import NAME, HostArena, available_host_bytes, check_host_room
 from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryError
-from shardferry.handoff.handle import Payload, ShardHandle, SharedMemory
+from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.layout.tensor_layout import replicated
-from shardferry.plan.manifest import Manifest, StateTensor, StateValue
+from shardferry.plan.load_plan import Manifest, PlannedTensor, PlannedValue
 
 SHAPE = (3, 5)
 CONTENT = torch.arange(15.0).view(SHAPE)
@@ -30,8 +30,24 @@ def mappings() -> int:
 
 
 def manifest() -> Manifest:
-    tensor = StateTensor("w", "exp_avg", torch.float32, replicated(SHAPE), 256)
-    return Manifest(0, 1, None, (tensor,), (StateValue("w", ("step",), 3),), ({"params": ["w"], "lr": 0.5},), ("w",))
+    return Manifest(
+        world_rank=0,
+        world_size=1,
+        mesh=None,
+        tensors=(
+            PlannedTensor(
+                key="optim.state.w.exp_avg",
+                fqn="w",
+                path=("exp_avg",),
+                dtype=torch.float32,
+                layout=replicated(SHAPE),
+                arena_offset=256,
+            ),
+        ),
+        values=(PlannedValue("optim.state.w.step", "w", ("step",), 3),),
+        param_groups=({"params": ["w"], "lr": 0.5},),
+        fqns=("w",),
+    )
 
 
 def filled_arena() -> HostArena:
@@ -96,11 +112,7 @@ def test_what_a_host_has_is_what_its_kernel_says() -> None:
 def serve(pipe: Connection, exclusive: bool) -> None:
     """A loader: hands out its arena, and waits to be killed."""
     arena = filled_arena()
-    if exclusive:
-        arena.detach()
-    else:
-        arena.freeze()
-    pipe.send(ShardHandle(manifest(), SharedMemory.of(arena, exclusive=exclusive)))
+    pipe.send(make_handle(manifest(), arena, "shared_memory", exclusive=exclusive))
     pipe.recv()
 
 
@@ -149,10 +161,10 @@ def test_an_exclusive_shard_is_taken_once() -> None:
     assert torch.equal(tensor, CONTENT + 1)
 
 
-def test_payload_travels_out_of_band_and_is_copied_once() -> None:
-    data = filled_arena().tensor(0, (512,), torch.uint8).numpy()
+def test_object_store_bytes_travel_out_of_band_and_are_copied_once() -> None:
     buffers: list[pickle.PickleBuffer] = []
-    text = pickle.dumps(ShardHandle(manifest(), Payload(data)), protocol=5, buffer_callback=buffers.append)
+    sent = make_handle(manifest(), filled_arena(), "object_store", exclusive=True)
+    text = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
     assert [buffer.raw().nbytes for buffer in buffers] == [512]
     shared = np.frombuffer(bytes(buffers[0].raw()), np.uint8)  # read-only, as an object store gives it
     handle: ShardHandle = pickle.loads(text, buffers=[shared])
@@ -164,7 +176,7 @@ def test_payload_travels_out_of_band_and_is_copied_once() -> None:
 
 
 def test_what_a_shard_tells() -> None:
-    handle = ShardHandle(manifest(), Payload(filled_arena().tensor(0, (512,), torch.uint8).numpy()))
+    handle = make_handle(manifest(), filled_arena(), "object_store", exclusive=True)
     with handle.open() as shard:
         assert shard.state_dict()["param_groups"] == [{"params": ["w"], "lr": 0.5}]
         assert shard.state_dict()["state"]["w"]["step"] == 3

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from shardferry.config import LoadRequest, MessageLimits, ReadOptions, Strategy
 from shardferry.errors import RankError, ShardferryError
 from shardferry.exchange.agreement import Agreement
+from shardferry.handoff.handle import make_handle
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
@@ -57,7 +58,7 @@ def load(
         catalog, values = open_for_all(storage, agreement, request, options, counters)
         job = LoadJob(catalog, layout, request, torch.device("cpu"), options, messages=messages or MessageLimits())
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
-    with loaded.handle("in_process", exclusive=True).open() as shard:
+    with make_handle(loaded.manifest, loaded.arena, "in_process", exclusive=True).open() as shard:
         compared = 0
         for fqn, entries in shard.state_dict()["state"].items():
             assert float(entries["step"]) == STEP

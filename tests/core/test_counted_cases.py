@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 from benchmarks.cases import CASES, Case
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.exchange.agreement import Agreement
+from shardferry.handoff.handle import make_handle
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
@@ -64,7 +65,7 @@ def load(url: str, layout: RankLayout, shapes: Shapes, strategy: Strategy, agree
         catalog, values = open_for_all(storage, agreement, request, options, counters)
         job = LoadJob(catalog, layout, request, torch.device("cpu"), options)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
-    with loaded.handle("in_process", exclusive=True).open() as shard:
+    with make_handle(loaded.manifest, loaded.arena, "in_process", exclusive=True).open() as shard:
         for fqn, entries in shard.state_dict()["state"].items():
             for name in STATES:
                 full = full_tensor(fqn, name, shapes[fqn])

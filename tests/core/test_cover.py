@@ -16,7 +16,8 @@ from shardferry.errors import PlanError
 from shardferry.layout.from_tensor import shard_left_to_right, strided_shard
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.tensor_layout import AxisCut, LocalRegion, TensorLayout, flat_slice, shard_on_mesh
-from shardferry.plan.planner import ALIGNMENT, LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import ALIGNMENT, plan_load
 from shardferry.region import Region
 from tests.support.catalogs import catalog_of
 

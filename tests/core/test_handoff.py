@@ -25,10 +25,12 @@ from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import HandoffError
 from shardferry.exchange.agreement import Agreement
-from shardferry.handoff.handle import Payload, Shard, ShardHandle
+from shardferry.handoff.handle import ShardHandle, make_handle
+from shardferry.handoff.object_store import ObjectStore
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
+from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.planner import ALIGNMENT
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
@@ -59,10 +61,14 @@ def load(path: Path, world_rank: int = 1, world_size: int = 4, *, stays_here: bo
     return load_rank(job, Agreement(None))
 
 
+def handle_of(loaded: LoadedShard, transport: str, *, exclusive: bool = True) -> ShardHandle:
+    return make_handle(loaded.manifest, loaded.arena, transport, exclusive=exclusive)
+
+
 def serve(pipe: Connection, path: Path, exclusive: bool) -> None:
     """A loader: loads, sends its handle, and holds the arena until it is told to end."""
     loaded = load(path)
-    pipe.send(loaded.handle("shared_memory", exclusive=exclusive))
+    pipe.send(handle_of(loaded, "shared_memory", exclusive=exclusive))
     pipe.recv()
 
 
@@ -83,7 +89,7 @@ def loader(path: Path, *, exclusive: bool) -> Iterator[tuple[ShardHandle, int]]:
         ours.close()
 
 
-def check(shard: Shard) -> int:
+def check(shard: LoadedState) -> int:
     """Every element of this shard against the oracle; returns how many."""
     compared = 0
     for fqn, entries in shard.state_dict()["state"].items():
@@ -126,9 +132,9 @@ def test_the_arena_itself_goes_to_one_trainer(checkpoint: Path) -> None:
 
 
 def test_object_store_bytes_travel_out_of_band(checkpoint: Path) -> None:
-    handle, buffers = load(checkpoint).handle("object_store", exclusive=True), []
+    handle, buffers = handle_of(load(checkpoint), "object_store"), []
     text = pickle.dumps(handle, protocol=5, buffer_callback=buffers.append)
-    assert isinstance(handle.source, Payload)
+    assert isinstance(handle.source, ObjectStore)
     assert [buffer.raw().nbytes for buffer in buffers] == [handle.source.data.nbytes]
     arrived = pickle.loads(text, buffers=[bytes(buffer.raw()) for buffer in buffers])
     with arrived.open() as one, arrived.open() as other:
@@ -138,7 +144,7 @@ def test_object_store_bytes_travel_out_of_band(checkpoint: Path) -> None:
 
 def test_in_process_is_the_arena_itself_and_stays_here(checkpoint: Path) -> None:
     loaded = load(checkpoint)
-    handle = loaded.handle("in_process", exclusive=True)
+    handle = handle_of(loaded, "in_process")
     with handle.open() as shard:
         assert check(shard) == SHARE
         shard.state_dict()["state"]["even.bias"]["exp_avg"].zero_()
@@ -148,8 +154,10 @@ def test_in_process_is_the_arena_itself_and_stays_here(checkpoint: Path) -> None
         pickle.dumps(handle)
     with pytest.raises(HandoffError, match="the shard was closed; use it inside its `with`"):
         shard.state_dict()
-    with pytest.raises(HandoffError, match="'pigeon' is no transport"):
-        loaded.handle("pigeon", exclusive=True)
+    with pytest.raises(
+        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory or object_store"
+    ):
+        handle_of(loaded, "pigeon")
 
 
 def test_views_are_aligned_and_a_frozen_arena_still_gives_private_pages(checkpoint: Path) -> None:
@@ -160,7 +168,7 @@ def test_views_are_aligned_and_a_frozen_arena_still_gives_private_pages(checkpoi
     assert [view.data_ptr() % ALIGNMENT for view in views] == [0] * len(SHAPES)
     first = views[0].flatten()[0].item()
     del views
-    loaded.handle("shared_memory", exclusive=False)
+    handle_of(loaded, "shared_memory", exclusive=False)
     with pytest.raises(PermissionError):
         mmap.mmap(arena.descriptor, arena.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     pages = mmap.mmap(arena.descriptor, arena.nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -173,7 +181,7 @@ def test_views_are_aligned_and_a_frozen_arena_still_gives_private_pages(checkpoi
 
 def dtensors(path: str) -> dict[str, Any]:
     """Placements, shape and values of each state tensor on a mesh of one rank."""
-    with load(Path(path), 0, 1).handle("in_process", exclusive=True).open() as shard:
+    with handle_of(load(Path(path), 0, 1), "in_process").open() as shard:
         state = shard.state_dict(init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)))["state"]
         with pytest.raises(HandoffError, match=r"the mesh given has the sizes \(1, 1\)"):
             shard.state_dict(init_device_mesh("cpu", (1, 1)))
@@ -195,7 +203,7 @@ def test_dtensors_on_a_mesh(checkpoint: Path, ranks: RankPool) -> None:
 
 
 def test_param_groups(checkpoint: Path) -> None:
-    with load(checkpoint).handle("object_store", exclusive=True).open() as shard:
+    with handle_of(load(checkpoint), "object_store").open() as shard:
         assert [dict(group) for group in shard.param_groups] == GROUPS
         assert shard.state_dict()["param_groups"] == GROUPS
         assert set(shard.fqns) == set(SHAPES)
@@ -205,6 +213,6 @@ def test_param_groups(checkpoint: Path) -> None:
 def test_a_shard_that_stays_here_is_for_nobody_else(checkpoint: Path) -> None:
     loaded = load(checkpoint, stays_here=True)
     with pytest.raises(HandoffError, match="for its own process alone"):
-        loaded.handle("shared_memory", exclusive=True)
-    with loaded.handle("in_process", exclusive=True).open() as shard:
+        handle_of(loaded, "shared_memory")
+    with handle_of(loaded, "in_process").open() as shard:
         assert check(shard) == SHARE

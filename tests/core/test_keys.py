@@ -495,5 +495,5 @@ def test_scheduler_keys_survive(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_of_another_model_is_refused(saved: str) -> None:
-    with pytest.raises(InstallError, match="is no parameter of the model"):
+    with pytest.raises(InstallError, match="is not a parameter of the model"):
         shardferry.load_optimizer_state(Net(), adamw(Net()), saved)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.checkpoint.catalog import KeyPath
-from shardferry.checkpoint.param_groups import build_param_groups, hyperparameters_for
+from shardferry.checkpoint.param_groups import build_param_groups
 from shardferry.errors import InstallError
+from shardferry.optimizer.install import hyperparameters_for
 
 hyperparameters = st.fixed_dictionaries(
     {"lr": st.sampled_from([0.1, 0.2]), "betas": st.sampled_from([(0.9, 0.95), (0.9, 0.99)])}

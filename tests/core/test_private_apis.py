@@ -32,7 +32,7 @@ from tests.support.ranks import RankPool
 
 
 def test_strided_shard() -> None:
-    """shardferry/handoff/handle.py"""
+    """shardferry/layout/placing.py"""
     placement = strided_shard(0, 2)
     assert not placement.is_replicate()
     assert (placement.dim, placement.split_factor) == (0, 2)

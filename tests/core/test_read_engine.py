@@ -19,7 +19,8 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import ReadOptions
 from shardferry.layout.tensor_layout import single_box
-from shardferry.plan.planner import LoadPlan, plan_tensors
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_tensors
 from shardferry.read.buffers import buffer_bytes
 from shardferry.read.execute import read_plan
 from shardferry.read.schedule import requests_of_plan

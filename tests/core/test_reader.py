@@ -18,7 +18,8 @@ from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import DecodeError, StorageError
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_load
 from shardferry.read.execute import read_plan
 from shardferry.stats import Counters
 from shardferry.storage import LocalReader

@@ -19,7 +19,8 @@ from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, LocalRegion, TensorLayout, shard_on_mesh
 from shardferry.plan.cooperative import CooperativePlan, MemoryGroups, assign_reads
-from shardferry.plan.planner import LoadPlan, plan_load
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, layouts_to_send
 from shardferry.plan.split import RankCopy
 from shardferry.region import BoxCopy, Region

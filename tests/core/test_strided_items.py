@@ -44,15 +44,15 @@ def test_every_element(tmp_path: Path, dtype: torch.dtype, dim: int) -> None:
     save_alone({"optim": {"state": state}}, tmp_path / "ckpt")
     compared = 0
     for rank in range(3):
-        with load(tmp_path / "ckpt", dim, rank, 3).handle("in_process", exclusive=True).open() as shard:
-            for fqn, shape in SHAPES.items():
-                found = shard.state_dict()["state"][fqn]["exp_avg"]
-                assert found.is_contiguous()
-                for whole, local in shard.regions(fqn, "exp_avg"):
-                    box = tuple(map(slice, whole.offsets, whole.ends))
-                    here = tuple(map(slice, local.offsets, local.ends))
-                    assert torch.equal(found[here], full_tensor(fqn, "exp_avg", shape, dtype)[box]), fqn
-                    compared += found[here].numel()
+        loaded = load(tmp_path / "ckpt", dim, rank, 3).state()
+        for fqn, shape in SHAPES.items():
+            found = loaded.state_dict()["state"][fqn]["exp_avg"]
+            assert found.is_contiguous()
+            for whole, local in loaded.regions(fqn, "exp_avg"):
+                box = tuple(map(slice, whole.offsets, whole.ends))
+                here = tuple(map(slice, local.offsets, local.ends))
+                assert torch.equal(found[here], full_tensor(fqn, "exp_avg", shape, dtype)[box]), fqn
+                compared += found[here].numel()
     assert compared == sum(torch.Size(shape).numel() for shape in SHAPES.values())
 
 

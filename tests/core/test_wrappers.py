@@ -1,15 +1,16 @@
-"""Which optimizers are meant where a program hands out something else: see tests/programs for the programs' own."""
+"""Wrappers of modules and of optimizers: tests/programs has the ones of Accelerate, Lightning and torchtitan."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shardferry
-from shardferry.optimizer.wrappers import torch_optimizers
+from shardferry.optimizer.wrappers import FqnCleaner, torch_optimizers
 from tests.support.alone import save_alone
 
 
@@ -46,6 +47,31 @@ class Container(torch.optim.Optimizer):
 
 def parameters(count: int) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(2)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("ddp_prefixes", "name", "fqn"),
+    [
+        pytest.param((), "layers.0.weight", "layers.0.weight", id="plain"),
+        pytest.param((), "module.weight", "module.weight", id="a-module-of-the-model"),
+        pytest.param(("module.",), "module.module.weight", "module.weight", id="ddp-over-a-module-of-the-model"),
+        pytest.param(("head.module.",), "head.module.weight", "head.weight", id="ddp-inside"),
+        pytest.param(("head.module.",), "tail.module.weight", "tail.module.weight", id="ddp-elsewhere"),
+        pytest.param(("module.head.module.", "module."), "module.head.module.bias", "head.bias", id="ddp-in-ddp"),
+        pytest.param((), "_orig_mod.layers.0._checkpoint_wrapped_module.weight", "layers.0.weight", id="compiled"),
+        pytest.param((), "_fsdp_wrapped_module.a._fsdp_wrapped_module.b", "a.b", id="fsdp1"),
+        pytest.param((), "_forward_module.weight", "weight", id="fabric"),
+        pytest.param(("_orig_mod.module.",), "_orig_mod.module.weight", "weight", id="compiled-ddp"),
+    ],
+)
+def test_names_without_what_wrappers_add(ddp_prefixes: tuple[str, ...], name: str, fqn: str) -> None:
+    assert FqnCleaner(ddp_prefixes).clean(name) == fqn
+
+
+def test_a_module_that_is_called_module_is_not_a_wrapper() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    fqns = FqnCleaner.for_model(model)
+    assert [fqns.clean(name) for name, _ in model.named_parameters()] == ["module.weight", "module.bias"]
 
 
 def test_an_optimizer_stands_for_itself() -> None:

@@ -13,6 +13,7 @@ from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.errors import ArenaError
 from shardferry.exchange.agreement import Agreement
+from shardferry.handoff.handle import make_handle
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank
@@ -52,7 +53,7 @@ def test_every_element_on_the_device(checkpoint: Path, dim: int, world_rank: int
     )
     loaded = load_rank(job, Agreement(None))
     assert loaded.arena.device == device
-    with loaded.handle("in_process", exclusive=True).open() as shard:
+    with make_handle(loaded.manifest, loaded.arena, "in_process", exclusive=True).open() as shard:
         for fqn, shape in SHAPES.items():
             for name, dtype in (("exp_avg", torch.float32), ("exp_avg_sq", torch.bfloat16)):
                 found = shard.state_dict()["state"][fqn][name]
@@ -79,7 +80,7 @@ def load_replicas(path: str, strategy: Strategy) -> int:
     device = torch.device("cuda", 0)
     job = LoadJob(open_checkpoint(path), spec.rank(rank), LoadRequest("optim"), device, options)
     loaded = load_rank(job, Agreement(torch.distributed.group.WORLD))
-    with loaded.handle("in_process", exclusive=True).open() as shard:
+    with make_handle(loaded.manifest, loaded.arena, "in_process", exclusive=True).open() as shard:
         for fqn, shape in SHAPES.items():
             found = shard.state_dict()["state"][fqn]["exp_avg"]
             assert torch.equal(found.cpu(), full_tensor(fqn, "exp_avg", shape))

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from shardferry.errors import SpecError
+from shardferry.handoff.transports import TRANSPORTS, stage_transport_names
 from shardferry.schemas import StageConfig
 
 DESIGN = """
@@ -38,6 +39,31 @@ def test_the_documented_spec(tmp_path: Path) -> None:
     assert layout.placements("norm.weight") == (Replicate(), Shard(0), Replicate())
     assert config.read.memory_budget == 1024**3
     assert StageConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_transports_are_those_of_the_registry() -> None:
+    for name in stage_transport_names():
+        assert StageConfig.model_validate({"handoff": {"transport": name}}).handoff.transport == name
+    schema = StageConfig.model_json_schema()["$defs"]["HandoffSpec"]["properties"]["transport"]
+    assert schema["enum"] == list(stage_transport_names())
+    assert schema["default"] == StageConfig().handoff.transport == "auto"
+    within_a_process = [transport.name for transport in TRANSPORTS if not transport.crosses_processes]
+    for name in [*within_a_process, "pigeon", "", 5, None, ["auto"]]:
+        with pytest.raises(SpecError) as refused:
+            StageConfig.from_values({"handoff": {"transport": name}}, source="stage.yaml")
+        assert str(refused.value) == (
+            f"stage.yaml: handoff.transport: Input should be 'auto', 'shared_memory' or 'object_store' (found {name!r})"
+        )
+
+
+def test_arenas_on_gpus_go_by_transports_that_take_them() -> None:
+    for transport in (transport for transport in TRANSPORTS if transport.crosses_processes):
+        values = {"actors": {"device": "cuda"}, "handoff": {"transport": transport.name}}
+        if not transport.needs_host_arena:
+            assert StageConfig.model_validate(values).handoff.transport == transport.name
+            continue
+        with pytest.raises(SpecError, match=rf"handoff\.transport {transport.name} needs arenas on the host"):
+            StageConfig.from_values(values, source="stage.yaml")
 
 
 def test_what_is_asked_of_the_checkpoint() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.plan.planner import LoadPlan, PlannedTensor
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
 NOTHING = -1

@@ -1,0 +1,60 @@
+"""The interface of a transport: one way for a sealed arena to get from the loader's process to the trainer's.
+
+A new transport is a subclass of `Transport` in a file of its own, and one line in `transports.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+from shardferry.arena import Arena
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """The process that will open a shard, as seen from the process that holds the arena."""
+
+    same_host: bool  # same machine and process namespace, see `shardferry.arena.host_identity`
+    same_process: bool = False
+
+
+class Transport(ABC):
+    """One arena on its way to a trainer. It is pickled as a part of a `ShardHandle`."""
+
+    __slots__ = ()
+
+    name: ClassVar[str]  # in ``handoff.transport`` of a spec and in reports
+    crosses_processes: ClassVar[bool] = True  # stages offer these transports alone
+    needs_host_arena: ClassVar[bool] = False
+    outlives_loader: ClassVar[bool] = False  # the loader may end once the handle is made; else once it was opened
+
+    @classmethod
+    @abstractmethod
+    def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:
+        """Whether this transport can bring this arena to this recipient; ``auto`` asks."""
+
+    @classmethod
+    @abstractmethod
+    def from_arena(cls, arena: Arena, *, exclusive: bool) -> Self:
+        """Seal an arena of this process and make it ready to be opened elsewhere.
+
+        Args:
+            arena: filled. Nobody may write to it afterwards but the recipient of an exclusive one.
+            exclusive: one recipient gets the arena itself, and nobody else may open it. Otherwise many may open it, and the
+                writes of one are not seen by another. Transports that copy the bytes give each recipient a copy in both cases.
+
+        Raises:
+            HandoffError: this transport can't carry the arena.
+        """
+
+    @abstractmethod
+    def open(self) -> torch.Tensor:
+        """The arena's bytes in this process: one dimension of uint8, writable.
+
+        Raises:
+            HandoffError: the bytes can't be reached from here, or not any more.
+        """

@@ -1,0 +1,169 @@
+"""The nouns of a load: the plan of one rank, and the manifest of the arena that the plan fills.
+
+All of it is plain data: integers, names, layouts and saved Python values. `planner.py` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from shardferry.checkpoint.catalog import KeyPath
+from shardferry.checkpoint.param_groups import ParamGroup
+from shardferry.config import LoadRequest
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.plan.match_keys import Claims
+from shardferry.region import BoxCopy
+
+Section = Literal["state", "model"]  # the optimizer's state, or the model's weights and buffers
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor in a rank's arena: an entry of a parameter's state, or a parameter or buffer itself."""
+
+    key: str  # in the checkpoint
+    fqn: str
+    path: KeyPath  # of the state entry below its parameter: ("exp_avg",); empty for weights
+    dtype: torch.dtype  # as saved, and in the arena
+    layout: TensorLayout
+    arena_offset: int  # bytes
+    section: Section = "state"
+    cast: torch.dtype | None = None  # the dtype that the trainer wants, where it is another one
+    sharded_like_param: bool = True  # same shape and placements as its parameter
+
+    @property
+    def name(self) -> str:
+        """Name of the state entry, dotted where it was nested: ``exp_avg``; empty for weights."""
+        return _dotted(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the local tensor in the arena, bytes."""
+        return self.layout.local_numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedValue:
+    """One Python value that was saved where other savers have a tensor: a ``step`` that is a number, an extra state."""
+
+    key: str  # in the checkpoint
+    fqn: str
+    path: KeyPath  # of the state entry below its parameter; empty for extra states
+    value: Any  # None in a dry run, which reads no values
+    section: Section = "state"
+
+    @property
+    def name(self) -> str:
+        """Name of the state entry, dotted where it was nested."""
+        return _dotted(self.path)
+
+
+Entry = PlannedTensor | PlannedValue
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadItem:
+    """One copy from a saved chunk to a local tensor."""
+
+    tensor: int  # row of LoadPlan.tensors
+    chunk: int  # row of the catalog
+    chunk_shape: tuple[int, ...]
+    copy: BoxCopy
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedObject:
+    """One saved value that rank 0 reads whole for all ranks: a hyperparameter, a ``step`` that is a number."""
+
+    key: str
+    nbytes: int  # of its item
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """All reads of one rank, and the destination of each."""
+
+    world_rank: int
+    world_size: int
+    mesh: Mesh | None
+    request: LoadRequest
+    tensors: tuple[PlannedTensor, ...]
+    reads: tuple[ReadItem, ...]
+    objects: tuple[PlannedObject, ...]  # that this rank reads for all ranks
+    values: tuple[PlannedValue, ...]
+    arena_bytes: int
+    fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
+    missing: tuple[str, ...] = ()  # wanted, not saved, allowed
+    param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
+    state_claims: Claims = field(default_factory=Claims)
+    weight_claims: Claims = field(default_factory=Claims)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes that this rank wants: its regions of tensors, and whole items of Python objects."""
+        tensors = sum(t.layout.wanted_numel * t.dtype.itemsize for t in self.tensors)
+        return tensors + sum(o.nbytes for o in self.objects)
+
+    def manifest(self) -> Manifest:
+        """The manifest of the arena that this plan fills."""
+        return Manifest(
+            world_rank=self.world_rank,
+            world_size=self.world_size,
+            mesh=self.mesh,
+            tensors=self.tensors,
+            values=self.values,
+            param_groups=self.param_groups or (),
+            fqns=self.fqns,
+            request=self.request,
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of one rank's arena, and the saved values that are not tensors. It goes to the trainer with the arena."""
+
+    world_rank: int
+    world_size: int
+    mesh: Mesh | None
+    tensors: tuple[PlannedTensor, ...]
+    values: tuple[PlannedValue, ...]
+    param_groups: tuple[ParamGroup, ...]
+    fqns: tuple[str, ...]  # parameters that the load was for, with or without state
+    request: LoadRequest = field(default_factory=LoadRequest)
+
+    @cached_property
+    def by_fqn(self) -> Mapping[str, Mapping[str, Entry]]:
+        """State entries by FQN and name."""
+        by_fqn: dict[str, dict[str, Entry]] = {}
+        for entry in self._entries("state"):
+            by_fqn.setdefault(entry.fqn, {})[entry.name] = entry
+        return by_fqn
+
+    @cached_property
+    def weights(self) -> Mapping[str, Entry]:
+        """Parameters, buffers and extra states by FQN."""
+        return {entry.fqn: entry for entry in self._entries("model")}
+
+    def _entries(self, section: Section) -> list[Entry]:
+        entries: list[Entry] = [*self.values, *self.tensors]
+        return [entry for entry in entries if entry.section == section]
+
+    @cached_property
+    def covered(self) -> frozenset[str]:
+        """Parameters that the load was for, with or without state."""
+        return frozenset(self.fqns)
+
+    @cached_property
+    def grouped(self) -> frozenset[str]:
+        """FQNs in the saved param groups."""
+        return frozenset(fqn for group in self.param_groups for fqn in group.get("params", ()))

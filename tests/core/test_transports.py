@@ -1,0 +1,167 @@
+"""The registry of transports: what each promises, and which one `auto` takes."""
+
+from __future__ import annotations
+
+import pickle
+from typing import ClassVar, Self
+
+import pytest
+import torch
+
+from shardferry.arena import Arena, DeviceArena, HostArena
+from shardferry.errors import HandoffError
+from shardferry.handoff import transports
+from shardferry.handoff.handle import make_handle
+from shardferry.handoff.in_process import InProcess
+from shardferry.handoff.object_store import ObjectStore
+from shardferry.handoff.shared_memory import SharedMemory
+from shardferry.handoff.transport import Recipient, Transport
+from shardferry.handoff.transports import (
+    AUTO,
+    TRANSPORTS,
+    choose_transport,
+    needs_host_arena,
+    stage_transport_names,
+    transport_named,
+)
+from shardferry.plan.load_plan import Manifest
+
+CONTENT = torch.arange(64, dtype=torch.uint8)
+SAME_PROCESS = Recipient(same_host=True, same_process=True)
+SAME_HOST = Recipient(same_host=True)
+OTHER_HOST = Recipient(same_host=False)
+
+
+def host_arena() -> HostArena:
+    return HostArena(64)
+
+
+def private_arena() -> HostArena:
+    arena = HostArena(64)
+    arena.keep_to_itself()
+    return arena
+
+
+def device_arena() -> DeviceArena:
+    """Bytes that are in no memory file, as on a GPU."""
+    return DeviceArena(64, torch.device("cpu"))
+
+
+ARENAS = {"host": host_arena, "private": private_arena, "device": device_arena}
+
+
+def filled(kind: str) -> Arena:
+    arena = ARENAS[kind]()
+    arena.as_bytes().copy_(CONTENT)
+    return arena
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipient", "expected"),
+    [
+        pytest.param("host", SAME_PROCESS, InProcess, id="host-same-process"),
+        pytest.param("host", SAME_HOST, SharedMemory, id="host-same-host"),
+        pytest.param("host", OTHER_HOST, ObjectStore, id="host-other-host"),
+        pytest.param("private", SAME_PROCESS, InProcess, id="private-same-process"),
+        pytest.param("private", SAME_HOST, ObjectStore, id="private-same-host"),
+        pytest.param("device", SAME_PROCESS, InProcess, id="device-same-process"),
+        pytest.param("device", SAME_HOST, ObjectStore, id="device-same-host"),
+        pytest.param("device", OTHER_HOST, ObjectStore, id="device-other-host"),
+    ],
+)
+def test_auto_takes_the_first_that_can_carry_the_arena(
+    kind: str, recipient: Recipient, expected: type[Transport]
+) -> None:
+    assert choose_transport(AUTO, filled(kind), recipient) is expected
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_transport_that_is_named_is_taken(transport: type[Transport]) -> None:
+    assert transport_named(transport.name) is transport
+    assert choose_transport(transport.name, filled("host"), OTHER_HOST) is transport
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("kind", ARENAS)
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_transport_brings_each_arena_that_it_says_it_can(
+    transport: type[Transport], kind: str, exclusive: bool
+) -> None:
+    arena = filled(kind)
+    if not transport.can_carry(arena, SAME_PROCESS):
+        assert kind != "host"
+        with pytest.raises(HandoffError, match=r"shared_memory needs an arena on the host|for its own process alone"):
+            transport.from_arena(arena, exclusive=exclusive)
+        return
+    sent = transport.from_arena(arena, exclusive=exclusive)
+    if transport.crosses_processes:
+        sent = pickle.loads(pickle.dumps(sent))
+    else:
+        with pytest.raises(HandoffError, match="can't leave its process"):
+            pickle.dumps(sent)
+    if transport.outlives_loader:
+        arena.close()
+    received = sent.open()
+    assert torch.equal(received, CONTENT)
+    received.fill_(7)  # the trainer may write
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_only_those_that_say_so_need_an_arena_on_the_host(transport: type[Transport]) -> None:
+    assert transport.can_carry(filled("device"), SAME_PROCESS) is not transport.needs_host_arena
+    assert needs_host_arena(transport.name) is transport.needs_host_arena
+    assert not needs_host_arena(AUTO)
+
+
+def test_a_loader_that_is_gone_is_missed_by_those_that_need_it() -> None:
+    arena = filled("host")
+    sent = SharedMemory.from_arena(arena, exclusive=False)
+    assert not sent.outlives_loader
+    arena.close()
+    with pytest.raises(HandoffError, match="has ended before the shard was opened"):
+        sent.open()
+
+
+def test_names() -> None:
+    names = [transport.name for transport in TRANSPORTS]
+    assert len(set(names)) == len(names)
+    assert AUTO not in names
+    assert stage_transport_names() == ("auto", "shared_memory", "object_store")
+    with pytest.raises(
+        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory or object_store"
+    ):
+        choose_transport("pigeon", filled("host"), SAME_HOST)
+
+
+class Pigeon(Transport):
+    """Carries small arenas anywhere."""
+
+    name: ClassVar[str] = "pigeon"
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+
+    @classmethod
+    def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:
+        return arena.nbytes < 100
+
+    @classmethod
+    def from_arena(cls, arena: Arena, *, exclusive: bool) -> Self:
+        return cls(arena.as_bytes().numpy().tobytes())
+
+    def open(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(self._message), dtype=torch.uint8)
+
+
+def test_a_new_transport_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports, "TRANSPORTS", (Pigeon, *TRANSPORTS))
+    assert "pigeon" in stage_transport_names()
+    assert choose_transport(AUTO, filled("device"), OTHER_HOST) is Pigeon
+    assert choose_transport(AUTO, HostArena(200), OTHER_HOST) is ObjectStore
+    manifest = Manifest(
+        world_rank=3, world_size=4, mesh=None, tensors=(), values=(), param_groups=({"params": [], "lr": 0.5},), fqns=()
+    )
+    handle = make_handle(manifest, filled("host"), "pigeon", exclusive=True)
+    assert (handle.world_rank, handle.transport) == (3, "pigeon")
+    with handle.open() as shard:
+        assert shard.state_dict() == {"state": {}, "param_groups": [{"params": [], "lr": 0.5}]}
