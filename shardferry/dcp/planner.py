@@ -101,26 +101,35 @@ class ReaderWithOffset(DefaultLoadPlanner):
             self.state_dict, self.mappings = values, mappings
 
     def _read_items(self, catalog: Catalog, key: str, value: Any) -> list[ReadItem]:
-        """The reads of torch's default planner, shifted by the key's offset, once sizes and cover are proven."""
         saved = self.metadata.state_dict_metadata.get(key)
         if saved is None:
             return self._nothing_saved(key)
         offset = self.fqn_to_offset.get(key) if isinstance(value, ShardedTensor) else None
-        if not isinstance(saved, TensorStorageMetadata):
-            if offset is not None:
-                raise PlanError(f"{key}: is wanted as a tensor, but was saved as a Python object")
-            objects: list[ReadItem] = create_default_local_load_plan({key: value}, self.metadata, True).items
-            return objects
-        if not isinstance(value, torch.Tensor):
-            raise PlanError(f"{key}: is wanted as a {type(value).__name__}, but was saved as a tensor")
-        _check_size(key, tuple(saved.size), tuple(size_of(value)), offset)
+        if isinstance(saved, TensorStorageMetadata):
+            if not isinstance(value, torch.Tensor):
+                raise PlanError(f"{key}: is wanted as a {type(value).__name__}, but was saved as a tensor")
+            return self._tensor_items(catalog, key, value, offset)
+        if offset is not None:
+            raise PlanError(f"{key}: is wanted as a tensor, but was saved as a Python object")
+        objects: list[ReadItem] = create_default_local_load_plan({key: value}, self.metadata, True).items
+        return objects
+
+    def _tensor_items(
+        self, catalog: Catalog, key: str, value: torch.Tensor, offset: Sequence[int] | None
+    ) -> list[ReadItem]:
+        """The reads of torch's default planner, shifted by the offset, once sizes and cover are proven."""
+        saved = catalog.tensors[key]
+        _check_size(key, saved.shape, tuple(size_of(value)), offset)
         regions = _regions_of(value, offset)
         for region in regions:
-            if any(start < 0 or end > n for start, end, n in zip(region.offsets, region.ends, saved.size, strict=True)):
-                raise PlanError(f"{key}: {region} lies outside the saved shape {tuple(saved.size)}")
-            covering_chunks(catalog, catalog.tensors[key], region)
+            if any(
+                start < 0 or end > n for start, end, n in zip(region.offsets, region.ends, saved.shape, strict=True)
+            ):
+                raise PlanError(f"{key}: {region} lies outside the saved shape {saved.shape}")
+            covering_chunks(catalog, saved, region)
         chunks = [ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes)) for region in regions]
-        items: list[ReadItem] = create_read_items_for_chunk_list(key, saved, chunks)
+        metadata: Any = self.metadata.state_dict_metadata[key]
+        items: list[ReadItem] = create_read_items_for_chunk_list(key, metadata, chunks)
         if offset is not None:
             self.translation |= {item.dest_index: _unshifted(item.dest_index, offset) for item in items}
         return items

@@ -167,20 +167,17 @@ def _as_tensor(saved: SavedTensor, fqn: str, like: torch.Tensor, group: dist.Pro
 
 
 def _as_dtensor(saved: SavedTensor, fqn: str, like: DTensor, group: dist.ProcessGroup) -> Target:
-    def build(local: torch.Tensor) -> DTensor:
-        stride = row_major_strides(like.shape)
-        return DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
-        )
-
-    if like.device_mesh.get_coordinate() is None:  # the mesh has other ranks: this one holds nothing
-        empty = torch.empty_like(like.to_local(), dtype=saved.dtype)
-        return Target(saved.key, saved.dtype, (), lambda _: build(empty), lambda _: build(empty))
-    layout = layout_of_tensor(like, name=fqn)
-    regions = [box.region for box in layout.boxes]
+    own = like.to_local()
+    is_in_mesh = like.device_mesh.get_coordinate() is not None  # other ranks hold nothing
+    layouts = (layout_of_tensor(like, name=fqn),) if is_in_mesh else ()
+    regions = [box.region for layout in layouts for box in layout.boxes]
 
     def result(local: Sequence[torch.Tensor]) -> DTensor:
-        return build(local[0].view(like.to_local().shape))
+        filled = local[0].view(own.shape) if local else torch.empty_like(own, dtype=saved.dtype)
+        stride = row_major_strides(like.shape)
+        return DTensor.from_local(
+            filled, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
+        )
 
     def as_box(local: Sequence[torch.Tensor]) -> ShardedTensor:
         if len(regions) > 1:
@@ -194,7 +191,8 @@ def _as_dtensor(saved: SavedTensor, fqn: str, like: DTensor, group: dist.Process
 
     # Planners ignore the order in which two mesh axes cut one dimension, so they are given the box instead.
     dims = [placement.dim for placement in like.placements if hasattr(placement, "dim")]
-    return Target(saved.key, saved.dtype, (layout,), result, as_box if len(set(dims)) < len(dims) else result)
+    needs_box = is_in_mesh and len(set(dims)) < len(dims)
+    return Target(saved.key, saved.dtype, layouts, result, as_box if needs_box else result)
 
 
 def _as_nested(saved: SavedTensor, like: ShardedTensor, group: dist.ProcessGroup) -> Target:
