@@ -43,7 +43,7 @@ print(json.dumps(found))
 def run(*commands: list[str]) -> dict[str, tuple[int, str, set[str]]]:
     """By command: its exit status, what it printed, and which of the heavy packages are imported after it."""
     arguments = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
-    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return {words: (status, out, {*names} & {*HEAVY}) for words, (status, out, names) in found.items()}
