@@ -1,1 +1,25 @@
-"""Ray and torch.distributed: loader actors, their placement, their process group."""
+"""Ray and torch.distributed: loader actors, their placement, their process group.
+
+In the repository's root this folder is also the package ``actors``: its names are those of `shardferry.actors`.
+"""
+
+from typing import TYPE_CHECKING
+
+__all__ = ["Loader", "LoaderGroup", "LoaderSettings", "Progress", "start_loaders"]
+
+# For the type checker, and at run time when a name is first used: showing progress needs no Ray.
+if TYPE_CHECKING:
+    from shardferry.actors.loader import Loader, LoaderSettings
+    from shardferry.actors.loader_group import LoaderGroup, start_loaders
+    from shardferry.actors.progress import Progress
+else:
+    from shardferry._lazy import lazy_names
+
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "shardferry.actors.loader": ["Loader", "LoaderSettings"],
+            "shardferry.actors.loader_group": ["LoaderGroup", "start_loaders"],
+            "shardferry.actors.progress": ["Progress"],
+        },
+    )

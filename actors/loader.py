@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from shardferry.actors.network import use_interface_of
+from shardferry.actors.progress import Progress
 from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
 from shardferry.checkpoint.cache_directory import CacheChoice
 from shardferry.checkpoint.catalog import Catalog
@@ -47,14 +48,6 @@ class LoaderSettings:
     one_node: bool  # the cluster has one node: whoever takes a shard runs here
     start_timeout_s: float
     load_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far one rank is, in bytes; total 0 until it has planned."""
-
-    bytes_done: int
-    bytes_total: int
 
 
 class Loader:

@@ -1,5 +1,7 @@
 """The command line: ``shardferry inspect | plan | run | verify | demo``.
 
+Each command imports what it needs when it runs: ``--help`` waits for neither torch nor Ray, ``inspect`` and ``plan`` not for Ray.
+
 Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong. An error is one message on stderr.
 """
 
@@ -12,11 +14,8 @@ from typing import Annotated
 
 import typer
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import open_checkpoint, opened_storage
+from shardferry import __version__
 from shardferry.errors import LayoutError, ShardferryError, SpecError
-from shardferry.pipeline.display import byte_progress, human_bytes, print_plan, print_stage, print_table, show_ranks
-from shardferry.schemas.stage_config import StageConfig
 
 _MANY = 40  # tensors; longer lists are cut on the terminal, never in JSON
 
@@ -38,8 +37,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 LocationOption = Annotated[str | None, typer.Option(help="Checkpoint to use instead of the spec's.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"shardferry {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     global _debug
     _debug = debug
 
@@ -47,6 +57,8 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 @app.command(epilog="Example: shardferry inspect ckpt/step-1000 --json | jq .problems")
 def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
     """What is in a checkpoint: tensors, topology it was saved in, sizes, versions, problems."""
+    from shardferry.checkpoint.open import open_checkpoint
+    from shardferry.pipeline.display import human_bytes, print_table
     from shardferry.pipeline.inspecting import inspect_report
 
     report = inspect_report(open_checkpoint(checkpoint))
@@ -88,13 +100,15 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Dry run from the checkpoint's metadata alone: what each rank would read. Starts no Ray and reads no data."""
+    from shardferry.pipeline.display import print_plan
     from shardferry.pipeline.overrides import override
-    from shardferry.pipeline.planning import plan_report
+    from shardferry.pipeline.planning import open_checkpoint_of, plan_report
+    from shardferry.schemas.stage_config import StageConfig
 
     config = override(
         StageConfig.from_file(spec), mesh=mesh, world_size=world_size, storage_bandwidth=storage_bandwidth
     )
-    report = plan_report(config, _catalog_of(config, location), request_latency_s=request_latency)
+    report = plan_report(config, open_checkpoint_of(config, location), request_latency_s=request_latency)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -114,12 +128,15 @@ def run(
     num_gpus: Annotated[int | None, typer.Option(min=0, help="(Logical) GPUs of an embedded Ray.")] = None,
 ) -> None:
     """Run the stage; starts an embedded Ray where none is given."""
+    from shardferry.pipeline.planning import check_checkpoint, check_topology, open_checkpoint_of, target_layout
+    from shardferry.schemas.stage_config import StageConfig
+
     config = StageConfig.from_file(spec)
-    catalog = _catalog_of(config, location)  # a wrong path should not cost the start of a cluster
+    catalog = open_checkpoint_of(config, location)  # a wrong path should not cost the start of a cluster
     _check_writable(report, trace, html)
     from shardferry.pipeline.cluster import ray_for
+    from shardferry.pipeline.display import byte_progress, print_stage, show_ranks
     from shardferry.pipeline.exports import chrome_trace, html_page
-    from shardferry.pipeline.planning import check_checkpoint, check_topology, target_layout
     from shardferry.pipeline.stage import OptimizerLoadStage
 
     layout = target_layout(config)
@@ -151,6 +168,8 @@ def verify(
     import json
     import threading
 
+    from shardferry.checkpoint.open import open_checkpoint, opened_storage
+    from shardferry.pipeline.display import byte_progress, human_bytes
     from shardferry.read.verify import verified_bytes, verify_checkpoint
 
     catalog = open_checkpoint(checkpoint)
@@ -183,13 +202,6 @@ def demo(
 
     if not tell(directory):
         raise typer.Exit(1)
-
-
-def _catalog_of(config: StageConfig, location: str | None) -> Catalog:
-    where = location or config.checkpoint.location
-    if where is None:
-        raise SpecError("checkpoint.location: missing; give it in the spec or with --location")
-    return open_checkpoint(where, storage_options=config.checkpoint.storage_options, cache=config.checkpoint.cache)
 
 
 def _check_writable(*paths: Path | None) -> None:

@@ -1,4 +1,7 @@
-"""What people see: progress as a bar on a terminal and as plain lines elsewhere, and tables."""
+"""What people see: progress as a bar on a terminal and as plain lines elsewhere, and tables.
+
+rich is imported where something is drawn: a command that prints JSON does without it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
-
-from shardferry.actors.loader import Progress as RankProgress
+from shardferry.actors.progress import Progress
 from shardferry.schemas.plan_report import PlanReport
 from shardferry.schemas.stage_report import StageReport
 
@@ -25,15 +24,6 @@ class ByteProgress(Protocol):
     """Shows how many bytes of how many are done."""
 
     def show(self, done: int, total: int) -> None: ...
-
-
-class _Bar:
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(title, total=None)
-
-    def show(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total or None)
 
 
 class _Lines:
@@ -64,22 +54,16 @@ class _Lines:
 @contextmanager
 def byte_progress(title: str) -> Iterator[ByteProgress]:
     """A bar with bytes, rate and time left on a terminal; plain lines elsewhere. Both on stderr."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield _Lines(title)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield _Bar(progress, title)
+    from shardferry.pipeline.progress_bar import byte_bar
+
+    with byte_bar(title) as bar:
+        yield bar
 
 
-def show_ranks(bar: ByteProgress, ranks: Sequence[RankProgress]) -> None:
+def show_ranks(bar: ByteProgress, ranks: Sequence[Progress]) -> None:
     """The ranks' progress as one."""
     known = all(rank.bytes_total for rank in ranks)
     bar.show(sum(r.bytes_done for r in ranks), sum(r.bytes_total for r in ranks) if known else 0)
@@ -96,6 +80,9 @@ def human_bytes(count: float) -> str:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")

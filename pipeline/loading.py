@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from shardferry.actors.loader import Progress
 from shardferry.actors.loader_group import LoaderGroup
+from shardferry.actors.progress import Progress
 from shardferry.errors import RankError
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.transports import transport_named

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import opened_storage
+from shardferry.checkpoint.open import open_checkpoint, opened_storage
 from shardferry.checkpoint.optimizer_index import index_optimizer
 from shardferry.config import LoadRequest
 from shardferry.errors import SpecError
@@ -21,6 +21,22 @@ from shardferry.read.execute import check_files
 from shardferry.region import Region
 from shardferry.schemas.plan_report import Balance, PlanReport
 from shardferry.schemas.stage_config import StageConfig
+
+
+def open_checkpoint_of(config: StageConfig, location: str | None) -> Catalog:
+    """Open the spec's checkpoint.
+
+    Args:
+        location: of another checkpoint than the spec's.
+
+    Raises:
+        SpecError: there is no location, neither in the spec nor given.
+        CatalogError: there is no checkpoint at the location, or its metadata can't be used.
+    """
+    where = location or config.checkpoint.location
+    if where is None:
+        raise SpecError("checkpoint.location: missing; give it in the spec or with --location")
+    return open_checkpoint(where, storage_options=config.checkpoint.storage_options, cache=config.checkpoint.cache)
 
 
 def target_layout(config: StageConfig) -> SpecLayout:

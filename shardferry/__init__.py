@@ -1,13 +1,10 @@
 """Load sharded optimizer state from PyTorch distributed checkpoints, in whatever topology the next trainers need."""
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import open_checkpoint
+from typing import TYPE_CHECKING
+
 from shardferry.errors import ShardferryError
-from shardferry.handoff.handle import Shard, ShardHandle
-from shardferry.handoff.receiver import OptimizerReceiver
-from shardferry.load import load_optimizer_state
-from shardferry.plan.match_keys import KeyReport
-from shardferry.region import Region
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Catalog",
@@ -20,3 +17,29 @@ __all__ = [
     "load_optimizer_state",
     "open_checkpoint",
 ]
+
+# A type checker reads the imports. At run time each name's module is imported when the name is first used: `shardferry
+# --help` and a program that wants one name don't wait for torch. tests/test_public_names.py compares the two lists.
+if TYPE_CHECKING:
+    from shardferry.checkpoint.catalog import Catalog
+    from shardferry.checkpoint.open import open_checkpoint
+    from shardferry.handoff.handle import Shard, ShardHandle
+    from shardferry.handoff.receiver import OptimizerReceiver
+    from shardferry.load import load_optimizer_state
+    from shardferry.plan.match_keys import KeyReport
+    from shardferry.region import Region
+else:
+    from shardferry._lazy import lazy_names
+
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "shardferry.checkpoint.catalog": ["Catalog"],
+            "shardferry.checkpoint.open": ["open_checkpoint"],
+            "shardferry.handoff.handle": ["Shard", "ShardHandle"],
+            "shardferry.handoff.receiver": ["OptimizerReceiver"],
+            "shardferry.load": ["load_optimizer_state"],
+            "shardferry.plan.match_keys": ["KeyReport"],
+            "shardferry.region": ["Region"],
+        },
+    )

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,28 +15,26 @@ from pathlib import Path
 import pytest
 import yaml
 
+import shardferry.actors
+import shardferry.pipeline
+import shardferry.schemas
+from tests.support import one_identity
+from tests.support.bare import bare_environment
 from tests.support.commands import REPOSITORY
 from tests.support.leftovers import nothing_left
 
 
 @pytest.fixture
-def bare_environment(tmp_path: Path) -> dict[str, str]:
-    """A ``python`` that has Ray and torch, but not us: an editable install works by a .pth file, which is not read here."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": sysconfig.get_path("purelib"),
-    }
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of a ``python`` that has Ray and torch, but not us."""
+    environment = bare_environment(tmp_path)
     probe = "import ray, importlib.util; assert not any(map(importlib.util.find_spec, ['pipeline', 'shardferry']))"
     subprocess.run(["python", "-c", probe], cwd=tmp_path, env=environment, check=True)
     return environment
 
 
 @pytest.fixture
-def head_node(bare_environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+def head_node(bare: dict[str, str], tmp_path: Path) -> Iterator[str]:
     """A bare head node with two logical GPUs, started in an empty directory; yields its jobs address."""
     ports = {
         name: _free_port()
@@ -49,7 +46,7 @@ def head_node(bare_environment: dict[str, str], tmp_path: Path) -> Iterator[str]
     command += [f"--{name}={port}" for name, port in ports.items()]
     log = (tmp_path / "head.log").open("w")
     with nothing_left():
-        process = subprocess.Popen(command, cwd=tmp_path, env=bare_environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=tmp_path, env=bare, stdout=log, stderr=log)
         try:
             _wait_for_port(ports["dashboard-port"], process)
             yield f"http://127.0.0.1:{ports['dashboard-port']}"
@@ -84,8 +81,10 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def submit(address: str, directory: Path, spec: str, report: Path) -> subprocess.CompletedProcess[str]:
+    """A job that first looks whether our classes exist once, then runs the stage."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address={address}", "--working-dir=."]
-    command += ["--", "python", "-m", "pipeline", "run", spec, "--report", str(report)]
+    command += ["--", "sh", "-c"]
+    command += [f"python one_identity.py && exec python -m pipeline run {spec} --report {report}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=150)
 
@@ -95,8 +94,14 @@ def test_job_on_a_bare_head_node(head_node: str, saved_by: dict[int, Path], tmp_
     directory = tmp_path / "job"
     directory.mkdir()
     for package in ("pipeline", "actors", "schemas", "shardferry"):
-        shutil.copytree(REPOSITORY / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPOSITORY / package, directory / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    assert (directory / "shardferry" / "pipeline").readlink() == Path("../pipeline")
     shutil.copy(REPOSITORY / ".rayignore", directory)
+    with (directory / ".rayignore").open("a") as file:
+        file.write("!/one_identity.py\n")
+    shutil.copy(one_identity.__file__, directory)
     spec = {
         "checkpoint": {"location": str(saved_by[4])},
         "topology": {"mesh": {"dp": 2}, "default": {"dp": "Shard(0)"}},
@@ -106,6 +111,8 @@ def test_job_on_a_bare_head_node(head_node: str, saved_by: dict[int, Path], tmp_
 
     done = submit(head_node, directory, "stage.yaml", tmp_path / "report.json")
     assert done.returncode == 0, done.stdout + done.stderr
+    num_names = sum(len(getattr(shardferry, name).__all__) for name in one_identity.FOLDERS)
+    assert f"{num_names} names are the same" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world_size"] == 2
     assert report["storage_bytes_read"] == sum(rank["bytes_read"] for rank in report["ranks"])

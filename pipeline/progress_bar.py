@@ -1,0 +1,35 @@
+"""A progress bar for bytes, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+class ByteBar:
+    """One bar with bytes, rate and time left."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=None)
+
+    def show(self, done: int, total: int) -> None:
+        """Move the bar to ``done`` of ``total`` bytes; while ``total`` is 0 it shows that work goes on."""
+        self._progress.update(self._task, completed=done, total=total or None)
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[ByteBar]:
+    """Show a bar on stderr as long as the context lasts."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield ByteBar(progress, title)
