@@ -15,12 +15,12 @@ from benchmarks.meter import Spent
 from benchmarks.task import POISON, Contender, Task, WrongResult
 from shardferry.arena import HostArena
 from shardferry.checkpoint.open import METADATA_FILE, open_checkpoint
-from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.exchange.agreement import Agreement
 from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load
+from shardferry.state_dicts import ParamGroup
 from shardferry.stats import Counters
 from shardferry.storage.base import open_storage
 

@@ -31,7 +31,7 @@ from shardferry.optimizer.install import fit
 from shardferry.optimizer.live import LiveModel, live_layout
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan, Manifest
-from shardferry.plan.match_keys import KeyReport
+from shardferry.plan.match_keys import KeyReport, unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Cooperation, read_objects, read_plan
 from shardferry.stats import Counters, PhaseClock
@@ -115,7 +115,7 @@ def load_rank(
         with clock.phase("agree"):
             open_files = lambda: storage or opened.enter_context(_opened(job))  # noqa: E731
             ready, ranks = _prepare(job, agreement, values, arena, clock, open_files)
-            unexpected = _check_claims(ready.plan, job, ranks)
+            unexpected = _check_unexpected(ready.plan, job, ranks)
             announce(ready.plan)
             check_room(ranks)
             strategy = _choose_strategy(job, ready, ranks, agreement)
@@ -270,12 +270,13 @@ def _read_whole(
     return {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
-def _check_claims(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:
+def _check_unexpected(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:
     """Names that are saved and that no rank takes. Every rank finds the same; all raise if the request doesn't ignore them."""
-    state, weights = plan.state_claims, plan.weight_claims
+    state, weights = plan.state_keys, plan.weight_keys
     taken = taken_by_any(ranks, len(state.taken) + len(weights.taken))
-    unexpected = state.check(taken[: len(state.taken)], job.request, job.catalog.location)
-    return unexpected + weights.check(taken[len(state.taken) :], job.request, job.catalog.location)
+    num_state, location = len(state.taken), job.catalog.location
+    unexpected = unexpected_keys(state, taken[:num_state], job.request, location)
+    return unexpected + unexpected_keys(weights, taken[num_state:], job.request, location)
 
 
 def _rows_of(catalog: Catalog) -> dict[str, int]:

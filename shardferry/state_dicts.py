@@ -7,6 +7,8 @@ from typing import Any
 
 from shardferry.checkpoint.catalog import KeyPath
 
+ParamGroup = dict[str, Any]  # "params": [fqn, ...], and the hyperparameters by name
+
 
 def nest(entries: Mapping[KeyPath, Any]) -> Any:
     """``{("a", 0, "b"): 1}`` -> ``{"a": [{"b": 1}]}``: integers in a path are positions in a list."""

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardferry.checkpoint.catalog import KeyPath
-from shardferry.state_dicts import nest
-
-ParamGroup = dict[str, Any]  # "params": [fqn, ...], and the hyperparameters by name
+from shardferry.state_dicts import ParamGroup, nest
 
 
 def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:

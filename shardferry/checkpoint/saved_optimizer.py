@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from shardferry.checkpoint.optimizer_index import OptimizerIndex, StateEntry
-from shardferry.checkpoint.param_groups import ParamGroup, build_param_groups
+from shardferry.checkpoint.param_groups import build_param_groups
 from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
+from shardferry.state_dicts import ParamGroup
 
 _NAMES = "param_names"  # since torch 2.6 in the groups of optimizers that were made from named parameters
 Positions = Sequence[Sequence[str]]  # FQNs of each live param group, in order

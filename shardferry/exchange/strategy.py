@@ -11,9 +11,9 @@ from shardferry.config import SplitLimits, Strategy
 from shardferry.exchange.rank_info import RankInfo
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import spec_of
-from shardferry.plan.cooperative import CooperativePlan, assign_reads
+from shardferry.plan.cooperative import CooperativePlan, RankLayouts, assign_reads
 from shardferry.plan.load_plan import LoadPlan
-from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, RankLayouts
+from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec
 
 
 @dataclass(frozen=True, slots=True)

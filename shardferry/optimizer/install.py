@@ -12,14 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
 from shardferry.checkpoint.optimizer_index import SCALAR_STATE
-from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import Entry, PlannedTensor, PlannedValue
-from shardferry.state_dicts import nest
+from shardferry.state_dicts import ParamGroup, nest
 
 
 def load_into(loaded: LoadedState, live: LiveModel) -> None:

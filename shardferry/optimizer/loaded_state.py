@@ -9,12 +9,11 @@ import torch
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from shardferry.arena import view_bytes
-from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.errors import HandoffError
 from shardferry.layout.from_tensor import dtensor_placements
 from shardferry.plan.load_plan import Entry, Manifest, PlannedTensor
 from shardferry.region import Region, row_major_strides
-from shardferry.state_dicts import nest
+from shardferry.state_dicts import ParamGroup, nest
 
 
 class LoadedState:

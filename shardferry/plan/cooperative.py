@@ -20,13 +20,21 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.item_format import TransformedItem
 from shardferry.config import SplitLimits
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor, ReadItem
-from shardferry.plan.rank_layouts import RankLayouts
-from shardferry.plan.split import ChunkPart, RankCopy, copies_of_ranks, ranks_of, split_chunk, whole_chunk
+from shardferry.plan.split import (
+    ChunkPart,
+    RankAndLayout,
+    RankCopy,
+    copies_of_ranks,
+    ranks_of,
+    split_chunk,
+    whole_chunk,
+)
 from shardferry.region import BoxCopy, Region
 
 
@@ -85,6 +93,16 @@ class CooperativePlan:
     def relays(self) -> frozenset[int]:
         """World ranks of other memory groups that this rank sends to."""
         return frozenset(forward.relay for read in self.reads for forward in read.forwards)
+
+
+class RankLayouts(Protocol):
+    """The layouts of all ranks that read for each other."""
+
+    def holders(self, tensor: PlannedTensor, region: Region) -> tuple[RankAndLayout, ...]:
+        """The ranks that hold an element of a region of a tensor, ascending, each with its layout.
+
+        Tensors with the same layouts and the same region get the same object, which is kept.
+        """
 
 
 MemoryGroups = Mapping[int, str]  # by world rank; ranks with the same name write into each other's arenas

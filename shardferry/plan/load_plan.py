@@ -13,12 +13,11 @@ from typing import Any, Literal
 import torch
 
 from shardferry.checkpoint.catalog import KeyPath
-from shardferry.checkpoint.param_groups import ParamGroup
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.tensor_layout import TensorLayout
-from shardferry.plan.match_keys import Claims
 from shardferry.region import BoxCopy
+from shardferry.state_dicts import ParamGroup
 
 Section = Literal["state", "model"]  # the optimizer's state, or the model's weights and buffers
 
@@ -90,6 +89,14 @@ class PlannedObject:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchedKeys:
+    """Which of the saved names one rank takes. The names are the same on all ranks, so that ranks can be compared."""
+
+    names: tuple[str, ...] = ()
+    taken: tuple[bool, ...] = ()  # by name
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """All reads of one rank, and the destination of each."""
 
@@ -105,8 +112,8 @@ class LoadPlan:
     fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
     missing: tuple[str, ...] = ()  # wanted, not saved, allowed
     param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
-    state_claims: Claims = field(default_factory=Claims)
-    weight_claims: Claims = field(default_factory=Claims)
+    state_keys: MatchedKeys = field(default_factory=MatchedKeys)
+    weight_keys: MatchedKeys = field(default_factory=MatchedKeys)
 
     @property
     def bytes_needed(self) -> int:

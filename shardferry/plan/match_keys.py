@@ -1,4 +1,4 @@
-"""Compare what is wanted with what is saved: missing, unexpected and mismatched keys, in one report."""
+"""Match the wanted keys with the saved ones: missing, unexpected and mismatched keys."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from shardferry.checkpoint.saved_optimizer import SavedOptimizer
 from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.rank_layout import RankLayout
+from shardferry.plan.load_plan import MatchedKeys
 
 _SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class MatchedParam:
     """A wanted parameter that is saved."""
 
     fqn: str  # as wanted
@@ -25,40 +26,38 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class KeyReport:
-    """What did not fit, and was allowed not to."""
+    """Keys that were missing or unexpected, and that the key policy tolerated."""
 
     missing: tuple[str, ...]  # FQNs that this rank wants and the checkpoint hasn't
     unexpected: tuple[str, ...]  # FQNs that the checkpoint has and no rank wants
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
-    """Which of the saved names one rank takes. The names are the same on all ranks, so that ranks can be joined."""
+def matched_keys(names: Iterable[str], found: Sequence[MatchedParam], layout: RankLayout) -> MatchedKeys:
+    """Which of the saved names a rank takes: a parameter that was found takes all of its tied names."""
+    taken = {name for parameter in found for name in (parameter.saved, *layout.aliases(parameter.fqn))}
+    taken.update(parameter.fqn for parameter in found)
+    ordered = tuple(sorted(names))
+    return MatchedKeys(ordered, tuple(name in taken for name in ordered))
 
-    names: tuple[str, ...] = ()
-    taken: tuple[bool, ...] = ()
 
-    @classmethod
-    def of(cls, names: Iterable[str], found: Sequence[Found], layout: RankLayout) -> Claims:
-        """A parameter that was found takes all of its tied names."""
-        taken = {name for parameter in found for name in (parameter.saved, *layout.aliases(parameter.fqn))}
-        taken.update(parameter.fqn for parameter in found)
-        ordered = tuple(sorted(names))
-        return cls(ordered, tuple(name in taken for name in ordered))
+def unexpected_keys(
+    matched: MatchedKeys, taken_by_any: Sequence[bool], request: LoadRequest, location: str
+) -> tuple[str, ...]:
+    """The saved names that no rank takes.
 
-    def check(self, taken_by_any: Sequence[bool], request: LoadRequest, location: str) -> tuple[str, ...]:
-        """The names that no rank takes.
+    Args:
+        taken_by_any: for each name, whether some rank takes it.
 
-        Raises:
-            PlanError: there are some, and the request does not ignore them.
-        """
-        left = tuple(name for name, taken in zip(self.names, taken_by_any, strict=True) if not taken)
-        if left and not request.keys.ignore_unexpected:
-            raise PlanError(
-                f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(self.names)} saved names are "
-                f"unexpected: {shown(left)}); give the model that was saved, exclude them, or set keys: ignore_unexpected"
-            )
-        return left
+    Raises:
+        PlanError: there are some, and the request does not ignore them.
+    """
+    left = tuple(name for name, taken in zip(matched.names, taken_by_any, strict=True) if not taken)
+    if left and not request.keys.ignore_unexpected:
+        raise PlanError(
+            f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(matched.names)} saved names are "
+            f"unexpected: {shown(left)}); give the model that was saved, exclude them, or set keys: ignore_unexpected"
+        )
+    return left
 
 
 def check_globs(selection: Selection, saved: Collection[str]) -> None:
@@ -95,7 +94,9 @@ def _fits_nothing(word: str, glob: str, names: Collection[str]) -> PlanError:
     )
 
 
-def find_state(saved: SavedOptimizer, layout: RankLayout, request: LoadRequest) -> tuple[list[Found], tuple[str, ...]]:
+def find_state(
+    saved: SavedOptimizer, layout: RankLayout, request: LoadRequest
+) -> tuple[list[MatchedParam], tuple[str, ...]]:
     """The wanted parameters of the optimizer that are saved, and those that aren't.
 
     Raises:
@@ -104,14 +105,14 @@ def find_state(saved: SavedOptimizer, layout: RankLayout, request: LoadRequest) 
     wanted = layout.fqns()
     if wanted is None:
         known = dict.fromkeys([*saved.state, *sorted(saved.grouped)])
-        return [Found(fqn, fqn) for fqn in known if layout.holds(fqn)], ()
-    found: list[Found] = []
+        return [MatchedParam(fqn, fqn) for fqn in known if layout.holds(fqn)], ()
+    found: list[MatchedParam] = []
     missing: list[str] = []
     grouped = saved.grouped
     for fqn in filter(request.selection.selects, wanted):
         name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
         if name is not None and (not saved.param_groups or name in grouped):
-            found.append(Found(fqn, name))
+            found.append(MatchedParam(fqn, name))
         elif not layout.may_lack(fqn):
             missing.append(fqn)
     if missing and not request.keys.allow_missing:
@@ -136,19 +137,19 @@ def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -
 
 def find_weights(
     saved: Collection[str], layout: RankLayout, request: LoadRequest, location: str
-) -> tuple[list[Found], tuple[str, ...]]:
+) -> tuple[list[MatchedParam], tuple[str, ...]]:
     """The wanted parameters and buffers that are saved, and those that aren't. Raises PlanError as `find_state` does."""
     wanted = layout.weights()
     if wanted is None:
-        return [Found(fqn, fqn) for fqn in saved if layout.holds(fqn)], ()
-    found: list[Found] = []
+        return [MatchedParam(fqn, fqn) for fqn in saved if layout.holds(fqn)], ()
+    found: list[MatchedParam] = []
     missing: list[str] = []
     for fqn in filter(request.selection.selects, wanted):
         name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved), None)
         if name is None:
             missing.append(fqn)
         else:
-            found.append(Found(fqn, name))
+            found.append(MatchedParam(fqn, name))
     if missing and not request.keys.allow_missing:
         raise PlanError(
             f"{missing[0]}: {location} has no weights of this name under model_key {request.model_key!r} "

@@ -27,8 +27,16 @@ from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
 from shardferry.plan.cover import covering_chunks
-from shardferry.plan.load_plan import LoadPlan, PlannedObject, PlannedTensor, PlannedValue, ReadItem, Section
-from shardferry.plan.match_keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
+from shardferry.plan.load_plan import (
+    LoadPlan,
+    MatchedKeys,
+    PlannedObject,
+    PlannedTensor,
+    PlannedValue,
+    ReadItem,
+    Section,
+)
+from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
 from shardferry.plan.state_layout import StateShapes
 from shardferry.region import BoxCopy
 
@@ -70,21 +78,21 @@ def _plan(
         check_globs(request.selection, saved.names | _names_beside(catalog, index))
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found, index)
-    weight_claims = Claims()
+    weight_keys = MatchedKeys()
     if request.model_key is not None:
         weights = saved_weights(catalog, request, index)
         found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
         planner.add_weights(weights, found_weights)
         missing += missing_weights
-        weight_claims = Claims.of(weights, found_weights, layout)
+        weight_keys = matched_keys(weights, found_weights, layout)
     if layout.world_rank == 0:
         planner.add_objects(planned_objects(catalog, request))
     return planner.finish(
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
-        state_claims=Claims.of(saved.state, found, layout),
-        weight_claims=weight_claims,
+        state_keys=matched_keys(saved.state, found, layout),
+        weight_keys=weight_keys,
     )
 
 
@@ -200,7 +208,7 @@ class _Planner:
         self._mismatched: list[LayoutError] = []
         self._end = 0
 
-    def add_state(self, saved: SavedOptimizer, found: Sequence[Found], index: OptimizerIndex) -> None:
+    def add_state(self, saved: SavedOptimizer, found: Sequence[MatchedParam], index: OptimizerIndex) -> None:
         """The state of the wanted parameters that are saved."""
         shapes = StateShapes(self._catalog, saved, found, self._layout, self._request, index)
         for parameter in found:
@@ -219,7 +227,7 @@ class _Planner:
                         tensor, layout, fqn=parameter.fqn, path=entry.path, cast=cast, sharded_like_param=follows
                     )
 
-    def add_weights(self, weights: Mapping[str, str], found: Sequence[Found]) -> None:
+    def add_weights(self, weights: Mapping[str, str], found: Sequence[MatchedParam]) -> None:
         """The wanted weights and buffers that are saved."""
         for wanted in found:
             key = weights[wanted.saved]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from torch.distributed.tensor import Placement, Replicate
@@ -13,22 +12,8 @@ from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor
+from shardferry.plan.split import RankAndLayout
 from shardferry.region import Region
-
-RankAndLayout = tuple[int, TensorLayout]  # world rank, and the tensor's layout there
-
-
-class RankLayouts(Protocol):
-    """The layouts of all ranks that read for each other."""
-
-    def holders(self, tensor: PlannedTensor, region: Region) -> tuple[RankAndLayout, ...]:
-        """The ranks that hold an element of a region of a tensor, ascending, each with its layout.
-
-        Tensors with the same layouts and the same region get the same object, which is kept.
-        """
-
-    def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
-        """A tensor's layout on one of the ranks; None for another rank, and where it holds nothing of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +47,6 @@ class LayoutsFromSpec:
             ranks = map(self._rank, kind.boxes.holders(region))
             found = kind.known[region] = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks)
         return found
-
-    def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
-        if world_rank not in self._members or not self._rank(world_rank).holds(tensor.fqn):
-            return None
-        return self._layout(self._rank(world_rank), tensor)
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
@@ -117,9 +97,6 @@ class ExchangedLayouts:
         if found is None:
             found = self._known[same] = tuple((rank, layout) for rank, layout in sent if _holds(layout, region))
         return found
-
-    def layout(self, tensor: PlannedTensor, world_rank: int) -> TensorLayout | None:
-        return self.by_rank.get(world_rank, {}).get(tensor.key)
 
 
 def _holds(layout: TensorLayout, region: Region) -> bool:

@@ -22,8 +22,9 @@ from operator import itemgetter
 
 from shardferry.config import SplitLimits
 from shardferry.layout.tensor_layout import TensorLayout
-from shardferry.plan.rank_layouts import RankAndLayout
 from shardferry.region import BoxCopy, Region
+
+RankAndLayout = tuple[int, TensorLayout]  # world rank, and the tensor's layout there
 
 
 @dataclass(frozen=True, slots=True)

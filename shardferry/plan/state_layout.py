@@ -16,7 +16,7 @@ from shardferry.config import LoadRequest
 from shardferry.errors import LayoutError
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
-from shardferry.plan.match_keys import Found
+from shardferry.plan.match_keys import MatchedParam
 
 Shape = tuple[int, ...]
 
@@ -62,7 +62,7 @@ class StateShapes:
         self,
         catalog: Catalog,
         saved: SavedOptimizer,
-        found: Sequence[Found],
+        found: Sequence[MatchedParam],
         layout: RankLayout,
         request: LoadRequest,
         index: OptimizerIndex,
@@ -113,7 +113,7 @@ def _may_be_factor(shape: Shape, parameter: Shape) -> bool:
     return all(size == 1 or size in rest for size in shape)  # a subsequence
 
 
-def _tensors(catalog: Catalog, saved: SavedOptimizer, parameter: Found) -> dict[str, SavedTensor]:
+def _tensors(catalog: Catalog, saved: SavedOptimizer, parameter: MatchedParam) -> dict[str, SavedTensor]:
     entries = saved.state.get(parameter.saved, {})
     return {name: catalog.tensors[entry.key] for name, entry in entries.items() if entry.key in catalog.tensors}
 
