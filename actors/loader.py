@@ -29,7 +29,6 @@ from shardferry.handoff.receiver import Reception
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.plan.plan_cache import PlanCache
 from shardferry.plan.planner import LoadPlan
 from shardferry.read.execute import Counters, ReadOptions
 from shardferry.schemas.stage_report import RankReport, Span
@@ -48,7 +47,6 @@ class LoaderSettings:
     one_node: bool  # the cluster has one node: whoever takes a shard runs here
     start_timeout_s: float
     load_timeout_s: float
-    cache: CacheChoice  # of plans, as of catalogs
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,7 @@ class Loader:
             _joined: result of `join`, so that Ray calls this after it.
         """
         layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
-        job = LoadJob(catalog, layout, request, self._device, read, PlanCache.of(self._settings.cache))
+        job = LoadJob(catalog, layout, request, self._device, read)
         with self._span("load"):
             loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
         self._loaded = loaded

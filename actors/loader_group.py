@@ -68,7 +68,6 @@ def start_loaders(config: StageConfig, world_size: int) -> LoaderGroup:
                 one_node=one_node,
                 start_timeout_s=config.timeouts.start_s,
                 load_timeout_s=config.timeouts.load_s,
-                cache=config.checkpoint.cache,
             ),
         )
         for rank in range(world_size)

@@ -1,5 +1,4 @@
-"""Measure planning at scale, each in a fresh process: one rank's plan, its part of shared reads (worked out, and kept on disk
-from a load before), and a dry run of all ranks.
+"""Measure planning at scale, each in a fresh process: one rank's plan, its part of shared reads, and a dry run of all ranks.
 
 Llama 3.1 405B with three states a parameter, saved by 1,024 ranks, wanted by HSDP 8 x FSDP 256 x TP 8. There is no checkpoint:
 the catalog is made as columns.
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import resource
 import subprocess
 import sys
@@ -18,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from benchmarks.large import LLAMA_405B, synthetic_catalog, tp_fsdp
 from shardferry.checkpoint.catalog import Catalog
@@ -26,7 +23,7 @@ from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.planning import plan_report
-from shardferry.plan.plan_cache import PlanCache
+from shardferry.plan.cooperative import share_reads
 from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import SpecWants
 from shardferry.plan.split import SlabLimits
@@ -47,12 +44,11 @@ _RULES = [
         ("output.weight", _ROWS),
     )
 ]
-_RANKS = {"kept share": (16,), "dry run": (16384,)}  # all of them else; small plans are not kept
+_RANKS = {"dry run": (16384,)}  # all of them else
 # for the largest mesh: seconds, and MiB of the whole process; with fewer ranks the answer itself is larger
 LIMITS: dict[str, tuple[float, int] | None] = {
     "plan": (1.0, 1024),
     "share": None,
-    "kept share": None,
     "dry run": (60.0, 2048),
 }
 
@@ -66,24 +62,15 @@ def _plan(catalog: Catalog, world_size: int) -> None:
     plan_load(catalog, _spec(world_size).rank(world_size - 5), LoadRequest("optim"))
 
 
-def _share(catalog: Catalog, world_size: int, cache: PlanCache) -> Callable[[], None]:
+def _share(catalog: Catalog, world_size: int) -> Callable[[], None]:
     spec = _spec(world_size)
     plan = plan_load(catalog, spec.rank(world_size - 5), LoadRequest("optim"))
     islands = {rank: str(rank // 8) for rank in range(world_size)}
 
     def share() -> None:
         wants = SpecWants(spec, range(world_size))
-        cache.share_reads(plan, catalog, wants, slabs=SlabLimits(1 << 20), islands=islands)
+        share_reads(plan, catalog, wants, slabs=SlabLimits(1 << 20), islands=islands)
 
-    return share
-
-
-def _kept_share(catalog: Catalog, world_size: int, cache: PlanCache) -> Callable[[], None]:
-    share = _share(catalog, world_size, cache)
-    before = multiprocessing.get_context("fork").Process(target=share)  # whose memory is not counted
-    before.start()
-    before.join()
-    assert before.exitcode == 0, "nothing was kept"
     return share
 
 
@@ -98,12 +85,10 @@ def _dry_run(catalog: Catalog, world_size: int) -> None:
     plan_report(config, catalog)
 
 
-def _prepared(what: str, catalog: Catalog, world_size: int, cache: PlanCache) -> Callable[[], None]:
+def _prepared(what: str, catalog: Catalog, world_size: int) -> Callable[[], None]:
     """What is to be measured; all that comes before is done."""
     if what == "share":
-        return _share(catalog, world_size, PlanCache(None))
-    if what == "kept share":
-        return _kept_share(catalog, world_size, cache)
+        return _share(catalog, world_size)
     return partial(_plan if what == "plan" else _dry_run, catalog, world_size)
 
 
@@ -111,8 +96,8 @@ def measure(saved: str, what: str, world_size: int) -> dict[str, float]:
     """Seconds, CPU seconds and MiB of this process at its peak, the catalog among them."""
     with tempfile.TemporaryDirectory() as directory:
         catalog = synthetic_catalog(LLAMA_405B, SAVED[saved])
-        catalog = dataclasses.replace(catalog, location=directory, metadata_digest=saved.encode())
-        work = _prepared(what, catalog, world_size, PlanCache(Path(directory, "cache")))
+        catalog = dataclasses.replace(catalog, location=directory)
+        work = _prepared(what, catalog, world_size)
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         taken = {"s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}

@@ -17,8 +17,8 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.errors import StorageError
 from shardferry.layout.spec import SpecLayout
+from shardferry.plan.cooperative import share_reads
 from shardferry.plan.demand import Demand
-from shardferry.plan.plan_cache import PlanCache
 from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
 from shardferry.plan.predict import predict_objects, predict_reads
 from shardferry.plan.probe import answers_from_memory
@@ -86,9 +86,9 @@ def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wan
     """Of each plan's rank; it reads for itself where there are no wants of others."""
     limits = join_limits(config, catalog)
     slabs = SlabLimits.of(_traits(catalog), limits)
-    cache, found = PlanCache.of(config.checkpoint.cache), []
+    found = []
     for plan in plans:
-        shared = None if wants is None else cache.share_reads(plan, catalog, wants, slabs=slabs)
+        shared = None if wants is None else share_reads(plan, catalog, wants, slabs=slabs)
         nbytes, num_requests = predict_reads(plan, catalog, limits, shared)
         sent, received = (0, 0) if shared is None else (shared.bytes_sent, shared.bytes_received)
         found.append(_Reads(plan.bytes_needed, nbytes, sent, received, num_requests))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from shardferry.optimizer.install import fit
 from shardferry.optimizer.live import LiveModel, live_layout
 from shardferry.plan.manifest import Manifest, StateTensor, StateValue
 from shardferry.plan.match_keys import KeyReport
-from shardferry.plan.plan_cache import PlanCache
 from shardferry.plan.planner import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Counters, ReadOptions, read_objects, read_plan, read_strategy
 from shardferry.storage.base import RangeReader, open_storage
@@ -123,7 +122,6 @@ class LoadJob:
     request: LoadRequest
     device: torch.device
     read: ReadOptions
-    plans: PlanCache = field(default_factory=lambda: PlanCache.of(True))
     stays_here: bool = False  # the shard is for this process alone
 
 

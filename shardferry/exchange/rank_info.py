@@ -19,7 +19,6 @@ from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import RankLayout, TensorLayout
 from shardferry.plan.cooperative import SharedPlan, share_reads
 from shardferry.plan.costs import RankCosts, Work, compare
-from shardferry.plan.plan_cache import PlanCache
 from shardferry.plan.plan_sample import PlanSample
 from shardferry.plan.planner import LoadPlan
 from shardferry.plan.probe import answers_from_memory, measure_rates
@@ -43,8 +42,6 @@ class Job(Protocol):
     def device(self) -> torch.device: ...
     @property
     def read(self) -> ReadOptions: ...
-    @property
-    def plans(self) -> PlanCache: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +142,7 @@ class Neighbours:
 
     def _shared(self, job: Job, plan: LoadPlan, world_ranks: list[int], slabs: SlabLimits) -> SharedPlan:
         wants = self._wants(world_ranks)
-        return job.plans.share_reads(plan, job.catalog, wants, slabs=slabs, islands=self.islands)
+        return share_reads(plan, job.catalog, wants, slabs=slabs, islands=self.islands)
 
     def _shared_of(self, sample: PlanSample, job: Job, world_ranks: list[int], slabs: SlabLimits) -> SharedPlan:
         if sample.is_whole:

@@ -12,9 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.catalog_cache import CatalogCache
-from shardferry.checkpoint.open import read_catalog
 from shardferry.config import LoadRequest
 from shardferry.errors import RankError, ShardferryError
 from shardferry.exchange import point_to_point as exchange
@@ -23,7 +20,6 @@ from shardferry.layout.mesh import Mesh, Replicate, Shard
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
 from shardferry.plan import plan_sample
-from shardferry.plan.plan_cache import PlanCache
 from shardferry.read.execute import Counters, ReadOptions, Strategy
 from shardferry.storage.base import open_storage
 from tests.support.damage import short_file
@@ -50,23 +46,16 @@ def load(
     strategy: Strategy,
     nodes: Sequence[str | None],
     storage_options: Mapping[str, Any] | None = None,
-    cache: Path | None = None,
 ) -> dict[str, int]:
-    """Load and compare; what this rank asked of storage, and what it gave and got.
-
-    Args:
-        cache: keeps the catalog and the plans, whatever their size.
-    """
+    """Load and compare; what this rank asked of storage, and what it gave and got."""
     rank, size = dist.get_rank(), dist.get_world_size()
     agreement = Agreement(dist.group.WORLD)
     request, counters = LoadRequest("optim"), Counters()
     options = ReadOptions(concurrency=3, timeout_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
-    layout, plans = TOPOLOGIES[topology](size).rank(rank), PlanCache(cache, min_reads=0)
+    layout = TOPOLOGIES[topology](size).rank(rank)
     with closing(open_storage(path, storage_options)) as storage:
         catalog, values = open_for_all(storage, agreement, request, options, counters)
-        if cache is not None:
-            catalog = kept_catalog(path, cache)
-        job = LoadJob(catalog, layout, request, torch.device("cpu"), options, plans)
+        job = LoadJob(catalog, layout, request, torch.device("cpu"), options)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     with loaded.handle("in_process", exclusive=True).open() as shard:
         compared = 0
@@ -90,14 +79,6 @@ def load(
         "forwarded": loaded.bytes_forwarded,
         "shared": int(loaded.strategy.name == "cooperative"),
     }
-
-
-def kept_catalog(path: str, cache: Path) -> Catalog:
-    storage = open_storage(path)
-    try:
-        return read_catalog(storage, cache=CatalogCache(cache, min_metadata_bytes=0))
-    finally:
-        storage.close()
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +143,6 @@ def load_with_small_messages(path: str, topology: str) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "MESSAGE_BYTES", 4096)
         return load(path, topology, "cooperative", ["a", "b", "c", "d"])
-
-
-@pytest.mark.parametrize("nodes", [[None], ["a", "b"]], ids=["one node", "two nodes"])
-def test_the_second_load_takes_every_ranks_plan_from_the_cache(
-    ranks: RankPool, saved: str, tmp_path: Path, nodes: list[str | None]
-) -> None:
-    first = ranks.run(4, load, saved, "both", "cooperative", nodes, None, tmp_path)
-    before = {file.name: file.stat() for file in tmp_path.glob("*.plan")}
-    assert len(before) == 4
-    assert ranks.run(4, load, saved, "both", "cooperative", nodes, None, tmp_path) == first
-    after = {file.name: file.stat() for file in tmp_path.glob("*.plan")}
-    assert {name: stat.st_ino for name, stat in after.items()} == {name: stat.st_ino for name, stat in before.items()}
-    assert all(stat.st_mtime_ns > before[name].st_mtime_ns for name, stat in after.items()), "not used"
 
 
 def load_damaged(path: str, nodes: list[str | None]) -> str:
