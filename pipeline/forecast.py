@@ -8,20 +8,17 @@ neighbours: what a rank wants is known of each, what it reads is then taken to b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
-from shardferry.errors import StorageError
 from shardferry.layout.spec import SpecLayout
 from shardferry.plan.cooperative import share_reads
 from shardferry.plan.demand import Demand
 from shardferry.plan.planner import LoadPlan, plan_load, planned_objects
 from shardferry.plan.predict import predict_objects, predict_reads
-from shardferry.plan.probe import answers_from_memory
 from shardferry.plan.rank_layouts import SpecWants
 from shardferry.plan.split import SlabLimits
 from shardferry.read.coalesce import JoinLimits
@@ -63,16 +60,15 @@ def forecast(
     chosen = _spaced(np.unique(kinds), most_planned)
     request = config.checkpoint.request()
     plans = [replace(plan_load(catalog, layout.rank(rank), request), objects=()) for rank in chosen.tolist()]
-    is_cooperative = may_share and not (config.read.strategy == "auto" and _all_in_memory(catalog, plans))
-    if not is_cooperative:
+    if not may_share:
         kinds = demand.twins
-    reads = _reads(config, catalog, plans, SpecWants(layout, range(layout.world_size)) if is_cooperative else None)
+    reads = _reads(config, catalog, plans, SpecWants(layout, range(layout.world_size)) if may_share else None)
     places = np.searchsorted(chosen, kinds, side="right") - 1  # of its kind, else the nearest before it
     ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
     objects = planned_objects(catalog, request)
     bytes_read, num_requests = predict_objects(objects, catalog, join_limits(config, catalog))
     ranks[0] = _with_objects(ranks[0], sum(planned.nbytes for planned in objects), bytes_read, num_requests)
-    return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != kinds).any()))
+    return Forecast(ranks, may_share, len(plans), bool((chosen[places] != kinds).any()))
 
 
 def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
@@ -93,13 +89,6 @@ def _reads(config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], wan
         sent, received = (0, 0) if shared is None else (shared.bytes_sent, shared.bytes_received)
         found.append(_Reads(plan.bytes_needed, nbytes, sent, received, num_requests))
     return found
-
-
-def _all_in_memory(catalog: Catalog, plans: Sequence[LoadPlan]) -> bool:
-    """Where the files are not here, they are not in this machine's memory either."""
-    with opened_storage(catalog) as storage, suppress(StorageError):
-        return all(answers_from_memory(plan, catalog, storage) for plan in plans)
-    return False
 
 
 def join_limits(config: StageConfig, catalog: Catalog) -> JoinLimits:

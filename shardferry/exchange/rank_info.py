@@ -21,7 +21,7 @@ from shardferry.plan.cooperative import SharedPlan, share_reads
 from shardferry.plan.costs import RankCosts, Work, compare
 from shardferry.plan.plan_sample import PlanSample
 from shardferry.plan.planner import LoadPlan
-from shardferry.plan.probe import answers_from_memory, measure_rates
+from shardferry.plan.probe import measure_rates
 from shardferry.plan.rank_layouts import SpecWants, ToldWants, Wants, told
 from shardferry.plan.split import SlabLimits
 from shardferry.read.execute import Counters, ReadOptions, join_limits_of
@@ -64,7 +64,6 @@ class Word:
     available_bytes: int  # of the host's memory
     address: ArenaAddress | None  # of its arena, where that is on the host
     alone_because: str  # why it reads for itself; empty where it can read with others
-    in_memory: bool  # what it reads is in the page cache
     shares_reads: bool  # what one rank of a node has read, the others find in memory
     layouts: Mapping[str, TensorLayout] | None  # of a live model; what a spec says everybody knows
     taken: bytes  # a bit for each saved name, in the order that all ranks have: whether this rank takes it
@@ -130,8 +129,6 @@ class Neighbours:
 
     def _nothing_to_gain(self) -> str:
         """Why reading for each other can't be quicker, whatever the storage gives."""
-        if all(word.in_memory for word in self.words):
-            return "the page cache has what is read: a copy for others would cost as much as a read by themselves"
         if all(word.shares_reads for word in self.words) and len({word.node for word in self.words}) == 1:
             return "all ranks are on one node, whose page cache gives to all of them what one has read"
         return ""
@@ -166,8 +163,8 @@ class Neighbours:
         """Of the plan, by a sample of it, and the sample's part in shared reads."""
         word, limits = self.words[self.world_rank], join_limits_of(storage.traits, job.read)
         direct = from_storage = Work.of(PlanSample.of_reads(plan, _DIRECT_READS), job.catalog, limits)
-        rates = None if word.in_memory else measure_rates(plan, job.catalog, storage, counters)
-        if rates is not None and rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
+        rates = measure_rates(plan, job.catalog, storage, counters)
+        if rates.shares_reads:  # what a node's ranks read, its page cache gives to all of them
             on_this_node = [rank for rank, other in enumerate(self.words) if other.node == word.node]
             is_all = len(on_this_node) == len(self.words)
             in_node = shared if is_all else self._shared_of(sample, job, on_this_node, _slab_limits(job, storage))
@@ -217,8 +214,7 @@ def word_of(
         available_bytes=available_host_bytes(),
         address=ArenaAddress.of(arena) if isinstance(arena, HostArena) else None,
         alone_because=because,
-        in_memory=asks and answers_from_memory(plan, job.catalog, storage),
-        shares_reads=asks and storage.traits.shares_reads,
+        shares_reads=asks and storage.traits.is_local,
         layouts=told(plan) if not because and job.layout.spec is None else None,
         taken=np.packbits(np.array([*plan.state_claims.taken, *plan.weight_claims.taken], dtype=bool)).tobytes(),
     )

@@ -1,4 +1,4 @@
-"""Find out, before anything is read, how a storage will answer: from memory, or how quickly."""
+"""Find out, before anything is read, how quickly a storage answers."""
 
 from __future__ import annotations
 
@@ -16,35 +16,11 @@ from shardferry.read.source import Counters
 from shardferry.storage.base import RangeReader
 from shardferry.storage.traits import StorageTraits
 
-_SAMPLES = 32
-_ENOUGH = 0.9  # of the samples
 _SMALL_BYTES = 4096
 _LARGE_BYTES, _NUM_LARGE = 1 << 20, 4
 _WORTH_ASKING = 128  # times the bytes of a probe: at most a hundredth is read twice
 _USUAL_LOCAL = (1e-4, 3e8)  # latency in s, bytes/s: a disk, or a file system on a network
 _USUAL_REMOTE = (0.02, 1e8)  # an object store, much used
-
-
-def answers_from_memory(plan: LoadPlan, catalog: Catalog, storage: RangeReader) -> bool:
-    """Whether nearly all of a plan's reads will find their bytes in memory. Asks no disk and no network.
-
-    Raises:
-        StorageError: a file is missing.
-    """
-    if not storage.traits.is_local or not plan.reads:
-        return False
-    places = np.linspace(0, len(plan.reads) - 1, min(_SAMPLES, len(plan.reads)), dtype=np.int64)
-    chunks = [plan.reads[place].chunk for place in places.tolist()]
-    missed = 0
-    for chunk in chunks:  # no further than needed: an older kernel may fetch a page that is asked for
-        missed += not storage.is_in_memory(catalog.files[catalog.chunk_file[chunk]], _middle(catalog, chunk))
-        if missed > (1 - _ENOUGH) * len(chunks):
-            return False
-    return True
-
-
-def _middle(catalog: Catalog, chunk: int) -> int:
-    return int(catalog.chunk_byte_offset[chunk]) + int(catalog.chunk_byte_length[chunk]) // 2
 
 
 def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counters: Counters) -> StorageRates:
@@ -67,12 +43,12 @@ def measure_rates(plan: LoadPlan, catalog: Catalog, storage: RangeReader, counte
     with ThreadPoolExecutor(_NUM_LARGE, thread_name_prefix="shardferry-probe") as pool:
         elapsed_s = _seconds(lambda: list(pool.map(partial(read, nbytes=_LARGE_BYTES), places)))
     rate = _NUM_LARGE * _LARGE_BYTES / max(elapsed_s - latency_s, 1e-6)
-    return StorageRates(latency_s, rate, storage.traits.shares_reads)  # asked now: reading may have decided it
+    return StorageRates(latency_s, rate, storage.traits.is_local)
 
 
 def _usual(traits: StorageTraits) -> StorageRates:
     latency_s, bytes_per_s = _USUAL_LOCAL if traits.is_local else _USUAL_REMOTE
-    return StorageRates(latency_s, bytes_per_s, traits.shares_reads)
+    return StorageRates(latency_s, bytes_per_s, traits.is_local)
 
 
 def _large_places(plan: LoadPlan, catalog: Catalog) -> list[tuple[str, int]]:

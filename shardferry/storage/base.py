@@ -92,9 +92,6 @@ class RangeReader(ByteReader, Protocol):
             StorageError: the file has fewer bytes, or can't be mapped.
         """
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        """Whether a byte can be had without asking a disk or a network; never asks them itself. Raises StorageError."""
-
     def close(self) -> None:
         """Give back files and connections."""
 

@@ -104,9 +104,6 @@ class RemoteReader:
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         raise not_mapped(self.location)
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        return False
-
     def close(self) -> None:
         """The filesystem keeps its connections: it is not ours alone."""
 

@@ -15,8 +15,6 @@ from typing import Any
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.storage.base import missing_file, not_mapped, written_again
 from shardferry.storage.direct import open_direct, pread_direct
-from shardferry.storage.direct_choice import DirectChoice, DirectIO
-from shardferry.storage.page_cache import is_cached
 from shardferry.storage.traits import LOCAL_FILES, StorageTraits
 from shardferry.storage.transient import TransientStorageError, is_transient
 
@@ -33,7 +31,7 @@ class PageCache(Enum):
 class LocalOptions:
     """How local files are read."""
 
-    direct_io: DirectIO = False  # past the page cache, where the file system can; "auto": where that is quicker
+    direct_io: bool = False  # past the page cache, where the file system can
     page_cache: PageCache = PageCache.KEEP
 
     @classmethod
@@ -45,8 +43,8 @@ class LocalOptions:
                 f"storage_options: local files have no option {unknown[0]!r}; they have direct_io and page_cache"
             )
         direct_io, page_cache = options.get("direct_io", False), options.get("page_cache", PageCache.KEEP)
-        if not isinstance(direct_io, bool) and direct_io != "auto":
-            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true, false or auto")
+        if not isinstance(direct_io, bool):
+            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true or false")
         try:
             return cls(direct_io, PageCache(page_cache))
         except ValueError:
@@ -58,7 +56,6 @@ class LocalOptions:
 class _File:
     descriptor: int
     is_direct: bool
-    was_asked: bool  # to be direct, when it was opened
 
 
 class LocalReader:
@@ -71,7 +68,6 @@ class LocalReader:
         self.location = str(directory)
         self._directory = directory
         self._options = options or LocalOptions()
-        self._choice = DirectChoice(self._options.direct_io)
         self._files: dict[str, _File] = {}
         self._retired: list[int] = []  # descriptors that were replaced, which another thread may still read from
         self._versions: dict[str, str] = {}
@@ -82,9 +78,7 @@ class LocalReader:
     @property
     def traits(self) -> StorageTraits:
         # A mapping goes through the page cache, and fills it.
-        maps_files = self._options == LocalOptions()
-        shares_reads = self._choice.is_direct is False and self._options.page_cache is not PageCache.DROP
-        return replace(LOCAL_FILES, maps_files=maps_files, shares_reads=shares_reads)
+        return replace(LOCAL_FILES, maps_files=self._options == LocalOptions())
 
     def listing(self) -> dict[str, int | None]:
         with os.scandir(self._directory) as entries:
@@ -106,7 +100,7 @@ class LocalReader:
         """A look at an open file costs nothing."""
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        file, nbytes = self._chosen(path), sum(map(len, buffers))
+        file, nbytes = self._checked(path), sum(map(len, buffers))
         advice = self._options.page_cache
         if advice is PageCache.READ_AHEAD and not file.is_direct:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_WILLNEED)
@@ -141,10 +135,6 @@ class LocalReader:
         # Only the pages that are looked at are read, once each.
         return memoryview(pages)[start - first_page :]
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        file = self._file(path)
-        return not file.is_direct and is_cached(file.descriptor, byte_offset)
-
     def close(self) -> None:
         with self._lock:
             for descriptor in [*self._retired, *(file.descriptor for file in self._files.values())]:
@@ -152,16 +142,6 @@ class LocalReader:
             self._files.clear()
             self._retired.clear()
             self._as_expected.clear()
-
-    def _chosen(self, path: str) -> _File:
-        """A file to read from, past the page cache or through it."""
-        file = self._checked(path)
-        if self._choice.is_direct is None:
-            self._choice.decide(self._directory / path, file.descriptor)
-        if self._choice.is_direct and not file.was_asked:  # opened before that was known
-            self._retire(path, file)
-            file = self._checked(path)
-        return file
 
     def _checked(self, path: str) -> _File:
         """A file to read from: the one that the catalog was made of."""
@@ -181,11 +161,11 @@ class LocalReader:
             return file
 
     def _open(self, path: str) -> _File:
-        where, is_direct = self._directory / path, bool(self._choice.is_direct)
+        where = self._directory / path
         try:
-            if is_direct and (descriptor := open_direct(where)) is not None:
-                return _File(descriptor, is_direct=True, was_asked=True)
-            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False, was_asked=is_direct)
+            if self._options.direct_io and (descriptor := open_direct(where)) is not None:
+                return _File(descriptor, is_direct=True)
+            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False)
         except FileNotFoundError:
             raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:

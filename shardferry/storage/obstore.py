@@ -97,9 +97,6 @@ class NativeReader:
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         raise not_mapped(self.location)
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        return False
-
     def close(self) -> None:
         """Connections go with the store, when nobody holds it."""
 

@@ -90,9 +90,6 @@ class RetryingReader:
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         return self._try(self._storage.mapped, path, start, stop)
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        return self._storage.is_in_memory(path, byte_offset)
-
     def close(self) -> None:
         self._storage.close()
 

@@ -16,7 +16,6 @@ class StorageTraits:
     max_over_read: float  # bytes of a request that nobody wants, over the wanted ones
     max_request_bytes: int  # more than this is asked for in several requests
     is_local: bool
-    shares_reads: bool = False  # what one process of a node has read, the others find in memory
     maps_files: bool = False  # their bytes can be looked at in place: nothing is fetched before
     holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
     has_listing: bool = True
@@ -28,7 +27,6 @@ LOCAL_FILES = StorageTraits(
     max_over_read=0.25,
     max_request_bytes=8 * MIB,
     is_local=True,
-    shares_reads=True,
     maps_files=True,
 )
 OBJECT_STORE = StorageTraits(max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, is_local=False)

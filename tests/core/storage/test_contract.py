@@ -45,7 +45,6 @@ class Place:
 KINDS = [
     "path",
     "direct I/O",
-    "direct I/O by a probe",
     "file://",
     "memory://",
     "s3://",
@@ -72,8 +71,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             yield at(tmp_path)
         case "direct I/O":
             yield at(tmp_path, direct_io=True, page_cache="drop")
-        case "direct I/O by a probe":
-            yield at(tmp_path, direct_io="auto")
         case "file://":
             yield at(tmp_path.as_uri(), page_cache="read_ahead")
         case "fsspec's local filesystem":

@@ -78,8 +78,9 @@ def test_advice_changes_no_byte(file: Path, advice: PageCache) -> None:
     ("options", "says"),
     [
         ({"region": "r"}, r"local files have no option 'region'; they have direct_io and page_cache"),
-        ({"direct_io": "yes"}, r"direct_io is 'yes'; it is true, false or auto"),
-        ({"direct_io": 1}, r"direct_io is 1; it is true, false or auto"),
+        ({"direct_io": "yes"}, r"direct_io is 'yes'; it is true or false"),
+        ({"direct_io": "auto"}, r"direct_io is 'auto'; it is true or false"),
+        ({"direct_io": 1}, r"direct_io is 1; it is true or false"),
         ({"page_cache": "wish"}, r"page_cache is 'wish'; it is one of keep, read_ahead, drop"),
     ],
 )

@@ -100,7 +100,7 @@ def test_metadata_of_each_rank_is_not_found_on_a_web_server(directory: Path) -> 
 
 def test_what_an_object_store_is_like() -> None:
     traits = open_storage("s3://bucket/ckpt", {"region": "us-east-1", "skip_signature": True}).traits
-    assert (traits.is_local, traits.has_listing, traits.shares_reads) == (False, True, False)
+    assert (traits.is_local, traits.has_listing) == (False, True)
     assert 8 << 20 <= traits.max_request_bytes <= 64 << 20
 
 
