@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,28 +25,16 @@ class MetadataFiles:
     digest: bytes  # changes with any byte of any file
 
     @classmethod
-    def read(
-        cls, storage: RangeReader, names: Sequence[str], beginnings: Mapping[str, bytes] | None = None
-    ) -> MetadataFiles:
-        """Read them.
-
-        Args:
-            beginnings: what is known already, by name.
-
-        Raises:
-            StorageError: a file is missing or short.
-        """
-        known = [memoryview((beginnings or {}).get(name, b"")) for name in names]
+    def read(cls, storage: RangeReader, names: Sequence[str]) -> MetadataFiles:
+        """Read them. Raises StorageError where a file is missing or short."""
         contents = [np.empty(storage.size(name), dtype=np.uint8).data for name in names]
         pieces = list(_pieces(contents))
         whole = hashlib.sha256()
 
         def fetch(piece: tuple[int, int]) -> bytes:
             file, start = piece
-            target, here = contents[file][start : start + _PIECE_BYTES], known[file][start : start + _PIECE_BYTES]
-            target[: len(here)] = here
-            if len(here) < len(target):
-                storage.read_into(names[file], start + len(here), target[len(here) :])
+            target = contents[file][start : start + _PIECE_BYTES]
+            storage.read_into(names[file], start, target)
             return hashlib.sha256(target).digest()
 
         with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="shardferry-metadata") as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,10 @@ from shardferry.checkpoint.safetensors_files import (
     with_safetensors_positions,
 )
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
-from shardferry.storage.base import Beginning, RangeReader, open_storage, read_file
+from shardferry.storage.base import RangeReader, open_storage, read_file
 from shardferry.storage.retry import RetryPolicy
 
 METADATA_FILE = ".metadata"
-_FIRST_BYTES = 1 << 20  # of it: all of most
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
 
 
@@ -75,9 +74,9 @@ def read_catalog(
     storage: RangeReader, *, cache: CatalogCache | None, storage_options: Mapping[str, Any] | None = None
 ) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
-    listing, beginning = _listed(storage)
+    listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
     versions = storage.versions()
-    catalog = _of_metadata(storage, list(listing), beginning, cache)
+    catalog = _of_metadata(storage, list(listing), cache)
     catalog = dataclasses.replace(
         catalog,
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
@@ -89,37 +88,13 @@ def read_catalog(
     return catalog
 
 
-def _listed(storage: RangeReader) -> tuple[dict[str, int | None], dict[str, bytes]]:
-    """What files there are, and how the usual metadata file begins: asked side by side where each question takes long."""
-    if not storage.traits.tells_sizes:
-        return storage.listing(), {}
-    with ThreadPoolExecutor(1, thread_name_prefix="shardferry-open") as pool:
-        begun = pool.submit(storage.beginning, METADATA_FILE, _FIRST_BYTES)
-        listing = storage.listing() if storage.traits.has_listing else _known_files(storage, begun)
-        with suppress(MissingFile):
-            beginning = begun.result()
-            if beginning is not None and _is_of(beginning, listing.get(METADATA_FILE), storage.versions()):
-                return listing, {METADATA_FILE: beginning.data}
-    return listing, {}
-
-
-def _is_of(beginning: Beginning, size: int | None, versions: Mapping[str, str]) -> bool:
-    """Whether it is of the file that was listed, which may have been written meanwhile."""
-    listed = versions.get(METADATA_FILE)
-    if listed is not None and beginning.version is not None and listed.strip('"') != beginning.version.strip('"'):
-        return False  # Azure's listing has no quotation marks
-    return size == beginning.size
-
-
-def _of_metadata(
-    storage: RangeReader, names: list[str], beginning: Mapping[str, bytes], cache: CatalogCache | None
-) -> Catalog:
+def _of_metadata(storage: RangeReader, names: list[str], cache: CatalogCache | None) -> Catalog:
     sources = _metadata_files(storage.location, names)
     if not sources and is_safetensors(names):
         return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
     if not sources:
         raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
-    files = MetadataFiles.read(storage, sources, beginning)
+    files = MetadataFiles.read(storage, sources)
     return with_safetensors_positions(_cached(files, storage.location, cache), storage)
 
 
@@ -134,18 +109,13 @@ def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> 
     return dataclasses.replace(catalog, metadata_digest=files.digest)
 
 
-def _known_files(storage: RangeReader, begun: Future[Beginning | None]) -> dict[str, int | None]:
-    """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there.
-
-    Args:
-        begun: the metadata file's beginning, which says whether that is there, and how long it is.
-    """
+def _known_files(storage: RangeReader) -> dict[str, int | None]:
+    """The files of a storage that can't list, as far as their names are known: those that a checkpoint begins with."""
     names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
 
     def size_of(name: str) -> int | None:
         with suppress(MissingFile):
-            beginning = begun.result() if name == METADATA_FILE else None
-            return storage.size(name) if beginning is None else beginning.size
+            return storage.size(name)
         return None
 
     with ThreadPoolExecutor(len(names), thread_name_prefix="shardferry-open") as pool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -42,15 +41,6 @@ class ByteSource(ByteReader, Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Beginning:
-    """How a file begins."""
-
-    data: bytes
-    size: int  # bytes, of the file
-    version: str | None  # of the file, an etag say
-
-
 class RangeReader(ByteReader, Protocol):
     """The files of one checkpoint."""
 
@@ -76,14 +66,6 @@ class RangeReader(ByteReader, Protocol):
 
     def size(self, path: str) -> int:
         """Bytes of a file. Raises MissingFile, StorageError."""
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        """So many bytes from a file's start, or all of it, where the same request tells the file's size; else None.
-
-        Raises:
-            MissingFile: there is no such file.
-            TransientStorageError: worth another try.
-        """
 
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         """Bytes of a file in place: nothing is fetched before it is looked at. Only where ``traits.maps_files`` says so.

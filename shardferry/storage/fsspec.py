@@ -78,9 +78,6 @@ class RemoteReader:
         with self._lock:
             return self._sizes.setdefault(path, int(found))
 
-    def beginning(self, path: str, nbytes: int) -> None:
-        """fsspec gives a range's bytes, and tells nothing of their file."""
-
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         nbytes = sum(map(len, buffers))
         if not nbytes:

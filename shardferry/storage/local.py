@@ -96,9 +96,6 @@ class LocalReader:
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size
 
-    def beginning(self, path: str, nbytes: int) -> None:
-        """A look at an open file costs nothing."""
-
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         file, nbytes = self._checked(path), sum(map(len, buffers))
         advice = self._options.page_cache

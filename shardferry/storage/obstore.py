@@ -13,11 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, StorageError
-from shardferry.storage.base import Beginning, copy_bytes, missing_file, not_mapped, written_again
+from shardferry.storage.base import copy_bytes, missing_file, not_mapped, written_again
 from shardferry.storage.obstore_errors import storage_error
 from shardferry.storage.obstore_options import StoreOptions, StorePlace, place_of, split_options
 from shardferry.storage.traits import OBJECT_STORE, WEB_SERVER, StorageTraits
-from shardferry.storage.transient import TransientStorageError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
@@ -72,22 +71,6 @@ class NativeReader:
             with self._lock:
                 known = self._found.setdefault(path, known)
         return known["size"]
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        import obstore
-
-        def request() -> Beginning:
-            result = obstore.get(self._store, path, options={"range": (0, nbytes)})
-            self._check_same(path, result.meta)
-            return Beginning(bytes(result.bytes()), result.meta["size"], _version(result.meta))
-
-        try:
-            found = self._call(request, path, "its beginning can't be read")
-        except (MissingFile, TransientStorageError):
-            raise
-        except StorageError:  # empty, denied, or not served in ranges: whoever asks for its size is told
-            return None
-        return found if len(found.data) == min(nbytes, found.size) else None
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         if nbytes := sum(map(len, buffers)):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from shardferry.errors import StorageError
-from shardferry.storage.base import Beginning, RangeReader
+from shardferry.storage.base import RangeReader
 from shardferry.storage.traits import StorageTraits
 from shardferry.storage.transient import TransientStorageError
 
@@ -80,9 +80,6 @@ class RetryingReader:
 
     def size(self, path: str) -> int:
         return self._try(self._storage.size, path)
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        return self._try(self._storage.beginning, path, nbytes)
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self._try(self._storage.read_into, path, byte_offset, *buffers)

@@ -128,20 +128,6 @@ def test_the_location_opens_the_same_storage(place: Place, storage: RangeReader)
     again.close()
 
 
-def test_beginnings(storage: RangeReader) -> None:
-    """Of files shorter and longer than asked for, without a mistake about one that is empty or missing."""
-    for name, data in FILES.items():
-        for nbytes in (50, 1000):
-            begun = storage.beginning(name, nbytes)
-            assert (begun is not None) == (storage.traits.tells_sizes and bool(data)), name
-            if begun is not None:
-                assert (begun.data, begun.size) == (data[:nbytes], len(data))
-        assert storage.size(name) == len(data)
-    if storage.traits.tells_sizes:
-        with pytest.raises(MissingFile):
-            storage.beginning("nowhere", 10)
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_sizes(storage: RangeReader, name: str) -> None:
     assert storage.size(name) == len(FILES[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.storage.base import Beginning, RangeReader
+from shardferry.storage.base import RangeReader
 from shardferry.storage.obstore import open_url
 from shardferry.storage.retry import Clock, RetryingReader, RetryPolicy
 from shardferry.storage.traits import OBJECT_STORE, StorageTraits
@@ -62,10 +62,6 @@ class Flaky:
     def size(self, path: str) -> int:
         self._fail()
         return len(DATA)
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        self._fail()
-        return Beginning(DATA[:nbytes], len(DATA), None)
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self.asked.append((byte_offset, byte_offset + sum(map(len, buffers))))
