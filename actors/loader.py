@@ -19,9 +19,8 @@ import torch.distributed as dist
 
 from shardferry.actors.network import use_interface_of
 from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
-from shardferry.checkpoint.cache_directory import CacheChoice
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import open_checkpoint
+from shardferry.checkpoint.open import CacheDirectory, open_checkpoint
 from shardferry.config import LoadRequest
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, node_identity
@@ -95,7 +94,7 @@ class Loader:
             self._agreement = Agreement(dist.group.WORLD)
         return os.getpid()
 
-    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheChoice) -> Catalog:
+    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheDirectory) -> Catalog:
         """On rank 0: read the checkpoint's metadata for all."""
         with self._span("catalog"):
             return open_checkpoint(location, storage_options=storage_options, cache=cache)

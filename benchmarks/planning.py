@@ -79,7 +79,7 @@ def _dry_run(catalog: Catalog, world_size: int) -> None:
     mesh = {"dp_replicate": replicas, "dp_shard": shards, "tp": tp}
     topology = {"mesh": mesh, "rules": _RULES, "default": {"dp_shard": "Shard(0)"}}
     config = StageConfig.from_values(
-        {"checkpoint": {"cache": False}, "topology": topology, "read": {"storage_bandwidth": "100GB"}},
+        {"topology": topology, "read": {"storage_bandwidth": "100GB"}},
         source="benchmark",
     )
     plan_report(config, catalog)

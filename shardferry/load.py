@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import opened_storage, read_catalog
 from shardferry.config import KeyPolicy, LoadRequest, Selection, dtype_policy
 from shardferry.errors import HandoffError
@@ -391,7 +390,7 @@ def open_for_all(
     """
 
     def read() -> tuple[Catalog, dict[str, Any]]:
-        catalog = read_catalog(storage, cache=CatalogCache.of(True), storage_options=storage_options)
+        catalog = read_catalog(storage, storage_options=storage_options)
         storage.expect(catalog.file_versions)
         return catalog, read_values(catalog, request, storage, options, counters)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shardferry.checkpoint.build import build_catalog
-from shardferry.checkpoint.cache_directory import CacheChoice
+from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
 from shardferry.checkpoint.metadata_files import MetadataFiles
 from shardferry.checkpoint.safetensors_files import (
@@ -27,12 +27,14 @@ from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.storage.base import RangeReader, open_storage, read_file
 from shardferry.storage.retry import RetryPolicy
 
+CacheDirectory = str | os.PathLike[str] | None  # None: no catalog is kept
+
 METADATA_FILE = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
 
 
 def open_checkpoint(
-    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheChoice = True
+    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheDirectory = None
 ) -> Catalog:
     """What the checkpoint at ``location`` holds.
 
@@ -41,8 +43,7 @@ def open_checkpoint(
             server, or of anything else that fsspec can open.
         storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
             reads.
-        cache: a directory that keeps the catalogs of large checkpoints, by the digest of their metadata. True: the user's
-            own, ``$XDG_CACHE_HOME/shardferry`` (docs/scale.md). False: none.
+        cache: a directory that keeps catalogs, by the digest of their metadata (docs/scale.md); default: nothing is kept.
 
     Raises:
         CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
@@ -50,7 +51,7 @@ def open_checkpoint(
         CatalogError: the metadata is damaged.
     """
     with closing(open_storage(location, storage_options)) as storage:
-        return read_catalog(storage, cache=CatalogCache.of(cache), storage_options=storage_options)
+        return read_catalog(storage, cache=cache, storage_options=storage_options)
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeRe
 
 
 def read_catalog(
-    storage: RangeReader, *, cache: CatalogCache | None, storage_options: Mapping[str, Any] | None = None
+    storage: RangeReader, *, cache: CacheDirectory = None, storage_options: Mapping[str, Any] | None = None
 ) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
     listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
@@ -88,7 +89,7 @@ def read_catalog(
     return catalog
 
 
-def _of_metadata(storage: RangeReader, names: list[str], cache: CatalogCache | None) -> Catalog:
+def _of_metadata(storage: RangeReader, names: list[str], cache: CacheDirectory) -> Catalog:
     sources = _metadata_files(storage.location, names)
     if not sources and is_safetensors(names):
         return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
@@ -98,15 +99,16 @@ def _of_metadata(storage: RangeReader, names: list[str], cache: CatalogCache | N
     return with_safetensors_positions(_cached(files, storage.location, cache), storage)
 
 
-def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> Catalog:
-    """What the metadata files alone say; only that is cached, and whatever else is kept has the digest for its key."""
-    if cache is None or files.nbytes < cache.min_metadata_bytes:
+def _cached(files: MetadataFiles, location: str, directory: CacheDirectory) -> Catalog:
+    """The catalog of the metadata files alone: only that is kept."""
+    if directory is None:
         return build_catalog(files.parsed(location), location=location)
-    catalog = cache.get(files.digest, location=location)
+    cache, digest = CatalogCache(Path(directory).expanduser()), files.digest()
+    catalog = cache.get(digest, location=location)
     if catalog is None:
         catalog = build_catalog(files.parsed(location), location=location)
-        cache.put(files.digest, catalog)
-    return dataclasses.replace(catalog, metadata_digest=files.digest)
+        cache.put(digest, catalog)
+    return catalog
 
 
 def _known_files(storage: RangeReader) -> dict[str, int | None]:

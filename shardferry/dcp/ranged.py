@@ -11,7 +11,6 @@ from torch.distributed.checkpoint import StorageReader
 
 from shardferry.arena import allocate_arena
 from shardferry.checkpoint.catalog import Catalog, KeyPath
-from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import read_catalog
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
@@ -29,9 +28,7 @@ def load_ranged(
     """See `shardferry.dcp.load_sharded_optimizer_state_dict`; all ranks of the agreement must call it."""
     storage = agreement.attempt("opening the checkpoint", lambda: storage_of(reader))
     try:
-        catalog = agreement.from_first(
-            "reading the metadata", lambda: read_catalog(storage, cache=CatalogCache.of(True))
-        )
+        catalog = agreement.from_first("reading the metadata", lambda: read_catalog(storage))
         storage.expect(catalog.file_versions)
         paths, targets = agreement.attempt("planning", lambda: _targets(catalog, optimizer_key, model, group))
         values = agreement.attempt(
