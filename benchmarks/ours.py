@@ -21,7 +21,7 @@ from shardferry.exchange.agreement import Agreement
 from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all
 from shardferry.plan.planner import LoadPlan, plan_load
 from shardferry.read.execute import Counters, ReadOptions, Strategy
-from shardferry.storage.base import open_storage
+from shardferry.storage.open import open_storage
 
 _REQUEST = LoadRequest(OPTIMIZER_KEY)
 

@@ -25,7 +25,7 @@ from shardferry.read.coalesce import JoinLimits
 from shardferry.read.execute import join_limits_of
 from shardferry.schemas.plan_report import RankPlan
 from shardferry.schemas.stage_config import StageConfig
-from shardferry.storage.traits import StorageTraits
+from shardferry.storage.base import StorageTraits
 
 MOST_PLANNED = 32  # ranks; one of the largest models takes a second
 

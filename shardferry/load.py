@@ -31,7 +31,8 @@ from shardferry.plan.manifest import Manifest, StateTensor, StateValue
 from shardferry.plan.match_keys import KeyReport
 from shardferry.plan.planner import LoadPlan, plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Counters, ReadOptions, read_objects, read_plan, read_strategy
-from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.base import RangeReader
+from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryPolicy
 
 

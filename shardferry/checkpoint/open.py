@@ -24,7 +24,8 @@ from shardferry.checkpoint.safetensors_files import (
     with_safetensors_positions,
 )
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
-from shardferry.storage.base import RangeReader, open_storage, read_file
+from shardferry.storage.base import RangeReader, read_file
+from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryPolicy
 
 CacheDirectory = str | os.PathLike[str] | None  # None: no catalog is kept

@@ -12,7 +12,8 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 
-from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.base import RangeReader
+from shardferry.storage.open import open_storage
 
 _FSSPEC = "torch.distributed.checkpoint._fsspec_filesystem"  # importing it needs fsspec
 
@@ -33,14 +34,14 @@ def storage_of(reader: StorageReader) -> RangeReader:
     """The storage that a reader reads from. Raises CheckpointNotFound."""
     assert isinstance(reader, FileSystemReader)
     if _is_fsspec(reader):
-        from shardferry.storage.fsspec import RemoteReader
+        from shardferry.storage.fsspec import FsspecRangeReader
         from shardferry.storage.retry import RetryingReader
 
         filesystem: Any = reader.fs  # torch's wrapper around fsspec's own, which was made with the caller's options
-        return RetryingReader(RemoteReader(filesystem.fs, os.fspath(reader.path)))
+        return RetryingReader(FsspecRangeReader(filesystem.fs, os.fspath(reader.path)))
     return open_storage(os.fspath(reader.path))
 
 
 def _is_fsspec(reader: StorageReader) -> bool:
     module: Any = sys.modules.get(_FSSPEC)  # who made such a reader has imported it
-    return module is not None and type(reader) is module.FsspecReader
+    return module is not None and type(reader) is module.FsspecRangeReader

@@ -13,8 +13,7 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.plan.costs import StorageRates
 from shardferry.plan.planner import LoadPlan
 from shardferry.read.source import Counters
-from shardferry.storage.base import RangeReader
-from shardferry.storage.traits import StorageTraits
+from shardferry.storage.base import RangeReader, StorageTraits
 
 _SMALL_BYTES = 4096
 _LARGE_BYTES, _NUM_LARGE = 1 << 20, 4

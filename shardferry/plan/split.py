@@ -25,7 +25,7 @@ from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.rank_layouts import Want
 from shardferry.read.coalesce import JoinLimits
 from shardferry.region import Region
-from shardferry.storage.traits import StorageTraits
+from shardferry.storage.base import StorageTraits
 
 _LOCAL_SLAB_BYTES = 1 << 20  # fits a core's cache, so that what is read for others is copied out of the cache
 _LEAST_PART = 1 << 20  # bytes; a slab is divided among its ranks down to this

@@ -19,8 +19,7 @@ from typing import Generic, Protocol, TypeVar
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.read.items import StoredItem, object_item
 from shardferry.read.zip_header import HEAD_BYTES
-from shardferry.storage.runs import in_vain
-from shardferry.storage.traits import StorageTraits
+from shardferry.storage.base import StorageTraits, over_read_bytes
 
 _LOCAL_ITEM_BYTES = 64 * 1024  # larger items of local files are better read in place than copied out of an extent
 
@@ -75,10 +74,11 @@ class JoinLimits:
     """How far reads are joined, and where they are split."""
 
     max_gap_bytes: int  # between two items, between two runs of an item, and of an item that are not wanted
-    max_over_read: float  # bytes of a request that nobody wants, over the wanted ones; see `in_vain`
+    max_over_read: float  # bytes of a request that nobody wants, over the wanted ones; see `over_read_bytes`
     max_request_bytes: int  # of any request
     max_item_bytes: int  # of an item in an extent
     maps_files: bool  # what is in the gaps of a window isn't read
+    free_gap_bytes: int = 4096  # shorter gaps don't count as over-read
 
     @property
     def max_data_bytes(self) -> int:
@@ -101,7 +101,7 @@ class JoinLimits:
         over_read = traits.max_over_read if max_over_read is None else max_over_read
         request = traits.max_request_bytes if max_request_bytes is None else max_request_bytes
         item = min(request, _LOCAL_ITEM_BYTES) if traits.is_local else request
-        return cls(gap, over_read, request, item, traits.maps_files)
+        return cls(gap, over_read, request, item, traits.maps_files, traits.free_gap_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _small(one: W, limits: JoinLimits) -> _Small[W] | None:
         return None
     wanted = one.bytes_to_read
     unwanted = item.byte_length - wanted  # its head and its tail among them
-    vain = in_vain(unwanted)
+    vain = over_read_bytes(unwanted, free_gap_bytes=limits.free_gap_bytes)
     if unwanted > limits.max_gap_bytes or vain > limits.max_over_read * wanted:
         return None
     return _Small(one, item.path, item.byte_offset, item.byte_stop, wanted, vain)
@@ -154,7 +154,10 @@ def _groups(small: Mapping[int, _Small[W]], limits: JoinLimits) -> Iterator[list
     for place, one in small.items():
         if first is not None and last is not None:
             gap = one.start - last.stop
-            wanted, vain = wanted + one.wanted, vain + in_vain(gap) + one.vain
+            wanted, vain = (
+                wanted + one.wanted,
+                vain + over_read_bytes(gap, free_gap_bytes=limits.free_gap_bytes) + one.vain,
+            )
             near = one.path == last.path and 0 <= gap <= limits.max_gap_bytes
             if not near or one.stop - first.start > limits.max_request_bytes or vain > limits.max_over_read * wanted:
                 yield places

@@ -28,9 +28,8 @@ from shardferry.read.schedule import SmallChunks, Work, chunks_in_reading_order
 from shardferry.read.source import Counters as Counters
 from shardferry.read.source import StorageSource
 from shardferry.read.threads import Crew, cores
-from shardferry.storage.base import RangeReader
-from shardferry.storage.traits import StorageTraits
-from shardferry.storage.transient import TransientStorageError
+from shardferry.storage.base import RangeReader, StorageTraits
+from shardferry.storage.retry import TransientStorageError
 
 T = TypeVar("T")
 Strategy = Literal["auto", "direct", "cooperative"]  # direct: every rank reads for itself

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from shardferry.read.coalesce import JoinLimits
 from shardferry.read.zip_header import ItemLayout
-from shardferry.storage.runs import Runs, in_vain
+from shardferry.storage.base import ByteRuns, over_read_bytes
 
 LONG_RUN = 64 * 1024  # bytes; where files are mapped, runs from this length on are read one by one
 
@@ -54,11 +54,11 @@ class Gather:
     def window_bytes(self) -> int:
         return self.window_stop - self.window_start
 
-    def runs(self, item_offset: int) -> Runs:
+    def runs(self, item_offset: int) -> ByteRuns:
         """Where the bytes that are looked at lie in a file whose item starts at ``item_offset``."""
         packed = bool(self.sizes) and self.source_strides[-1] == 1
         dims = len(self.sizes) - packed
-        return Runs(
+        return ByteRuns(
             start=item_offset + self.window_start,
             run_bytes=(self.sizes[-1] if packed else 1) * self.itemsize,
             counts=self.sizes[:dims],
@@ -78,7 +78,8 @@ def brings_head(first: Request, head_bytes: int, limits: JoinLimits) -> bool:
     """
     gap = first.byte_offset - head_bytes
     nbytes = first.nbytes if isinstance(first, InPlaceRead) else first.window_bytes
-    near = gap <= limits.max_gap_bytes and in_vain(gap) <= limits.max_over_read * first.nbytes
+    over_read = over_read_bytes(gap, free_gap_bytes=limits.free_gap_bytes)
+    near = gap <= limits.max_gap_bytes and over_read <= limits.max_over_read * first.nbytes
     return near and first.byte_offset + nbytes <= limits.max_request_bytes
 
 
@@ -137,7 +138,11 @@ class StridedCopy:
         """Whether rows are better read one by one than through one window."""
         if limits.maps_files:  # what is between the runs isn't read
             return self._is_contiguous() and self._run_bytes() >= LONG_RUN
-        return not gather.runs(0).are_one_range(max_gap_bytes=limits.max_gap_bytes, max_over_read=limits.max_over_read)
+        return not gather.runs(0).are_one_range(
+            max_gap_bytes=limits.max_gap_bytes,
+            max_over_read=limits.max_over_read,
+            free_gap_bytes=limits.free_gap_bytes,
+        )
 
     def _parts(self, max_request_bytes: int, *, single_rows: bool) -> Iterator[StridedCopy]:
         """Cut along the outermost dimension: into single rows, or into groups of rows that fit one request."""

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 
 from shardferry.read.buffers import Budget
 from shardferry.stats import BusyTimes
-from shardferry.storage.base import RangeReader
-from shardferry.storage.runs import Runs
+from shardferry.storage.base import ByteRuns, RangeReader
 
 
 class Counters:
@@ -60,12 +59,12 @@ class StorageSource:
             self._storage.read_into(path, byte_offset, *buffers)
 
     @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[memoryview]:
+    def window(self, path: str, runs: ByteRuns) -> Iterator[memoryview]:
         with self.window_from(path, runs.start, runs, num_before=0) as view:
             yield view
 
     @contextmanager
-    def window_from(self, path: str, start: int, runs: Runs, *, num_before: int) -> Iterator[memoryview]:
+    def window_from(self, path: str, start: int, runs: ByteRuns, *, num_before: int) -> Iterator[memoryview]:
         """A window that begins before its runs, of which the first ``num_before`` bytes are looked at too."""
         if self.maps_files:
             self._counters.asked(num_requests=1, nbytes=num_before + runs.nbytes)
@@ -116,7 +115,7 @@ class HeadedSource:
             self._check(before[: self._head_bytes])
 
     @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[memoryview]:
+    def window(self, path: str, runs: ByteRuns) -> Iterator[memoryview]:
         """As any; the first begins at the item's start. Raises StorageError, WrongGuess."""
         if self._is_checked:
             with self._source.window(path, runs) as view:

@@ -1,131 +1,171 @@
-"""What the reader asks of a storage, and which storage a location names."""
+"""The protocol of a storage: the byte ranges of one checkpoint's files, and how storages of one kind are best read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote, urlsplit
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from shardferry.errors import MissingFile, StorageError
-from shardferry.storage.runs import Runs
-from shardferry.storage.traits import StorageTraits
 
-if TYPE_CHECKING:
-    from shardferry.storage.retry import RetryPolicy
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StorageTraits:
+    """How one kind of storage is best read. `ReadOptions` may override the limits."""
+
+    max_gap_bytes: int  # between two byte ranges of one request; a longer gap costs more than another request
+    max_over_read: float  # unwanted bytes of a request, divided by the wanted ones
+    max_request_bytes: int  # longer ranges are split into several requests
+    is_local: bool
+    free_gap_bytes: int = 4096  # shorter gaps do not count as over-read: no disk, page cache or network reads less
+    maps_files: bool = False  # `RangeReader.mapped` works: bytes are fetched when they are accessed
+    holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
+    has_listing: bool = True  # `RangeReader.listing` works
+    tells_sizes: bool = False  # each answer has the file's size; otherwise `size` costs a request, or opens the file
+
+
+OBJECT_STORE = StorageTraits(max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, is_local=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRuns:
+    """Runs of equal length in one file: ``counts[d]`` of them at a distance of ``byte_strides[d]`` in each dimension.
+
+    A strided box of a tensor is stored like this::
+
+        rows of 6 bytes, 4 wanted of 3 rows    |xxxx..|xxxx..|xxxx|    start 0, run_bytes 4, counts (3,), byte_strides (6,)
+    """
+
+    start: int  # bytes, of the first run
+    run_bytes: int
+    counts: tuple[int, ...]  # outermost first; none is 0
+    byte_strides: tuple[int, ...]  # descending
+
+    @property
+    def stop(self) -> int:
+        """Where the last run ends: bytes, exclusive."""
+        return (
+            self.start + self.run_bytes + sum((n - 1) * s for n, s in zip(self.counts, self.byte_strides, strict=True))
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs."""
+        return self.run_bytes * math.prod(self.counts)
+
+    def are_one_range(self, *, max_gap_bytes: int, max_over_read: float, free_gap_bytes: int) -> bool:
+        """Whether all runs are coalesced into one byte range.
+
+        Args:
+            max_gap_bytes: between two runs of one range.
+            max_over_read: unwanted bytes of the range, divided by those of its runs.
+            free_gap_bytes: shorter gaps do not count as unwanted bytes.
+        """
+        length, wanted, unwanted = self.run_bytes, self.run_bytes, 0
+        for count, stride in zip(reversed(self.counts), reversed(self.byte_strides), strict=True):
+            gap = stride - length
+            wanted *= count
+            unwanted = unwanted * count + (count - 1) * over_read_bytes(gap, free_gap_bytes=free_gap_bytes)
+            if count > 1 and (gap > max_gap_bytes or unwanted > max_over_read * wanted):
+                return False
+            length += (count - 1) * stride
+        return True
+
+
+def over_read_bytes(gap_bytes: int, *, free_gap_bytes: int) -> int:
+    """How many bytes of a gap count as over-read: all of them, or none of a gap shorter than ``free_gap_bytes``."""
+    return gap_bytes if gap_bytes >= free_gap_bytes else 0
 
 
 class ByteReader(Protocol):
     """Reads byte ranges of files. Safe to use from several threads."""
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        """Fill the buffers, one after the other, from ``byte_offset`` on, with one request.
+        """Fill the buffers, one after the other, with the bytes from ``byte_offset`` on, in one request.
 
         Raises:
-            StorageError: the file has fewer bytes.
+            StorageError: the file has fewer bytes, or the request failed.
         """
 
 
 class ByteSource(ByteReader, Protocol):
-    """Reads byte ranges, and has a place for those that are looked at on their way."""
+    """Reads byte ranges, and lends views of byte runs."""
 
-    def window(self, path: str, runs: Runs) -> AbstractContextManager[memoryview]:
-        """The bytes from the first run's start to the last one's stop; of some storages only those of the runs, and what is
-        near them, are ever fetched. It may be looked at inside the ``with`` alone.
+    def window(self, path: str, runs: ByteRuns) -> AbstractContextManager[memoryview]:
+        """The bytes from the start of the first run to the end of the last one. The view is valid inside the ``with``.
+
+        Some storages fetch only the runs and the bytes near them.
 
         Raises:
-            StorageError: the file has fewer bytes.
+            StorageError: the file has fewer bytes, or the request failed.
         """
 
 
 class RangeReader(ByteReader, Protocol):
     """The files of one checkpoint."""
 
-    location: str
+    location: str  # as `open_storage` takes it
 
     @property
     def traits(self) -> StorageTraits:
         """How this kind of storage is best read."""
 
     def listing(self) -> dict[str, int | None]:
-        """The files directly in the checkpoint: their bytes (None: not told), by name, ascending.
+        """Size in bytes of each file directly in the checkpoint, by name, sorted. None: the storage does not tell it.
 
         Raises:
-            CheckpointNotFound: no such directory.
-            StorageError: the storage can't list (see ``traits.has_listing``), or failed.
+            CheckpointNotFound: there is no such directory.
+            StorageError: the storage can't list (see ``traits.has_listing``), or the request failed.
         """
 
     def versions(self) -> dict[str, str]:
-        """What will be different once a file is written again, an etag say: as the last listing told, by name."""
+        """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change.
+
+        The version of a file changes when the file is written again.
+        """
 
     def expect(self, versions: Mapping[str, str]) -> None:
-        """From now on a file of another version than here is not read: StorageError says that it was written again."""
+        """From now on, reading a file of another version than the one given here raises StorageError."""
 
     def size(self, path: str) -> int:
-        """Bytes of a file. Raises MissingFile, StorageError."""
-
-    def mapped(self, path: str, start: int, stop: int) -> memoryview:
-        """Bytes of a file in place: nothing is fetched before it is looked at. Only where ``traits.maps_files`` says so.
+        """Size of a file in bytes.
 
         Raises:
-            StorageError: the file has fewer bytes, or can't be mapped.
+            MissingFile: there is no such file.
+            StorageError: the request failed.
+        """
+
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        """The bytes ``[start, stop)`` of a file, mapped: each page is fetched when it is accessed.
+
+        Raises:
+            StorageError: the file has fewer bytes, or can't be mapped (see ``traits.maps_files``).
         """
 
     def close(self) -> None:
-        """Give back files and connections."""
-
-
-def open_storage(
-    location: str | Path,
-    storage_options: Mapping[str, Any] | None = None,
-    *,
-    retry: RetryPolicy | None = None,
-) -> RangeReader:
-    """The storage of a checkpoint: a directory, as a path or a ``file://`` URL, an object store, or any URL of fsspec.
-
-    Args:
-        storage_options: credentials, an endpoint, how local files are read: see docs/storage.md.
-        retry: how often a request that fails in passing is tried again.
-
-    Raises:
-        CheckpointNotFound: no such directory, or a kind of URL that isn't known or whose package isn't installed.
-        SpecError: an option that this kind of storage doesn't have.
-    """
-    from shardferry.storage.retry import RetryingReader
-
-    return RetryingReader(_storage_at(str(location), storage_options or {}), retry)
-
-
-def _storage_at(location: str, storage_options: Mapping[str, Any]) -> RangeReader:
-    from shardferry.storage import fsspec as remote
-    from shardferry.storage import local
-    from shardferry.storage import obstore as native
-
-    scheme, separator, _ = location.partition("://")
-    if not separator:
-        return local.LocalReader(Path(location), local.LocalOptions.of(storage_options))
-    if scheme == "file":
-        directory = Path(unquote(urlsplit(location).path))
-        return local.LocalReader(directory, local.LocalOptions.of(storage_options))
-    options = dict(storage_options)
-    client = options.pop("client", None)
-    if native.is_taken(location, client):
-        return native.open_url(location, options)
-    return remote.open_url(location, options)
+        """Release files and connections."""
 
 
 def read_file(storage: RangeReader, path: str) -> bytes:
-    """A whole (small) file."""
+    """All bytes of a small file.
+
+    Raises:
+        MissingFile: there is no such file.
+        StorageError: a request failed.
+    """
     data = bytearray(storage.size(path))
     storage.read_into(path, 0, memoryview(data))
     return bytes(data)
 
 
 def spread(data: memoryview, buffers: Sequence[memoryview]) -> None:
-    """Copy what one request brought to the buffers, one after the other, as far as it goes."""
+    """Copy ``data`` into the buffers, one after the other, until one of the two ends."""
     done = 0
     for buffer in buffers:
         count = min(len(buffer), len(data) - done)
@@ -133,22 +173,25 @@ def spread(data: memoryview, buffers: Sequence[memoryview]) -> None:
         done += count
 
 
-def not_mapped(location: str) -> StorageError:
-    return StorageError(f"{location}: its files can't be mapped into memory; their bytes have to be read")
-
-
 def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """As ``target[:] = source``, but other threads may run meanwhile."""
+    """Do ``target[:] = source`` without holding the GIL."""
     np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
+def not_mapped(location: str) -> StorageError:
+    """The error of a storage whose files can't be mapped."""
+    return StorageError(f"{location}: its files can't be mapped into memory; their bytes have to be read")
+
+
 def missing_file(where: str) -> MissingFile:
+    """The error for a file that does not exist."""
     return MissingFile(
         f"{where}: the file is missing, but the metadata says that it holds saved data; restore it or use another checkpoint"
     )
 
 
 def written_again(where: str, *, now: str, before: str) -> StorageError:
+    """The error for a file whose version is not the expected one."""
     return StorageError(
         f"{where}: its version is {now}, it was {before} when the catalog was read: it was written again since. "
         "Open the checkpoint again."

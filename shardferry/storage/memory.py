@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shardferry.errors import StorageError
-from shardferry.storage.runs import Runs
+from shardferry.storage.base import ByteRuns
 
 
 class MemorySource:
@@ -21,7 +21,7 @@ class MemorySource:
             byte_offset += len(buffer)
 
     @contextmanager
-    def window(self, path: str, runs: Runs) -> Iterator[memoryview]:
+    def window(self, path: str, runs: ByteRuns) -> Iterator[memoryview]:
         yield self._part(path, runs.start, runs.stop)
 
     def _part(self, path: str, start: int, stop: int) -> memoryview:

@@ -19,7 +19,7 @@ from shardferry.layout.tensor_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
 from shardferry.read.execute import Counters, ReadOptions, Strategy
 from shardferry.region import Region
-from shardferry.storage.base import open_storage
+from shardferry.storage.open import open_storage
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.models import STATES, save_fsdp2
 from tests.support.oracle import full_tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from shardferry.plan.planner import plan_load
 from shardferry.read.coalesce import JoinLimits, join
 from shardferry.read.execute import Counters, ReadOptions, read_plan
 from shardferry.read.items import StoredItem
-from shardferry.storage import runs
 from shardferry.storage.local import LocalReader
 from tests.core.test_reader import SMALL, check, save
 
@@ -55,9 +53,8 @@ def files(draw: st.DrawFn) -> list[Wanted]:
 def test_joined_reads_keep_their_limits(
     wanted: Sequence[Wanted], gap: int, request: int, item: int, over_read: float
 ) -> None:
-    limits = JoinLimits(gap, over_read, request, min(item, request), maps_files=True)
-    with mock.patch.object(runs, "_LEAST_GAP", 3):
-        extents, alone = join(wanted, limits)
+    limits = JoinLimits(gap, over_read, request, min(item, request), maps_files=True, free_gap_bytes=3)
+    extents, alone = join(wanted, limits)
     joined = [member for extent in extents for member in extent.members]
     assert sorted(map(id, [*joined, *alone])) == sorted(map(id, wanted)), "each item once"
     assert [one for one in wanted if one in alone] == alone, "in their order"

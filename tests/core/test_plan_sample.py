@@ -18,7 +18,7 @@ from shardferry.plan.rank_layouts import ToldWants, told
 from shardferry.plan.split import SlabLimits
 from shardferry.read.coalesce import JoinLimits
 from shardferry.region import Region
-from shardferry.storage.traits import OBJECT_STORE
+from shardferry.storage.base import OBJECT_STORE
 from tests.support.catalogs import catalog_of
 
 NUM_TENSORS, RANKS = 300, 6

@@ -22,8 +22,8 @@ from shardferry.plan.predict import predict_reads
 from shardferry.read.coalesce import JoinLimits
 from shardferry.read.execute import Counters, ReadOptions, read_plan
 from shardferry.region import Region
-from shardferry.storage.local import LocalReader
-from shardferry.storage.traits import LOCAL_FILES, OBJECT_STORE, StorageTraits
+from shardferry.storage.base import OBJECT_STORE, StorageTraits
+from shardferry.storage.local import LOCAL_FILES, LocalReader
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.loads import bits
 from tests.support.oracle import full_tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack
 from unittest import mock
 
 import numpy as np
@@ -17,8 +16,7 @@ from shardferry.read.coalesce import JoinLimits
 from shardferry.read.requests import Gather, InPlaceRead, Request, brings_head, requests_for
 from shardferry.read.zip_header import ItemLayout
 from shardferry.region import Region, row_major_strides
-from shardferry.storage import runs
-from shardferry.storage.traits import LOCAL_FILES
+from shardferry.storage.local import LOCAL_FILES
 
 RAW_START = 24
 ITEMSIZE = 2
@@ -72,15 +70,14 @@ def any_limits() -> st.SearchStrategy[JoinLimits]:
         max_request_bytes=st.sampled_from([4, 10, 32, 8 * 1024 * 1024]),
         max_item_bytes=st.just(0),
         maps_files=st.booleans(),
+        free_gap_bytes=st.just(LEAST_GAP),
     )
 
 
 def requests_of(
     layout: ItemLayout, box: Region, limits: JoinLimits, *, arena_offset: int, strides: tuple[int, ...], long_run: int
 ) -> list[Request]:
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(requests, "LONG_RUN", long_run))
-        patches.enter_context(mock.patch.object(runs, "_LEAST_GAP", LEAST_GAP))
+    with mock.patch.object(requests, "LONG_RUN", long_run):
         return requests_for(
             layout,
             source_offsets=box.offsets,

@@ -23,7 +23,7 @@ from shardferry.plan.rank_layouts import SpecWants, ToldWants, told
 from shardferry.plan.split import Delivery, SlabLimits
 from shardferry.read.coalesce import JoinLimits
 from shardferry.region import Region
-from shardferry.storage.traits import OBJECT_STORE
+from shardferry.storage.base import OBJECT_STORE
 from tests.core.test_cover import expected, grids, layouts, shapes
 from tests.support.catalogs import catalog_of
 

@@ -18,8 +18,8 @@ from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
 from shardferry.read.buffers import Budget
 from shardferry.read.source import Counters, StorageSource
-from shardferry.storage import RangeReader, RemoteReader, RetryingReader, open_storage
-from shardferry.storage.runs import Runs
+from shardferry.storage import FsspecRangeReader, RangeReader, RetryingReader, open_storage
+from shardferry.storage.base import ByteRuns
 from tests.support.range_server import served
 from tests.support.s3_server import BUCKET, S3Server
 
@@ -75,7 +75,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             yield at(tmp_path.as_uri(), page_cache="read_ahead")
         case "fsspec's local filesystem":
             yield Place(
-                tmp_path.as_uri(), lambda: RetryingReader(RemoteReader(LocalFileSystem(), str(tmp_path))), write
+                tmp_path.as_uri(), lambda: RetryingReader(FsspecRangeReader(LocalFileSystem(), str(tmp_path))), write
             )
         case "http://":
             with served(tmp_path) as server:
@@ -141,13 +141,13 @@ def test_ranges(storage: RangeReader, start: int, stop: int) -> None:
 @pytest.mark.parametrize(
     "runs",
     [
-        pytest.param(Runs(100, 8, (50,), (64,)), id="near runs"),
-        pytest.param(Runs(3, 16, (3,), (70_000,)), id="far runs"),
-        pytest.param(Runs(0, 4, (2, 5), (100_000, 40)), id="near runs in far groups"),
-        pytest.param(Runs(299_000, 1_000, (), ()), id="one run"),
+        pytest.param(ByteRuns(100, 8, (50,), (64,)), id="near runs"),
+        pytest.param(ByteRuns(3, 16, (3,), (70_000,)), id="far runs"),
+        pytest.param(ByteRuns(0, 4, (2, 5), (100_000, 40)), id="near runs in far groups"),
+        pytest.param(ByteRuns(299_000, 1_000, (), ()), id="one run"),
     ],
 )
-def test_windows(storage: RangeReader, runs: Runs) -> None:
+def test_windows(storage: RangeReader, runs: ByteRuns) -> None:
     source, counters, _ = source_of(storage)
     with source.window(BIG, runs) as view:
         storage.close()
@@ -183,7 +183,7 @@ def test_files_are_mapped_or_not(storage: RangeReader) -> None:
 def test_a_file_that_ends_too_soon(storage: RangeReader, start: int, stop: int) -> None:
     with pytest.raises(StorageError, match=rf"__1_0\.distcp.*{start}.*{stop}"):
         read(storage, "__1_0.distcp", start, stop)
-    window = source_of(storage)[0].window("__1_0.distcp", Runs(start, 1, (stop - start,), (1,)))
+    window = source_of(storage)[0].window("__1_0.distcp", ByteRuns(start, 1, (stop - start,), (1,)))
     with pytest.raises(StorageError, match=rf"__1_0\.distcp.* bytes {start} to {stop}"), window:
         pass
 
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_there(storage: RangeReader) -> None:
         storage.size("__7_0.distcp")
     with pytest.raises(StorageError, match=says):
         read(storage, "__7_0.distcp", 0, 4)
-    with pytest.raises(StorageError, match=says), source_of(storage)[0].window("__7_0.distcp", Runs(0, 4, (), ())):
+    with pytest.raises(StorageError, match=says), source_of(storage)[0].window("__7_0.distcp", ByteRuns(0, 4, (), ())):
         pass
 
 
@@ -218,7 +218,7 @@ def test_a_file_that_is_written_again(place: Place) -> None:
         says = r"__0_0\.distcp: its version is .*it was written again since"
         with pytest.raises(StorageError, match=says):
             read(before, BIG, 5, 10)
-        with pytest.raises(StorageError, match=says), source_of(before)[0].window(BIG, Runs(0, 4, (2,), (9,))):
+        with pytest.raises(StorageError, match=says), source_of(before)[0].window(BIG, ByteRuns(0, 4, (2,), (9,))):
             pass
     else:
         assert before.location.startswith("memory://") or place.options == {"client": "fsspec"}

@@ -14,8 +14,7 @@ from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.region import Region
 from shardferry.storage import open_storage
-from shardferry.storage.obstore import is_taken
-from shardferry.storage.obstore_options import StoreOptions, StorePlace, place_of, split_options
+from shardferry.storage.obstore import StoreOptions, StorePlace, is_taken, place_of, split_options
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor
