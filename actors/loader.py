@@ -20,9 +20,8 @@ import torch.distributed as dist
 from shardferry.actors.network import use_interface_of
 from shardferry.actors.progress import Progress
 from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
-from shardferry.checkpoint.cache_directory import CacheChoice
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import open_checkpoint
+from shardferry.checkpoint.open import CacheDirectory, open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, make_handle
@@ -88,7 +87,7 @@ class Loader:
             self._agreement = Agreement(dist.group.WORLD)
         return os.getpid()
 
-    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheChoice) -> Catalog:
+    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheDirectory) -> Catalog:
         """On rank 0: read the checkpoint's metadata for all."""
         with self._span("catalog"):
             return open_checkpoint(location, storage_options=storage_options, cache=cache)

@@ -22,7 +22,7 @@ from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load
 from shardferry.state_dicts import ParamGroup
 from shardferry.stats import Counters
-from shardferry.storage.base import open_storage
+from shardferry.storage.open import open_storage
 
 _REQUEST = LoadRequest(OPTIMIZER_KEY)
 

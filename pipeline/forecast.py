@@ -25,7 +25,7 @@ from shardferry.read.schedule import count_objects, requests_of_plan
 from shardferry.region import Region, first_overlap, uncovered
 from shardferry.schemas.plan_report import RankPlan
 from shardferry.schemas.stage_config import StageConfig
-from shardferry.storage.traits import StorageTraits
+from shardferry.storage.base import StorageTraits
 
 MOST_PLANNED = 32  # ranks; one of the largest models takes a second
 
@@ -73,7 +73,7 @@ def forecast(
         catalog, [planned.key for planned in objects], read_limits(config, catalog)
     )
     ranks[0] = _with_objects(ranks[0], sum(planned.nbytes for planned in objects), bytes_read, num_requests)
-    return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != kinds).any()))
+    return Forecast(ranks, may_share, len(plans), bool((chosen[places] != kinds).any()))
 
 
 def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:

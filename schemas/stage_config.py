@@ -61,9 +61,8 @@ class CheckpointSpec(Spec):
         description="the optimizer's key in the state dict that was saved; dots lead into nested ones, '' is all of it",
     )
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
-    cache: bool | Annotated[str, Field(min_length=1)] = Field(
-        True,
-        description="keep catalogs and plans of large checkpoints on disk: true, false, or in which directory; see docs/scale.md",
+    cache: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="directory that keeps catalogs, so that large metadata is read once; see docs/scale.md"
     )
     model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from shardferry._gc import paused_gc
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import opened_storage, read_catalog
 from shardferry.config import KeyPolicy, LoadRequest, MessageLimits, ReadKeywords, ReadOptions, Selection, dtype_policy
 from shardferry.exchange.agreement import Agreement
@@ -35,7 +34,8 @@ from shardferry.plan.match_keys import KeyReport, unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Cooperation, read_objects, read_plan
 from shardferry.stats import Counters, PhaseClock
-from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.base import RangeReader
+from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryPolicy
 
 
@@ -388,7 +388,7 @@ def open_for_all(
     """
 
     def read() -> tuple[Catalog, dict[str, Any]]:
-        catalog = read_catalog(storage, cache=CatalogCache.of(True), storage_options=storage_options)
+        catalog = read_catalog(storage, storage_options=storage_options)
         storage.expect(catalog.file_versions)
         return catalog, read_values(catalog, request, storage, options, counters)
 

@@ -71,7 +71,6 @@ class Catalog:
     file_versions: Mapping[str, str] = field(default_factory=dict)  # alike: an etag, a time; see RangeReader.versions
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # for fsspec; may hold credentials
     problems: tuple[str, ...] = field(default=())
-    metadata_digest: bytes = b""  # of all metadata files, where what was made of them is kept on disk (docs/scale.md)
 
     @property
     def num_chunks(self) -> int:

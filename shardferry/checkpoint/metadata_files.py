@@ -1,9 +1,9 @@
-"""Read the metadata files of a checkpoint into memory, in pieces side by side, and digest them on the way."""
+"""Read the metadata files of a checkpoint into memory, in pieces side by side."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,47 +22,34 @@ class MetadataFiles:
 
     names: Sequence[str]
     contents: list[memoryview]
-    digest: bytes  # changes with any byte of any file
 
     @classmethod
-    def read(
-        cls, storage: RangeReader, names: Sequence[str], beginnings: Mapping[str, bytes] | None = None
-    ) -> MetadataFiles:
-        """Read them.
-
-        Args:
-            beginnings: what is known already, by name.
-
-        Raises:
-            StorageError: a file is missing or short.
-        """
-        known = [memoryview((beginnings or {}).get(name, b"")) for name in names]
+    def read(cls, storage: RangeReader, names: Sequence[str]) -> MetadataFiles:
+        """Read them. Raises StorageError where a file is missing or short."""
         contents = [np.empty(storage.size(name), dtype=np.uint8).data for name in names]
         pieces = list(_pieces(contents))
-        whole = hashlib.sha256()
 
-        def fetch(piece: tuple[int, int]) -> bytes:
+        def fetch(piece: tuple[int, int]) -> None:
             file, start = piece
-            target, here = contents[file][start : start + _PIECE_BYTES], known[file][start : start + _PIECE_BYTES]
-            target[: len(here)] = here
-            if len(here) < len(target):
-                storage.read_into(names[file], start + len(here), target[len(here) :])
-            return hashlib.sha256(target).digest()
+            storage.read_into(names[file], start, contents[file][start : start + _PIECE_BYTES])
 
         with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="shardferry-metadata") as pool:
-            for (file, start), digest in zip(pieces, pool.map(fetch, pieces), strict=True):
-                whole.update(f"{names[file]!a} {start} {len(contents[file])} ".encode() + digest)
-        return cls(names, contents, whole.digest())
+            list(pool.map(fetch, pieces))
+        return cls(names, contents)
+
+    def digest(self) -> bytes:
+        """SHA-256 of all names and contents."""
+        whole = hashlib.sha256()
+        for name, content in zip(self.names, self.contents, strict=True):
+            whole.update(f"{name!a} {len(content)} ".encode())
+            whole.update(content)
+        return whole.digest()
 
     def parsed(self, location: str) -> Iterator[tuple[str, Metadata]]:
         """Name, for error messages, and content of each file. Raises UnsafeMetadata, CatalogError."""
         for name, content in zip(self.names, self.contents, strict=True):
             source = f"{location}/{name}"
             yield source, parse_metadata(content, source=source)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(len, self.contents))
 
 
 def _pieces(contents: Sequence[memoryview]) -> Iterator[tuple[int, int]]:

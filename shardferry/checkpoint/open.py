@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shardferry.checkpoint.build import build_catalog
-from shardferry.checkpoint.cache_directory import CacheChoice
+from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
 from shardferry.checkpoint.metadata_files import MetadataFiles
 from shardferry.checkpoint.safetensors_files import (
@@ -24,16 +24,18 @@ from shardferry.checkpoint.safetensors_files import (
     with_safetensors_positions,
 )
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
-from shardferry.storage.base import Beginning, RangeReader, open_storage, read_file
+from shardferry.storage.base import RangeReader, read_file
+from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryPolicy
 
+CacheDirectory = str | os.PathLike[str] | None  # None: no catalog is kept
+
 METADATA_FILE = ".metadata"
-_FIRST_BYTES = 1 << 20  # of it: all of most
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
 
 
 def open_checkpoint(
-    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheChoice = True
+    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheDirectory = None
 ) -> Catalog:
     """What the checkpoint at ``location`` holds.
 
@@ -42,8 +44,7 @@ def open_checkpoint(
             server, or of anything else that fsspec can open.
         storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
             reads.
-        cache: a directory that keeps the catalogs of large checkpoints, by the digest of their metadata. True: the user's
-            own, ``$XDG_CACHE_HOME/shardferry`` (docs/scale.md). False: none.
+        cache: a directory that keeps catalogs, by the digest of their metadata (docs/scale.md); default: nothing is kept.
 
     Raises:
         CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
@@ -51,7 +52,7 @@ def open_checkpoint(
         CatalogError: the metadata is damaged.
     """
     with closing(open_storage(location, storage_options)) as storage:
-        return read_catalog(storage, cache=CatalogCache.of(cache), storage_options=storage_options)
+        return read_catalog(storage, cache=cache, storage_options=storage_options)
 
 
 @contextmanager
@@ -72,12 +73,12 @@ def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeRe
 
 
 def read_catalog(
-    storage: RangeReader, *, cache: CatalogCache | None, storage_options: Mapping[str, Any] | None = None
+    storage: RangeReader, *, cache: CacheDirectory = None, storage_options: Mapping[str, Any] | None = None
 ) -> Catalog:
     """The catalog of an opened storage; see `open_checkpoint`."""
-    listing, beginning = _listed(storage)
+    listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
     versions = storage.versions()
-    catalog = _of_metadata(storage, list(listing), beginning, cache)
+    catalog = _of_metadata(storage, list(listing), cache)
     catalog = dataclasses.replace(
         catalog,
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
@@ -89,63 +90,35 @@ def read_catalog(
     return catalog
 
 
-def _listed(storage: RangeReader) -> tuple[dict[str, int | None], dict[str, bytes]]:
-    """What files there are, and how the usual metadata file begins: asked side by side where each question takes long."""
-    if not storage.traits.tells_sizes:
-        return storage.listing(), {}
-    with ThreadPoolExecutor(1, thread_name_prefix="shardferry-open") as pool:
-        begun = pool.submit(storage.beginning, METADATA_FILE, _FIRST_BYTES)
-        listing = storage.listing() if storage.traits.has_listing else _known_files(storage, begun)
-        with suppress(MissingFile):
-            beginning = begun.result()
-            if beginning is not None and _is_of(beginning, listing.get(METADATA_FILE), storage.versions()):
-                return listing, {METADATA_FILE: beginning.data}
-    return listing, {}
-
-
-def _is_of(beginning: Beginning, size: int | None, versions: Mapping[str, str]) -> bool:
-    """Whether it is of the file that was listed, which may have been written meanwhile."""
-    listed = versions.get(METADATA_FILE)
-    if listed is not None and beginning.version is not None and listed.strip('"') != beginning.version.strip('"'):
-        return False  # Azure's listing has no quotation marks
-    return size == beginning.size
-
-
-def _of_metadata(
-    storage: RangeReader, names: list[str], beginning: Mapping[str, bytes], cache: CatalogCache | None
-) -> Catalog:
+def _of_metadata(storage: RangeReader, names: list[str], cache: CacheDirectory) -> Catalog:
     sources = _metadata_files(storage.location, names)
     if not sources and is_safetensors(names):
         return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
     if not sources:
         raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
-    files = MetadataFiles.read(storage, sources, beginning)
+    files = MetadataFiles.read(storage, sources)
     return with_safetensors_positions(_cached(files, storage.location, cache), storage)
 
 
-def _cached(files: MetadataFiles, location: str, cache: CatalogCache | None) -> Catalog:
-    """What the metadata files alone say; only that is cached, and whatever else is kept has the digest for its key."""
-    if cache is None or files.nbytes < cache.min_metadata_bytes:
+def _cached(files: MetadataFiles, location: str, directory: CacheDirectory) -> Catalog:
+    """The catalog of the metadata files alone: only that is kept."""
+    if directory is None:
         return build_catalog(files.parsed(location), location=location)
-    catalog = cache.get(files.digest, location=location)
+    cache, digest = CatalogCache(Path(directory).expanduser()), files.digest()
+    catalog = cache.get(digest, location=location)
     if catalog is None:
         catalog = build_catalog(files.parsed(location), location=location)
-        cache.put(files.digest, catalog)
-    return dataclasses.replace(catalog, metadata_digest=files.digest)
+        cache.put(digest, catalog)
+    return catalog
 
 
-def _known_files(storage: RangeReader, begun: Future[Beginning | None]) -> dict[str, int | None]:
-    """Of a storage that can't list: those files that a checkpoint begins with, as far as they are there.
-
-    Args:
-        begun: the metadata file's beginning, which says whether that is there, and how long it is.
-    """
+def _known_files(storage: RangeReader) -> dict[str, int | None]:
+    """The files of a storage that can't list, as far as their names are known: those that a checkpoint begins with."""
     names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
 
     def size_of(name: str) -> int | None:
         with suppress(MissingFile):
-            beginning = begun.result() if name == METADATA_FILE else None
-            return storage.size(name) if beginning is None else beginning.size
+            return storage.size(name)
         return None
 
     with ThreadPoolExecutor(len(names), thread_name_prefix="shardferry-open") as pool:

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from shardferry.arena import allocate_arena
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.catalog_cache import CatalogCache
 from shardferry.checkpoint.open import read_catalog
 from shardferry.config import ReadOptions
 from shardferry.dcp.custom_reader import load_with_reader
@@ -31,7 +30,10 @@ from shardferry.exchange.agreement import Agreement
 from shardferry.plan.planner import plan_tensors
 from shardferry.read.execute import read_objects, read_plan
 from shardferry.stats import Counters
-from shardferry.storage.base import RangeReader, open_storage
+from shardferry.storage.base import RangeReader
+from shardferry.storage.fsspec import FsspecRangeReader
+from shardferry.storage.open import open_storage
+from shardferry.storage.retry import RetryingReader
 
 _FSSPEC = "torch.distributed.checkpoint._fsspec_filesystem"  # importing it needs fsspec
 
@@ -125,9 +127,7 @@ def _load_ranges(
 ) -> dict[str, Any]:
     storage = agreement.all_or_raise("opening the checkpoint", lambda: _storage_of(reader))
     try:
-        catalog = agreement.from_rank0(
-            "reading the metadata", lambda: read_catalog(storage, cache=CatalogCache.of(True))
-        )
+        catalog = agreement.from_rank0("reading the metadata", lambda: read_catalog(storage))
         storage.expect(catalog.file_versions)
         plan = agreement.all_or_raise("planning", lambda: plan_result(catalog, optimizer_key, model, group))
         values = agreement.all_or_raise("loading", lambda: _read(catalog, storage, plan, device_of(group), agreement))
@@ -140,11 +140,8 @@ def _storage_of(reader: StorageReader) -> RangeReader:
     """The storage behind one of torch's own readers. Raises CheckpointNotFound."""
     assert isinstance(reader, FileSystemReader)
     if _is_fsspec(reader):
-        from shardferry.storage.fsspec import RemoteReader
-        from shardferry.storage.retry import RetryingReader
-
         filesystem: Any = reader.fs  # wraps fsspec's own file system, which has the caller's options
-        return RetryingReader(RemoteReader(filesystem.fs, os.fspath(reader.path)))
+        return RetryingReader(FsspecRangeReader(filesystem.fs, os.fspath(reader.path)))
     return open_storage(os.fspath(reader.path))
 
 

@@ -50,7 +50,7 @@ from shardferry.read.threads import num_read_threads, run_tasks
 from shardferry.read.zip_header import HeaderTooShort, ItemLayout
 from shardferry.stats import Counters
 from shardferry.storage.base import RangeReader
-from shardferry.storage.transient import TransientStorageError
+from shardferry.storage.retry import TransientStorageError
 
 _MIN_DEVICE_THREADS = 2  # reads for a GPU's arena overlap the copies to it
 

@@ -1,15 +1,22 @@
-"""Where a checkpoint's bytes are, and how to get ranges of them."""
+"""Where a checkpoint's bytes are: a protocol for byte ranges of files, one file per kind of storage, and retries.
 
-from shardferry.storage.base import RangeReader, open_storage
-from shardferry.storage.fsspec import RemoteReader
+::
+
+    open.py ──► local.py | obstore.py | fsspec.py ──► retry.py ──► base.py
+"""
+
+from shardferry.storage.base import RangeReader, StorageTraits
+from shardferry.storage.fsspec import FsspecRangeReader
 from shardferry.storage.local import LocalReader
+from shardferry.storage.obstore import ObstoreReader
+from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryingReader, RetryPolicy
-from shardferry.storage.traits import StorageTraits
 
 __all__ = [
+    "FsspecRangeReader",
     "LocalReader",
+    "ObstoreReader",
     "RangeReader",
-    "RemoteReader",
     "RetryPolicy",
     "RetryingReader",
     "StorageTraits",

@@ -1,138 +1,127 @@
-"""What the reader asks of a storage, and which storage a location names."""
+"""The protocol of a storage: the byte ranges of one checkpoint's files, and how storages of one kind are best read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import Protocol
 
 import numpy as np
 
+from shardferry.config import ReadLimits, ReadOptions, SplitLimits
 from shardferry.errors import MissingFile, StorageError
-from shardferry.storage.traits import StorageTraits
 
-if TYPE_CHECKING:
-    from shardferry.storage.retry import RetryPolicy
+KIB, MIB = 1024, 1024 * 1024
+_LOCAL_ITEM_BYTES = 64 * KIB  # larger items of local files are better read in place than copied out of a buffer
+_LOCAL_PART_BYTES = 1 * MIB  # fits a core's cache, so that a part is copied to its ranks out of the cache
+
+
+@dataclass(frozen=True, slots=True)
+class StorageTraits:
+    """How one kind of storage is best read. `ReadOptions` may override the limits."""
+
+    max_gap_bytes: int  # between two byte ranges of one request; a longer gap costs more than another request
+    max_over_read: float  # unwanted bytes of a request, divided by the wanted ones
+    max_request_bytes: int  # longer ranges are split into several requests
+    is_local: bool
+    maps_files: bool = False  # `RangeReader.mapped` works: bytes are fetched when they are accessed
+    holds_bodies: bool = False  # the bytes of a request are in memory twice until it is done
+    has_listing: bool = True  # `RangeReader.listing` works
+    tells_sizes: bool = False  # each answer has the file's size; otherwise `size` costs a request, or opens the file
+
+    def read_limits(self, options: ReadOptions) -> ReadLimits:
+        """The limits of one load: those of the options, else the storage's own."""
+        request = self.max_request_bytes if options.max_request is None else options.max_request
+        return ReadLimits(
+            max_gap_bytes=self.max_gap_bytes if options.max_gap is None else options.max_gap,
+            max_over_read=self.max_over_read,
+            max_request_bytes=request,
+            max_item_bytes=min(request, _LOCAL_ITEM_BYTES) if self.is_local else request,
+            maps_files=self.maps_files,
+            opens_with_data=not self.is_local,
+        )
+
+    def split_limits(self, limits: ReadLimits) -> SplitLimits:
+        """How chunks are split among ranks that read for each other."""
+        if self.is_local:
+            return SplitLimits(max_part_bytes=_LOCAL_PART_BYTES)
+        # A part that begins in a window ends within two.
+        return SplitLimits(max_part_bytes=limits.max_request_bytes, window_bytes=limits.max_request_bytes // 2)
+
+
+OBJECT_STORE = StorageTraits(max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=8 * MIB, is_local=False)
 
 
 class ByteReader(Protocol):
     """Reads byte ranges of files. Safe to use from several threads."""
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        """Fill the buffers, one after the other, from ``byte_offset`` on, with one request.
+        """Fill the buffers, one after the other, with the bytes from ``byte_offset`` on, in one request.
 
         Raises:
-            StorageError: the file has fewer bytes.
+            StorageError: the file has fewer bytes, or the request failed.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Beginning:
-    """How a file begins."""
-
-    data: bytes
-    size: int  # bytes, of the file
-    version: str | None  # of the file, an etag say
 
 
 class RangeReader(ByteReader, Protocol):
     """The files of one checkpoint."""
 
-    location: str
+    location: str  # as `open_storage` takes it
 
     @property
     def traits(self) -> StorageTraits:
         """How this kind of storage is best read."""
 
     def listing(self) -> dict[str, int | None]:
-        """The files directly in the checkpoint: their bytes (None: not told), by name, ascending.
+        """Size in bytes of each file directly in the checkpoint, by name, sorted. None: the storage does not tell it.
 
         Raises:
-            CheckpointNotFound: no such directory.
-            StorageError: the storage can't list (see ``traits.has_listing``), or failed.
+            CheckpointNotFound: there is no such directory.
+            StorageError: the storage can't list (see ``traits.has_listing``), or the request failed.
         """
 
     def versions(self) -> dict[str, str]:
-        """What will be different once a file is written again, an etag say: as the last listing told, by name."""
+        """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change.
+
+        The version of a file changes when the file is written again.
+        """
 
     def expect(self, versions: Mapping[str, str]) -> None:
-        """From now on a file of another version than here is not read: StorageError says that it was written again."""
+        """From now on, reading a file of another version than the one given here raises StorageError."""
 
     def size(self, path: str) -> int:
-        """Bytes of a file. Raises MissingFile, StorageError."""
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        """So many bytes from a file's start, or all of it, where the same request tells the file's size; else None.
+        """Size of a file in bytes.
 
         Raises:
             MissingFile: there is no such file.
-            TransientStorageError: worth another try.
+            StorageError: the request failed.
         """
 
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
-        """Bytes of a file in place: nothing is fetched before it is looked at. Only where ``traits.maps_files`` says so.
+        """The bytes ``[start, stop)`` of a file, mapped: each page is fetched when it is accessed.
 
         Raises:
-            StorageError: the file has fewer bytes, or can't be mapped.
+            StorageError: the file has fewer bytes, or can't be mapped (see ``traits.maps_files``).
         """
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        """Whether a byte can be had without asking a disk or a network; never asks them itself. Raises StorageError."""
-
     def close(self) -> None:
-        """Give back files and connections."""
-
-
-def open_storage(
-    location: str | Path,
-    storage_options: Mapping[str, Any] | None = None,
-    *,
-    retry: RetryPolicy | None = None,
-) -> RangeReader:
-    """The storage of a checkpoint: a directory, as a path or a ``file://`` URL, an object store, or any URL of fsspec.
-
-    Args:
-        storage_options: credentials, an endpoint, how local files are read: see docs/storage.md.
-        retry: how often a request that fails in passing is tried again.
-
-    Raises:
-        CheckpointNotFound: no such directory, or a kind of URL that isn't known or whose package isn't installed.
-        SpecError: an option that this kind of storage doesn't have.
-    """
-    from shardferry.storage.retry import RetryingReader
-
-    return RetryingReader(_storage_at(str(location), storage_options or {}), retry)
-
-
-def _storage_at(location: str, storage_options: Mapping[str, Any]) -> RangeReader:
-    from shardferry.storage import fsspec as remote
-    from shardferry.storage import local
-    from shardferry.storage import obstore as native
-
-    scheme, separator, _ = location.partition("://")
-    if not separator:
-        return local.LocalReader(Path(location), local.LocalOptions.of(storage_options))
-    if scheme == "file":
-        directory = Path(unquote(urlsplit(location).path))
-        return local.LocalReader(directory, local.LocalOptions.of(storage_options))
-    options = dict(storage_options)
-    client = options.pop("client", None)
-    if native.is_taken(location, client):
-        return native.open_url(location, options)
-    return remote.open_url(location, options)
+        """Release files and connections."""
 
 
 def read_file(storage: RangeReader, path: str) -> bytes:
-    """A whole (small) file."""
+    """All bytes of a small file.
+
+    Raises:
+        MissingFile: there is no such file.
+        StorageError: a request failed.
+    """
     data = bytearray(storage.size(path))
     storage.read_into(path, 0, memoryview(data))
     return bytes(data)
 
 
 def spread(data: memoryview, buffers: Sequence[memoryview]) -> None:
-    """Copy what one request brought to the buffers, one after the other, as far as it goes."""
+    """Copy ``data`` into the buffers, one after the other, until one of the two ends."""
     done = 0
     for buffer in buffers:
         count = min(len(buffer), len(data) - done)
@@ -140,22 +129,25 @@ def spread(data: memoryview, buffers: Sequence[memoryview]) -> None:
         done += count
 
 
-def not_mapped(location: str) -> StorageError:
-    return StorageError(f"{location}: its files can't be mapped into memory; their bytes have to be read")
-
-
 def copy_bytes(target: memoryview, source: memoryview) -> None:
-    """As ``target[:] = source``, but other threads may run meanwhile."""
+    """Do ``target[:] = source`` without holding the GIL."""
     np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
+def not_mapped(location: str) -> StorageError:
+    """The error of a storage whose files can't be mapped."""
+    return StorageError(f"{location}: its files can't be mapped into memory; their bytes have to be read")
+
+
 def missing_file(where: str) -> MissingFile:
+    """The error for a file that does not exist."""
     return MissingFile(
         f"{where}: the file is missing, but the metadata says that it holds saved data; restore it or use another checkpoint"
     )
 
 
 def written_again(where: str, *, now: str, before: str) -> StorageError:
+    """The error for a file whose version is not the expected one."""
     return StorageError(
         f"{where}: its version is {now}, it was {before} when the catalog was read: it was written again since. "
         "Open the checkpoint again."

@@ -1,7 +1,7 @@
-"""Read byte ranges through any fsspec filesystem: an object store, a web server, another process's memory.
+"""Read byte ranges through any fsspec filesystem: an object store, a web server, the memory of another process.
 
-Ranges are asked of the filesystem itself, not of its open files: these read ahead into a block cache, which asks for six
-times the bytes where a checkpoint's items are looked at here and there.
+Ranges are requested from the filesystem itself, not from its open files. Open files read ahead into a block cache, which
+requests six times the bytes where a load reads items here and there.
 """
 
 from __future__ import annotations
@@ -9,46 +9,42 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.storage.base import missing_file, not_mapped, spread, written_again
-from shardferry.storage.traits import OBJECT_STORE, StorageTraits
-from shardferry.storage.transient import TransientStorageError, is_transient
+from shardferry.storage.base import OBJECT_STORE, StorageTraits, missing_file, not_mapped, spread, written_again
+from shardferry.storage.retry import TransientStorageError, is_transient
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
-# What backends call what changes when a file is written again: s3fs, adlfs, gcsfs, the local one. No other times: a listing
-# and the file's own information give these in different forms.
-_VERSIONS = ("ETag", "etag", "generation", "mtime")
+# The field that changes when a file is written again, by the names of s3fs, adlfs, gcsfs and the local filesystem. No other
+# times: a listing and the information about one file have these in different forms.
+_VERSION_FIELDS = ("ETag", "etag", "generation", "mtime")
 
 
-class RemoteReader:
-    """Files of a directory of a filesystem.
+class FsspecRangeReader:
+    """Files of a directory of an fsspec filesystem.
 
-    A file's version is checked where the backend lists one, when the file is first read.
+    The version of a file is compared when the file is first read, where the backend tells versions.
 
     Args:
-        filesystem: of fsspec. It is shared with whoever else uses it, and not closed here.
-        root: the directory's path in it, with or without the protocol.
+        filesystem: an ``fsspec.AbstractFileSystem``. Others may use it too: it is not closed here.
+        root: the directory's path in the filesystem, with or without the protocol.
     """
 
-    # fsspec gives a request's bytes as one object.
+    # fsspec returns the bytes of a request as one object.
     traits: StorageTraits = dataclasses.replace(OBJECT_STORE, holds_bodies=True)
 
-    def __init__(self, filesystem: AbstractFileSystem, root: str) -> None:
+    def __init__(self, filesystem: Any, root: str) -> None:
         self._filesystem = filesystem
         self._root = str(filesystem._strip_protocol(root)).rstrip("/")
-        self.location = filesystem.unstrip_protocol(self._root)
+        self.location = str(filesystem.unstrip_protocol(self._root))
         self._sizes: dict[str, int] = {}
         self._versions: dict[str, str] = {}
-        self._expected: dict[str, str] = {}  # of files that were not read from yet
+        self._expected: dict[str, str] = {}  # of files that were not read yet
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, int | None]:
         try:
-            self._filesystem.invalidate_cache(self._root)  # a listing of before the save was completed
+            self._filesystem.invalidate_cache(self._root)  # it may be older than the end of the save
             entries = self._filesystem.ls(self._root, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it") from None
@@ -78,22 +74,18 @@ class RemoteReader:
         with self._lock:
             return self._sizes.setdefault(path, int(found))
 
-    def beginning(self, path: str, nbytes: int) -> None:
-        """fsspec gives a range's bytes, and tells nothing of their file."""
-
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         nbytes = sum(map(len, buffers))
         if not nbytes:
             return
         stop = byte_offset + nbytes
-        what = f"reading bytes {byte_offset} to {stop} failed"
         try:
             self._check_version(path)
             data = self._range(path, byte_offset, stop)
         except StorageError:
             raise
         except Exception as error:
-            raise self._failed(path, what, error) from error
+            raise self._failed(path, f"reading bytes {byte_offset} to {stop} failed", error) from error
         if len(data) != nbytes:
             raise StorageError(
                 f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {len(data)} bytes came; "
@@ -104,17 +96,14 @@ class RemoteReader:
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         raise not_mapped(self.location)
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        return False
-
     def close(self) -> None:
-        """The filesystem keeps its connections: it is not ours alone."""
+        """Nothing: the filesystem keeps its connections, as others may use it too."""
 
     def _check_version(self, path: str) -> None:
         expected = self._expected.get(path)
         if expected is None:
             return
-        self._filesystem.invalidate_cache(self._root)  # else it may tell what it listed before
+        self._filesystem.invalidate_cache(self._root)  # otherwise it may answer from an older listing
         found = _version(self._filesystem.info(self._path(path)))
         if found is not None and found != expected:
             raise written_again(f"{self.location}/{path}", now=found, before=expected)
@@ -128,10 +117,10 @@ class RemoteReader:
             return bytes(file.read(stop - start))
 
     def _reads_through_files(self) -> bool:
-        """Whether the backend has no ranges of its own, so that fsspec reads them through a file with a cache."""
+        """Whether the backend has no ranges of its own, so that fsspec reads them through a file with a block cache."""
         from fsspec import AbstractFileSystem
 
-        # Asked of the object, not of its class: asynchronous backends get their methods when they are made.
+        # The object is asked, not its class: asynchronous backends get their methods when the object is made.
         return getattr(self._filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
 
     def _failed(self, path: str, what: str, error: Exception) -> StorageError:
@@ -142,22 +131,27 @@ class RemoteReader:
         return f"{self._root}/{path}"
 
 
-def open_url(url: str, storage_options: Mapping[str, Any]) -> RemoteReader:
-    """The storage that a URL names. Raises CheckpointNotFound where its kind is unknown, or its package is missing."""
-    scheme = url.partition("://")[0]
+def open_location(location: str, storage_options: Mapping[str, Any]) -> FsspecRangeReader:
+    """The storage of a URL, with the options of its backend.
+
+    Raises:
+        CheckpointNotFound: the kind of URL is unknown, its package is missing, or the backend refuses the options.
+    """
+    options = {name: value for name, value in storage_options.items() if name != "client"}
+    scheme = location.partition("://")[0]
     try:
         from fsspec.core import url_to_fs
 
-        filesystem, root = url_to_fs(url, **storage_options)
+        filesystem, root = url_to_fs(location, **options)
     except ImportError as error:
-        raise CheckpointNotFound(f"{url}: {scheme}:// needs a package that is not installed: {error}") from error
+        raise CheckpointNotFound(f"{location}: {scheme}:// needs a package that is not installed: {error}") from error
     except Exception as error:  # each backend has its own
-        raise CheckpointNotFound(f"{url}: {scheme}:// can't be opened: {_reason(error)}") from error
-    return RemoteReader(filesystem, root)
+        raise CheckpointNotFound(f"{location}: {scheme}:// can't be opened: {_reason(error)}") from error
+    return FsspecRangeReader(filesystem, root)
 
 
 def _version(entry: Mapping[str, Any]) -> str | None:
-    return next((f"{name} {entry[name]}" for name in _VERSIONS if entry.get(name)), None)
+    return next((f"{name} {entry[name]}" for name in _VERSION_FIELDS if entry.get(name)), None)
 
 
 def _error(what: str, error: Exception) -> StorageError:

@@ -1,8 +1,9 @@
-"""Read byte ranges of local files: positioned reads in place, memory-mapped windows for strided ones."""
+"""Read byte ranges of local files: positioned reads, memory maps, and direct I/O where it is asked for."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import threading
@@ -11,42 +12,49 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
-from shardferry.storage.base import missing_file, not_mapped, written_again
-from shardferry.storage.direct import open_direct, pread_direct
-from shardferry.storage.direct_choice import DirectChoice, DirectIO
-from shardferry.storage.page_cache import is_cached
-from shardferry.storage.traits import LOCAL_FILES, StorageTraits
-from shardferry.storage.transient import TransientStorageError, is_transient
+from shardferry.storage.base import KIB, MIB, StorageTraits, missing_file, not_mapped, spread, written_again
+from shardferry.storage.retry import TransientStorageError, is_transient
+
+logger = logging.getLogger(__name__)
+
+LOCAL_FILES = StorageTraits(
+    max_gap_bytes=16 * KIB, max_over_read=0.25, max_request_bytes=8 * MIB, is_local=True, maps_files=True
+)
+
+ALIGNMENT = 4096  # bytes: positions, lengths and addresses of direct reads are multiples of it; all disks accept that
+BOUNCE_BYTES = 4 * MIB  # length of a direct read, at most
+_NO_DIRECT_IO = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 
 
 class PageCache(Enum):
-    """What the kernel is told about the pages of what is read."""
+    """What the kernel is told about the pages that are read."""
 
     KEEP = "keep"  # nothing
-    READ_AHEAD = "read_ahead"  # all of a request is wanted, before it is read
-    DROP = "drop"  # what was read is not wanted again
+    READ_AHEAD = "read_ahead"  # before each request: all of it is needed
+    DROP = "drop"  # after each request: its pages are not needed again
 
 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
     """How local files are read."""
 
-    direct_io: DirectIO = False  # past the page cache, where the file system can; "auto": where that is quicker
+    direct_io: bool = False  # bypass the page cache, where the file system can
     page_cache: PageCache = PageCache.KEEP
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> LocalOptions:
-        """From ``storage_options``. Raises SpecError."""
+    def parse(cls, options: Mapping[str, Any]) -> LocalOptions:
+        """Convert ``storage_options``. Raises SpecError for an unknown option or value."""
         unknown = sorted(set(options) - {"direct_io", "page_cache"})
         if unknown:
             raise SpecError(
                 f"storage_options: local files have no option {unknown[0]!r}; they have direct_io and page_cache"
             )
         direct_io, page_cache = options.get("direct_io", False), options.get("page_cache", PageCache.KEEP)
-        if not isinstance(direct_io, bool) and direct_io != "auto":
-            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true, false or auto")
+        if not isinstance(direct_io, bool):
+            raise SpecError(f"storage_options: direct_io is {direct_io!r}; it is true or false")
         try:
             return cls(direct_io, PageCache(page_cache))
         except ValueError:
@@ -54,15 +62,27 @@ class LocalOptions:
             raise SpecError(f"storage_options: page_cache is {page_cache!r}; it is one of {known}") from None
 
 
+def open_location(location: str, storage_options: Mapping[str, Any]) -> LocalReader | None:
+    """The storage of a path or a ``file://`` URL; None for another URL. Raises CheckpointNotFound, SpecError."""
+    scheme, separator, _ = location.partition("://")
+    if separator and scheme != "file":
+        return None
+    directory = Path(unquote(urlsplit(location).path)) if separator else Path(location)
+    return LocalReader(directory, LocalOptions.parse(storage_options))
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
     descriptor: int
     is_direct: bool
-    was_asked: bool  # to be direct, when it was opened
 
 
 class LocalReader:
-    """Files of a directory. Each file is opened once and stays open until ``close``."""
+    """Files of a directory. Each file is opened once and stays open until ``close``.
+
+    Raises:
+        CheckpointNotFound: there is no such directory.
+    """
 
     def __init__(self, directory: Path, options: LocalOptions | None = None) -> None:
         if not directory.is_dir():
@@ -71,19 +91,15 @@ class LocalReader:
         self.location = str(directory)
         self._directory = directory
         self._options = options or LocalOptions()
-        self._choice = DirectChoice(self._options.direct_io)
+        # A mapping goes through the page cache, and fills it.
+        self.traits = replace(LOCAL_FILES, maps_files=self._options == LocalOptions())
         self._files: dict[str, _File] = {}
-        self._retired: list[int] = []  # descriptors that were replaced, which another thread may still read from
+        self._retired: list[int] = []  # stale descriptors, which another thread may still be reading from
         self._versions: dict[str, str] = {}
         self._expected: dict[str, str] = {}
-        self._as_expected: set[int] = set()  # descriptors that were compared
+        self._checked: set[int] = set()  # descriptors whose version was compared with the expected one
+        self._bounce = _BounceBuffer()
         self._lock = threading.Lock()
-
-    @property
-    def traits(self) -> StorageTraits:
-        # A mapping goes through the page cache, and fills it.
-        maps_files = self._options == LocalOptions()
-        return replace(LOCAL_FILES, maps_files=maps_files)
 
     def listing(self) -> dict[str, int | None]:
         with os.scandir(self._directory) as entries:
@@ -96,16 +112,13 @@ class LocalReader:
 
     def expect(self, versions: Mapping[str, str]) -> None:
         self._expected = dict(versions)
-        self._as_expected.clear()
+        self._checked.clear()
 
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size
 
-    def beginning(self, path: str, nbytes: int) -> None:
-        """A look at an open file costs nothing."""
-
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        file, nbytes = self._chosen(path), sum(map(len, buffers))
+        file, nbytes = self._checked_file(path), sum(map(len, buffers))
         advice = self._options.page_cache
         if advice is PageCache.READ_AHEAD and not file.is_direct:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_WILLNEED)
@@ -113,7 +126,7 @@ class LocalReader:
         done = 0
         while done < nbytes:
             try:
-                count = _pread(file, left, byte_offset + done)
+                count = self._pread(file, left, byte_offset + done)
             except OSError as error:
                 raise self._failed(path, file, f"reading at byte {byte_offset + done} failed", error) from error
             if count == 0:
@@ -123,26 +136,21 @@ class LocalReader:
                 )
             done += count
             if done < nbytes:
-                left = _rest(buffers, done)
+                left = _without_first(buffers, done)
         if advice is PageCache.DROP:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         if not self.traits.maps_files:
             raise not_mapped(self.location)
-        # A page beyond the file's end would kill the process (SIGBUS): look at the size first.
-        file, size = self._checked(path), self.size(path)
+        # Accessing a page after the file's end would kill the process (SIGBUS): compare the size first.
+        file, size = self._checked_file(path), self.size(path)
         if stop > size:
             raise StorageError(f"{self.location}/{path}: has {size} bytes, but bytes {start} to {stop} are needed")
         first_page = start - start % mmap.ALLOCATIONGRANULARITY
-        # The mapping goes with its last view: closing it by hand would fail while an array still looks at it.
+        # The last view closes the mapping: closing it here would fail while an array still refers to it.
         pages = mmap.mmap(file.descriptor, stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
-        # Only the pages that are looked at are read, once each.
         return memoryview(pages)[start - first_page :]
-
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        file = self._file(path)
-        return not file.is_direct and is_cached(file.descriptor, byte_offset)
 
     def close(self) -> None:
         with self._lock:
@@ -150,26 +158,21 @@ class LocalReader:
                 os.close(descriptor)
             self._files.clear()
             self._retired.clear()
-            self._as_expected.clear()
+            self._checked.clear()
 
-    def _chosen(self, path: str) -> _File:
-        """A file to read from, past the page cache or through it."""
-        file = self._checked(path)
-        if self._choice.is_direct is None:
-            self._choice.decide(self._directory / path, file.descriptor)
-        if self._choice.is_direct and not file.was_asked:  # opened before that was known
-            self._retire(path, file)
-            file = self._checked(path)
-        return file
+    def _pread(self, file: _File, buffers: Sequence[memoryview], byte_offset: int) -> int:
+        if file.is_direct:
+            return pread_direct(file.descriptor, buffers, byte_offset, bounce=self._bounce.memory)
+        return os.preadv(file.descriptor, buffers, byte_offset)
 
-    def _checked(self, path: str) -> _File:
-        """A file to read from: the one that the catalog was made of."""
+    def _checked_file(self, path: str) -> _File:
+        """A file to read from. Raises StorageError if it is not the one that the catalog was made from."""
         file = self._file(path)
-        if file.descriptor not in self._as_expected:
+        if file.descriptor not in self._checked:
             found = _version(os.fstat(file.descriptor))
             if (expected := self._expected.get(path, found)) != found:
                 raise written_again(f"{self.location}/{path}", now=found, before=expected)
-            self._as_expected.add(file.descriptor)
+            self._checked.add(file.descriptor)
         return file
 
     def _file(self, path: str) -> _File:
@@ -180,44 +183,83 @@ class LocalReader:
             return file
 
     def _open(self, path: str) -> _File:
-        where, is_direct = self._directory / path, bool(self._choice.is_direct)
+        where = self._directory / path
         try:
-            if is_direct and (descriptor := open_direct(where)) is not None:
-                return _File(descriptor, is_direct=True, was_asked=True)
-            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False, was_asked=is_direct)
+            if self._options.direct_io and (descriptor := open_direct(where)) is not None:
+                return _File(descriptor, is_direct=True)
+            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False)
         except FileNotFoundError:
             raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:
             kind = TransientStorageError if is_transient(error) else StorageError
             raise kind(f"{self.location}/{path}: can't be opened: {error}") from error
 
-    def _retire(self, path: str, file: _File) -> None:
-        """Let the file be opened anew, unless another thread has done so."""
-        with self._lock:
-            if self._files.get(path) is file:
-                self._retired.append(self._files.pop(path).descriptor)
-
     def _failed(self, path: str, file: _File, what: str, error: OSError) -> StorageError:
-        if error.errno == errno.ESTALE:  # of a network file system: only a new descriptor helps
+        if error.errno == errno.ESTALE:  # of a network file system: the next attempt needs a new descriptor
             self._retire(path, file)
         kind = TransientStorageError if is_transient(error) else StorageError
         return kind(f"{self.location}/{path}: {what}: {error}")
 
+    def _retire(self, path: str, file: _File) -> None:
+        """Let the next read open the file again, unless another thread has already done so."""
+        with self._lock:
+            if self._files.get(path) is file:
+                self._retired.append(self._files.pop(path).descriptor)
 
-def _pread(file: _File, buffers: Sequence[memoryview], byte_offset: int) -> int:
-    if file.is_direct:
-        return pread_direct(file.descriptor, buffers, byte_offset)
-    return os.preadv(file.descriptor, buffers, byte_offset)
 
-
-def _rest(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
-    """What is to be filled yet, where ``done`` bytes are."""
-    place = 0
-    while done >= len(buffers[place]):
-        done -= len(buffers[place])
-        place += 1
-    return [buffers[place][done:], *buffers[place + 1 :]]
+def _without_first(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:
+    """The buffers without their first ``num_bytes`` bytes, which are filled already."""
+    first = 0
+    while num_bytes >= len(buffers[first]):
+        num_bytes -= len(buffers[first])
+        first += 1
+    return [buffers[first][num_bytes:], *buffers[first + 1 :]]
 
 
 def _version(status: os.stat_result) -> str:
     return f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"
+
+
+class _BounceBuffer(threading.local):
+    """Memory for direct reads, one buffer per thread."""
+
+    def __init__(self) -> None:
+        self.memory = memoryview(mmap.mmap(-1, BOUNCE_BYTES))  # whole pages, so it is aligned
+
+
+def open_direct(path: Path) -> int | None:
+    """A descriptor for direct I/O; None where the file system refuses it. Raises OSError if the file can't be opened."""
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        os.preadv(descriptor, [memoryview(mmap.mmap(-1, ALIGNMENT))], 0)  # some file systems refuse only this
+    except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if error.errno not in _NO_DIRECT_IO:
+            raise
+        logger.info("%s: no direct I/O on this file system (%s); reading through the page cache", path, error.strerror)
+        return None
+    return descriptor
+
+
+def pread_direct(descriptor: int, buffers: Sequence[memoryview], byte_offset: int, *, bounce: memoryview) -> int:
+    """Fill the buffers, one after the other, as far as one direct read goes.
+
+    Args:
+        descriptor: see `open_direct`.
+        bounce: aligned memory of `BOUNCE_BYTES`, into which the disk's blocks are read.
+
+    Returns:
+        The number of bytes read: 0 at the end of the file.
+    """
+    start = byte_offset - byte_offset % ALIGNMENT
+    skipped = byte_offset - start
+    wanted = sum(map(len, buffers))
+    length = min(BOUNCE_BYTES, -(-(skipped + wanted) // ALIGNMENT) * ALIGNMENT)
+    found = os.preadv(descriptor, [bounce[:length]], start)
+    count = min(found - skipped, wanted)
+    if count <= 0:
+        return 0
+    spread(bounce[skipped : skipped + count], buffers)
+    return count

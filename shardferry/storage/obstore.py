@@ -1,42 +1,68 @@
 """Read byte ranges of object stores and web servers through obstore, a native client (Rust's ``object_store``).
 
-Its bodies arrive outside of Python, and are copied once, into the memory that they are for. Each request is sent once:
-trying again is for `shardferry.storage.retry` alone, so that the attempts of two don't multiply.
+Response bodies arrive outside of Python and are copied once, into their destination. obstore sends each request once: only
+`shardferry.storage.retry` tries again, so that the attempts of two layers do not multiply.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, StorageError
-from shardferry.storage.base import Beginning, copy_bytes, missing_file, not_mapped, written_again
-from shardferry.storage.obstore_errors import storage_error
-from shardferry.storage.obstore_options import StoreOptions, StorePlace, place_of, split_options
-from shardferry.storage.traits import OBJECT_STORE, WEB_SERVER, StorageTraits
-from shardferry.storage.transient import TransientStorageError
-
-if TYPE_CHECKING:
-    from obstore import GetOptions, GetResult, ObjectMeta
-    from obstore.store import ObjectStore
+from shardferry.storage.base import (
+    MIB,
+    OBJECT_STORE,
+    StorageTraits,
+    copy_bytes,
+    missing_file,
+    not_mapped,
+    written_again,
+)
+from shardferry.storage.retry import TransientStorageError, is_transient_status
 
 T = TypeVar("T")
 
-_PIECE_BYTES = 1024 * 1024  # of a body, copied while the rest is on its way
+_PIECE_BYTES = MIB  # of a response body: a piece is copied while the next ones arrive
 
 
-class NativeReader:
-    """Files of a directory of an object store or a web server."""
+@dataclass(frozen=True, slots=True)
+class _FileInfo:
+    """What an answer tells about its file."""
 
-    def __init__(self, store: ObjectStore, location: str, traits: StorageTraits) -> None:
+    size: int  # bytes
+    version: str | None  # an etag that a request can be made conditional on
+
+    @classmethod
+    def parse(cls, meta: Mapping[str, Any]) -> _FileInfo:
+        """Convert obstore's ``ObjectMeta``. A weak etag (``W/...``) never matches, so it is not a version."""
+        etag = meta["e_tag"]
+        return cls(meta["size"], None if etag is None or etag.startswith("W/") else etag)
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes" + (f", {self.version}" if self.version else "")
+
+
+class ObstoreReader:
+    """Files of a directory of an object store or a web server.
+
+    Args:
+        store: one of ``obstore.store``, whose root is the directory.
+        location: the directory's URL.
+        traits: how this kind of store is best read.
+    """
+
+    def __init__(self, store: Any, location: str, traits: StorageTraits) -> None:
         self.location = location
         self.traits = traits
         self._store = store
-        self._found: dict[str, ObjectMeta] = {}
-        self._answered: dict[str, str | None] = {}  # versions, as the first answer with bytes of the file had it
+        self._known: dict[str, _FileInfo] = {}  # from a listing, a HEAD, or the first answer with bytes of the file
+        self._answered: dict[str, str | None] = {}  # version, from the first answer with bytes of the file
         self._expected: Mapping[str, str] = {}
         self._lock = threading.Lock()
 
@@ -52,12 +78,12 @@ class NativeReader:
         if not found:
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it")
         with self._lock:
-            self._found = {meta["path"].rsplit("/", 1)[-1]: meta for meta in found}
-            return {name: self._found[name]["size"] for name in sorted(self._found)}
+            self._known = {meta["path"].rsplit("/", 1)[-1]: _FileInfo.parse(meta) for meta in found}
+            return {name: self._known[name].size for name in sorted(self._known)}
 
     def versions(self) -> dict[str, str]:
         with self._lock:
-            return {name: version for name, meta in self._found.items() if (version := _version(meta)) is not None}
+            return {name: info.version for name, info in self._known.items() if info.version is not None}
 
     def expect(self, versions: Mapping[str, str]) -> None:
         self._expected = dict(versions)
@@ -66,28 +92,12 @@ class NativeReader:
         import obstore
 
         with self._lock:
-            known = self._found.get(path)
+            known = self._known.get(path)
         if known is None:
-            known = self._call(lambda: obstore.head(self._store, path), path, "its size can't be found")
+            meta = self._call(lambda: obstore.head(self._store, path), path, "its size can't be found")
             with self._lock:
-                known = self._found.setdefault(path, known)
-        return known["size"]
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        import obstore
-
-        def request() -> Beginning:
-            result = obstore.get(self._store, path, options={"range": (0, nbytes)})
-            self._check_same(path, result.meta)
-            return Beginning(bytes(result.bytes()), result.meta["size"], _version(result.meta))
-
-        try:
-            found = self._call(request, path, "its beginning can't be read")
-        except (MissingFile, TransientStorageError):
-            raise
-        except StorageError:  # empty, denied, or not served in ranges: whoever asks for its size is told
-            return None
-        return found if len(found.data) == min(nbytes, found.size) else None
+                known = self._known.setdefault(path, _FileInfo.parse(meta))
+        return known.size
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         if nbytes := sum(map(len, buffers)):
@@ -97,48 +107,43 @@ class NativeReader:
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         raise not_mapped(self.location)
 
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        return False
-
     def close(self) -> None:
-        """Connections go with the store, when nobody holds it."""
+        """Nothing: the connections are closed with the store."""
 
     def _fill(self, path: str, byte_offset: int, buffers: Sequence[memoryview], nbytes: int) -> None:
         import obstore
 
         stop = byte_offset + nbytes
-        options: GetOptions = {"range": (byte_offset, stop)}
+        options: Any = {"range": (byte_offset, stop)}
         if (version := self._version_to_read(path)) is not None:
             options["if_match"] = version
         result = obstore.get(self._store, path, options=options)
-        self._check_same(path, result.meta)
-        done = _copied(result, buffers, nbytes)
+        self._check_unchanged(path, _FileInfo.parse(result.meta))
+        done = _copy_body(result, buffers, nbytes)
         if done != nbytes:
             raise StorageError(
                 f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {done} bytes came; "
                 "the file is cut, or the storage doesn't serve ranges"
             )
 
-    def _check_same(self, path: str, meta: ObjectMeta) -> None:
-        """Hold what an answer says of its file against the first one, and against the size that is known.
+    def _check_unchanged(self, path: str, now: _FileInfo) -> None:
+        """Raise StorageError if the size differs from the known one, or the version from that of the first answer.
 
-        Not against a listing's version: Azure's has no quotation marks there.
+        The version in a listing is not compared: Azure's has no quotation marks there.
         """
         with self._lock:
-            size = self._found.setdefault(path, meta)["size"]
-            version = self._answered.setdefault(path, _version(meta))
-        now, before = (meta["size"], _version(meta)), (size, version)
+            before = _FileInfo(self._known.setdefault(path, now).size, self._answered.setdefault(path, now.version))
         if now != before:
-            raise written_again(f"{self.location}/{path}", now=_words(*now), before=_words(*before))
+            raise written_again(f"{self.location}/{path}", now=str(now), before=str(before))
 
     def _version_to_read(self, path: str) -> str | None:
-        """What the catalog was made of; where it doesn't know, what was there when the size was asked for."""
+        """The version that the catalog was made from, otherwise the one that was there when the size was found."""
         expected = self._expected.get(path)
         if expected is not None:
             return expected
         with self._lock:
-            found = self._found.get(path)
-        return None if found is None else _version(found)
+            known = self._known.get(path)
+        return None if known is None else known.version
 
     def _call(self, request: Callable[[], T], path: str, what: str) -> T:
         from obstore.exceptions import BaseError, PreconditionError
@@ -153,60 +158,11 @@ class NativeReader:
         except PreconditionError as error:
             raise written_again(where, now="another", before=str(self._version_to_read(path))) from error
         except BaseError as error:
-            raise storage_error(error, f"{where}: {what}") from error
+            raise _storage_error(error, f"{where}: {what}") from error
 
 
-def is_taken(location: str, client: object) -> bool:
-    """Whether a URL is read by this module: object stores and web servers are, where obstore is installed.
-
-    Args:
-        client: ``storage_options["client"]``: ``"obstore"``, ``"fsspec"`` or None, which leaves the choice to us.
-
-    Raises:
-        SpecError: another client than these, or one that can't open the location.
-        CheckpointNotFound: obstore is asked for and not installed.
-    """
-    if client not in (None, "obstore", "fsspec"):
-        raise SpecError(f"storage_options: client is {client!r}; it is obstore or fsspec")
-    place = None if client == "fsspec" else place_of(location)
-    is_installed = importlib.util.find_spec("obstore") is not None
-    if client == "obstore" and place is None:
-        raise SpecError(f"{location}: obstore has no such storage; leave storage_options.client out")
-    if client == "obstore" and not is_installed:
-        raise CheckpointNotFound(
-            f"{location}: obstore is asked for and not installed: pip install 'shardferry[object-stores]'"
-        )
-    return place is not None and is_installed
-
-
-def open_url(location: str, storage_options: Mapping[str, Any]) -> NativeReader:
-    """The storage that a URL names. Raises SpecError where an option is unknown or wrong."""
-    place = place_of(location)
-    assert place is not None, location
-    options = split_options(place, storage_options)
-    try:
-        store = _store(place, options)
-    except Exception as error:  # obstore's own, and ValueError and TypeError for values of another type
-        reason = str(error).partition("\n")[0]
-        raise SpecError(f"{location}: can't be opened with these storage_options: {reason}") from error
-    traits = WEB_SERVER if place.kind == "http" else OBJECT_STORE
-    return NativeReader(store, location.rstrip("/"), replace(traits, tells_sizes=True))
-
-
-def _store(place: StorePlace, options: StoreOptions) -> ObjectStore:
-    from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
-
-    client: Any = options.client_options
-    common: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
-    if place.kind == "http":
-        return HTTPStore(place.container, **common)
-    make: Any = {"s3": S3Store, "gcs": GCSStore, "azure": AzureStore}[place.kind]
-    store: ObjectStore = make(place.container, prefix=place.prefix or None, config=options.config, **common)
-    return store
-
-
-def _copied(result: GetResult, buffers: Sequence[memoryview], nbytes: int) -> int:
-    """Bytes of a body, put where they belong. More than were asked for are counted as far as they fit, and one more."""
+def _copy_body(result: Any, buffers: Sequence[memoryview], nbytes: int) -> int:
+    """Copy a response body into the buffers. Returns its length; of a body that is too long, a number above ``nbytes``."""
     done, left = 0, list(reversed(buffers))
     for body in result.stream(min_chunk_size=_PIECE_BYTES):
         piece = memoryview(body)
@@ -223,11 +179,216 @@ def _copied(result: GetResult, buffers: Sequence[memoryview], nbytes: int) -> in
     return done
 
 
-def _words(num_bytes: int, version: str | None) -> str:
-    return f"{num_bytes} bytes" + (f", {version}" if version else "")
+# obstore has one class for nearly everything that a server answers, and says the rest in the text. Only this section looks
+# into that text; tests/core/storage/test_retry.py provokes each case with a real server.
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_TRANSIENT_KIND = re.compile(r"kind: (Timeout|Connect|Interrupted|Request)\b")  # of `HttpError`, in the details
+_OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got (\d+)\.\.(\d+)")
+_QUERY = re.compile(r"\?[^\s)]*")  # of a URL: it may hold a signature
+_NOT_FOUND, _RANGE_NOT_SATISFIABLE = 404, 416
 
 
-def _version(meta: ObjectMeta) -> str | None:
-    """The etag, where a request can be made to depend on it: a weak one never matches."""
-    etag = meta["e_tag"]
-    return None if etag is None or etag.startswith("W/") else etag
+def _storage_error(error: Exception, what: str) -> StorageError:
+    """Turn an error of obstore into one that says whether another attempt may succeed.
+
+    Args:
+        what: where and what went wrong.
+    """
+    from obstore.exceptions import NotSupportedError, PermissionDeniedError, UnauthenticatedError
+
+    text, _, details = str(error).partition("\n")
+    text = _QUERY.sub("?...", text)
+    if isinstance(error, NotSupportedError):
+        return StorageError(f"{what}: the storage doesn't serve ranges ({text})")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return StorageError(f"{what}: access is refused; check the credentials (docs/storage.md): {text}")
+    status = int(found[1]) if (found := _STATUS.search(text)) else None
+    if status == _NOT_FOUND:  # of a bucket; a file's is a FileNotFoundError
+        return MissingFile(f"{what}: {text}")
+    if status == _RANGE_NOT_SATISFIABLE:
+        return StorageError(f"{what}: the file ends before them; it is cut")
+    if found := _OTHER_RANGE.search(text):
+        return StorageError(f"{what}: bytes {found[1]} to {found[2]} came; the file is cut")
+    transient = _TRANSIENT_KIND.search(details) if status is None else is_transient_status(status)
+    return (TransientStorageError if transient else StorageError)(f"{what}: {text}")
+
+
+def open_location(location: str, storage_options: Mapping[str, Any]) -> ObstoreReader | None:
+    """The storage of an object store's or a web server's URL; None where fsspec reads it.
+
+    Args:
+        storage_options: ``client`` is ``"obstore"``, ``"fsspec"``, or left out to take obstore where it is installed. All
+            others are obstore's; for S3, also s3fs's names of them.
+
+    Raises:
+        CheckpointNotFound: obstore is asked for and is not installed.
+        SpecError: an option is unknown or wrong, or obstore is asked for and can't read this location.
+    """
+    options = dict(storage_options)
+    if not is_taken(location, options.pop("client", None)):
+        return None
+    place = place_of(location)
+    assert place is not None, location
+    store_options = split_options(place, options)
+    try:
+        store = _store(place, store_options)
+    except Exception as error:  # obstore's own, and ValueError and TypeError for values of another type
+        reason = str(error).partition("\n")[0]
+        raise SpecError(f"{location}: can't be opened with these storage_options: {reason}") from error
+    traits = replace(OBJECT_STORE, has_listing=place.kind != "http", tells_sizes=True)
+    return ObstoreReader(store, location.rstrip("/"), traits)
+
+
+def is_taken(location: str, client: object) -> bool:
+    """Whether obstore reads a URL: that of an object store or a web server, where obstore is installed.
+
+    Args:
+        client: ``storage_options["client"]``: ``"obstore"``, ``"fsspec"`` or None.
+
+    Raises:
+        CheckpointNotFound: obstore is asked for and is not installed.
+        SpecError: another client is asked for, or obstore can't read this location.
+    """
+    if client not in (None, "obstore", "fsspec"):
+        raise SpecError(f"storage_options: client is {client!r}; it is obstore or fsspec")
+    place = None if client == "fsspec" else place_of(location)
+    is_installed = importlib.util.find_spec("obstore") is not None
+    if client == "obstore" and place is None:
+        raise SpecError(f"{location}: obstore has no such storage; leave storage_options.client out")
+    if client == "obstore" and not is_installed:
+        raise CheckpointNotFound(
+            f"{location}: obstore is asked for and not installed: pip install 'shardferry[object-stores]'"
+        )
+    return place is not None and is_installed
+
+
+Kind = Literal["s3", "gcs", "azure", "http"]
+
+_KIND_OF_SCHEME: Mapping[str, Kind] = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "http": "http",
+    "https": "http",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlace:
+    """A directory of a store."""
+
+    kind: Kind
+    container: str  # a bucket, or an Azure container; of a web server the whole URL
+    prefix: str = ""  # of the directory's keys, without slashes at both ends
+    account: str | None = None  # Azure's, where the URL names it
+
+
+def place_of(url: str) -> StorePlace | None:
+    """The directory that a URL names; None where obstore has no such storage."""
+    scheme, _, rest = url.partition("://")
+    kind = _KIND_OF_SCHEME.get(scheme)
+    if kind is None:
+        return None
+    if kind == "http":
+        return StorePlace(kind, url.rstrip("/"))
+    # Keys of object stores are not URL-encoded: "%20" in one is three characters.
+    container, _, prefix = rest.partition("/")
+    container, _, host = container.partition("@")  # abfss://container@account.dfs.core.windows.net/...
+    return StorePlace(kind, container, prefix.strip("/"), host.partition(".")[0] or None)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """The two groups of options that obstore's stores take."""
+
+    config: dict[str, Any]
+    client_options: dict[str, Any]
+
+
+# obstore's `ClientConfig`: the options of connections, the same for all kinds of store.
+_CLIENT_OPTIONS = frozenset(
+    [
+        "allow_http",
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "default_content_type",
+        "default_headers",
+        "http1_only",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "http2_keep_alive_while_idle",
+        "http2_only",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "proxy_url",
+        "randomize_addresses",
+        "read_timeout",
+        "root_certificate",
+        "timeout",
+        "user_agent",
+    ]
+)
+# s3fs's name of an option: obstore's name.
+_S3FS_NAMES = {
+    "key": "access_key_id",
+    "secret": "secret_access_key",
+    "token": "session_token",
+    "anon": "skip_signature",
+    "endpoint_url": "endpoint",
+    "region_name": "region",
+}
+
+
+def split_options(place: StorePlace, storage_options: Mapping[str, Any]) -> StoreOptions:
+    """Sort options into obstore's two groups. Raises SpecError for one that obstore would ignore or that we set."""
+    given = dict(storage_options)
+    client_options = {**_pop_mapping(given, "client_options")}
+    config = {**_pop_mapping(given, "config")}
+    if place.kind == "s3":
+        config |= {_S3FS_NAMES.get(name, name): value for name, value in _pop_mapping(given, "client_kwargs").items()}
+    if "retry_config" in given:
+        raise SpecError(
+            "storage_options: retry_config is ours to set; read.max_attempts says how often a request is tried"
+        )
+    for name, value in given.items():
+        if name in _CLIENT_OPTIONS:
+            client_options[name] = value
+        else:
+            config[_S3FS_NAMES.get(name, name) if place.kind == "s3" else name] = value
+    if place.account is not None:
+        config.setdefault("account_name", place.account)
+    if place.kind == "http" and config:
+        raise SpecError(f"storage_options: a web server has no option {min(config)!r}; see docs/storage.md")
+    if _is_plain_http(place, config):  # a user who writes http:// means it
+        client_options.setdefault("allow_http", True)
+    return StoreOptions(config, client_options)
+
+
+def _pop_mapping(options: dict[str, Any], name: str) -> Mapping[str, Any]:
+    found = options.pop(name, None) or {}
+    if not isinstance(found, Mapping):
+        raise SpecError(f"storage_options: {name} is a {type(found).__name__}, not a mapping of options")
+    return found
+
+
+def _is_plain_http(place: StorePlace, config: Mapping[str, Any]) -> bool:
+    url = place.container if place.kind == "http" else str(config.get("endpoint", ""))
+    return urlsplit(unquote(url)).scheme == "http"
+
+
+def _store(place: StorePlace, options: StoreOptions) -> Any:
+    from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+    client: Any = options.client_options
+    common: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
+    if place.kind == "http":
+        return HTTPStore(place.container, **common)
+    make: Any = {"s3": S3Store, "gcs": GCSStore, "azure": AzureStore}[place.kind]
+    return make(place.container, prefix=place.prefix or None, config=options.config, **common)

@@ -1,23 +1,22 @@
-"""Turn a storage that sometimes fails into one that fails only for good: each request is tried again, alone, with back-off.
+"""Try requests again that failed with a transient error, each on its own, with exponential back-off.
 
-The waits grow exponentially and are drawn at random up to that ("full jitter"), so that the ranks of a job, which failed
-together, don't come back together.
+Each wait is drawn at random between zero and a limit that doubles ("full jitter"), so that the ranks of a job, whose requests
+failed together, do not come back together.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from shardferry.errors import StorageError
-from shardferry.storage.base import Beginning, RangeReader
-from shardferry.storage.traits import StorageTraits
-from shardferry.storage.transient import TransientStorageError
+from shardferry.storage.base import RangeReader, StorageTraits
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +24,29 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class TransientStorageError(StorageError):
+    """One request failed in a way that another attempt may not: a timeout, a busy server, a connection that was cut.
+
+    `RetryingReader` catches it: callers of a storage that `open_storage` made never see it.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """How often a request is tried, and how long."""
 
     max_attempts: int = 5  # `read.max_attempts`
-    first_wait_s: float = 0.2  # at most; each later one at most twice the one before
-    max_wait_s: float = 10.0
-    max_elapsed_s: float = 120.0  # since the first attempt began; no attempt begins later
+    first_wait_s: float = 0.2  # limit of the first wait; the limit of each later wait is twice the one before
+    max_wait_s: float = 10.0  # limit of any wait
+    max_elapsed_s: float = 120.0  # from the start of the first attempt to the start of the last one
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; a request is tried at least once")
 
     def longest_wait_s(self, attempt: int) -> float:
-        """Before another attempt, after ``attempt`` of them failed."""
-        # Past 64 doublings any first wait is longer than the longest; a float would overflow at 1024.
+        """Limit of the wait after ``attempt`` failed attempts."""
+        # After 64 doublings the limit of any first wait exceeds max_wait_s; 2.0**1024 would overflow.
         return min(self.max_wait_s, self.first_wait_s * 2.0 ** min(attempt - 1, 64))
 
 
@@ -50,13 +56,18 @@ class Clock:
 
     now_s: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    random: Callable[[], float] = random.random  # from 0 to 1
+    random: Callable[[], float] = random.random  # uniform in [0, 1)
 
 
 class RetryingReader:
-    """Any storage, each of whose requests is tried up to ``policy.max_attempts`` times where it fails in passing.
+    """A storage whose requests are tried up to ``policy.max_attempts`` times where they raise TransientStorageError.
 
-    A missing file, a refusal and a short read don't pass, and are errors at once.
+    All other errors (a missing file, a refusal, a short read) are raised at once.
+
+    Args:
+        storage: makes the requests.
+        policy: default: `RetryPolicy`'s own numbers.
+        clock: default: the real one.
     """
 
     def __init__(self, storage: RangeReader, policy: RetryPolicy | None = None, clock: Clock | None = None) -> None:
@@ -81,17 +92,11 @@ class RetryingReader:
     def size(self, path: str) -> int:
         return self._try(self._storage.size, path)
 
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        return self._try(self._storage.beginning, path, nbytes)
-
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self._try(self._storage.read_into, path, byte_offset, *buffers)
 
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         return self._try(self._storage.mapped, path, start, stop)
-
-    def is_in_memory(self, path: str, byte_offset: int) -> bool:
-        return self._storage.is_in_memory(path, byte_offset)
 
     def close(self) -> None:
         self._storage.close()
@@ -118,3 +123,83 @@ class RetryingReader:
             f"{self._policy.max_attempts}"
         )
         return f"tried {attempts} time{'s' * (attempts != 1)} in {elapsed_s:.1f} s ({limit})"
+
+
+_TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EIO,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.EPIPE,
+        errno.EREMOTEIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)
+_TRANSIENT_CLIENT_STATUSES = frozenset({408, 425, 429})  # request timeout, too early, too many requests
+_LASTING_SERVER_STATUSES = frozenset({501, 505})  # not implemented, version not supported
+# Errors of HTTP clients that may not be installed, by class name: the body or the connection ended early.
+_CUT_CONNECTIONS = frozenset(
+    {"ClientPayloadError", "ClientConnectionError", "IncompleteRead", "RemoteProtocolError", "ReadError"}
+)
+
+
+def is_transient_status(status: int) -> bool:
+    """Whether a request that was answered with this HTTP status is worth another attempt."""
+    return status in _TRANSIENT_CLIENT_STATUSES or (500 <= status < 600 and status not in _LASTING_SERVER_STATUSES)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a request that raised this error is worth another attempt.
+
+    Args:
+        error: of any client. Its causes are looked at too; the first one that tells decides.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, FileNotFoundError | PermissionError):
+            return False
+        status = _http_status(cause)
+        if status is not None:
+            return is_transient_status(status)
+        if isinstance(cause, TimeoutError | ConnectionError) or _is_cut_connection(cause):
+            return True
+        if isinstance(cause, OSError) and cause.errno in _TRANSIENT_ERRNOS:
+            return True
+    return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _is_cut_connection(error: BaseException) -> bool:
+    return any(base.__name__ in _CUT_CONNECTIONS for base in type(error).__mro__)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error carries, as aiohttp, azure, gcsfs or botocore store it."""
+    for name in ("status", "status_code", "code"):
+        if (status := _as_status(getattr(error, name, None))) is not None:
+            return status
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return _as_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    return _as_status(getattr(response, "status_code", None))
+
+
+def _as_status(value: object) -> int | None:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    return value if isinstance(value, int) and 100 <= value < 600 else None

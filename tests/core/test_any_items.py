@@ -19,7 +19,7 @@ from shardferry.checkpoint.open import open_checkpoint, storage_of
 from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, shard_on_mesh
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
-from shardferry.storage import RemoteReader
+from shardferry.storage import FsspecRangeReader
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.loads import bits, load_boxes, load_layouts
 from tests.support.oracle import full_tensor, random_bits
@@ -101,7 +101,7 @@ def test_every_element(data: st.DataObject) -> None:
         write_chunks(path, {"x": (whole.shape, chunks)})
         catalog, seen = open_checkpoint(path), torch.zeros(whole.shape, dtype=torch.bool)
         for layout in layouts:
-            storage = RemoteReader(LocalFileSystem(), str(path)) if remote else storage_of(catalog)
+            storage = FsspecRangeReader(LocalFileSystem(), str(path)) if remote else storage_of(catalog)
             (local,), _ = load_layouts(catalog, [("x", layout)], storage=storage, concurrency=concurrency)
             seen |= check(whole, layout, local)
     assert seen.all()
@@ -130,7 +130,7 @@ def wide_runs(tmp_path: Path) -> tuple[Catalog, torch.Tensor]:
 )
 def test_windows_wider_than_a_request(tmp_path: Path, region: Region, remote: bool) -> None:
     catalog, whole = wide_runs(tmp_path)
-    storage = RemoteReader(LocalFileSystem(), str(tmp_path / "ckpt")) if remote else storage_of(catalog)
+    storage = FsspecRangeReader(LocalFileSystem(), str(tmp_path / "ckpt")) if remote else storage_of(catalog)
     (found,), counters = load_boxes(catalog, [("x", region)], storage=storage)
     assert torch.equal(found, whole[tuple(map(slice, region.offsets, region.ends))])
     assert counters.bytes_requested >= counters.bytes_done == region.numel * 4

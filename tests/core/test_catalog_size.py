@@ -37,7 +37,7 @@ import sys
 from pathlib import Path
 import shardferry
 from shardferry.checkpoint import build as catalog_builder
-from shardferry.checkpoint import catalog_cache
+from shardferry.checkpoint import cache
 from shardferry.checkpoint import metadata_files
 
 def peak_bytes():
@@ -76,8 +76,8 @@ def columns(catalog: Catalog) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("from_cache", [False, True])
 def test_bytes_of_a_catalog(checkpoint: Path, cache: Path, from_cache: bool) -> None:
     """200 MiB for a million chunks are 209 bytes each; nearly none of them is anything but a column."""
-    open_checkpoint(checkpoint, cache=str(cache))
-    catalog = open_checkpoint(checkpoint, cache=str(cache) if from_cache else False)
+    open_checkpoint(checkpoint, cache=cache)
+    catalog = open_checkpoint(checkpoint, cache=cache if from_cache else None)
     buffers: list[pickle.PickleBuffer] = []
     by_value = pickle.dumps(catalog, protocol=5, buffer_callback=buffers.append)
     in_columns = sum(column.nbytes for column in columns(catalog).values())

@@ -21,7 +21,7 @@ from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
 from shardferry.stats import Counters
-from shardferry.storage.base import open_storage
+from shardferry.storage.open import open_storage
 from tests.support.damage import short_file
 from tests.support.models import STATES, STEP, save_fsdp2
 from tests.support.oracle import full_tensor

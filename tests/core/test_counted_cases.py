@@ -21,7 +21,7 @@ from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
 from shardferry.region import Region
 from shardferry.stats import Counters
-from shardferry.storage.base import open_storage
+from shardferry.storage.open import open_storage
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.models import STATES, save_fsdp2
 from tests.support.oracle import full_tensor

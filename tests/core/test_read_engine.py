@@ -26,8 +26,8 @@ from shardferry.read.execute import read_plan
 from shardferry.read.schedule import requests_of_plan
 from shardferry.region import Region
 from shardferry.stats import Counters
-from shardferry.storage.local import LocalReader
-from shardferry.storage.traits import LOCAL_FILES, OBJECT_STORE, StorageTraits
+from shardferry.storage.base import OBJECT_STORE, StorageTraits
+from shardferry.storage.local import LOCAL_FILES, LocalReader
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.loads import bits
 from tests.support.oracle import full_tensor

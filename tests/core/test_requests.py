@@ -15,7 +15,7 @@ from shardferry.config import ReadLimits, ReadOptions
 from shardferry.read.requests import ContiguousRead, Request, StridedRead, is_one_with_header, requests_for
 from shardferry.read.zip_header import ItemLayout
 from shardferry.region import BoxCopy, Region, row_major_strides
-from shardferry.storage.traits import LOCAL_FILES
+from shardferry.storage.local import LOCAL_FILES
 
 RAW_START = 24
 ITEMSIZE = 2

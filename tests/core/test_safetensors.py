@@ -32,7 +32,7 @@ from shardferry.read.schedule import requests_of_plan
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
 from shardferry.stats import Counters
-from shardferry.storage.traits import LOCAL_FILES
+from shardferry.storage.local import LOCAL_FILES
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole
 from tests.support.oracle import full_tensor, random_bits

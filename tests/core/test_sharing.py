@@ -24,7 +24,7 @@ from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, layouts_to_send
 from shardferry.plan.split import RankCopy
 from shardferry.region import BoxCopy, Region
-from shardferry.storage.traits import OBJECT_STORE
+from shardferry.storage.base import OBJECT_STORE
 from tests.core.test_cover import expected, grids, layouts, shapes
 from tests.support.catalogs import catalog_of
 

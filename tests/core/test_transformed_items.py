@@ -22,7 +22,7 @@ from shardferry.read.transforms import ZSTANDARD
 from shardferry.read.verify import verified_bytes, verify_checkpoint
 from shardferry.region import Region
 from shardferry.stats import Counters
-from shardferry.storage.traits import LOCAL_FILES
+from shardferry.storage.local import LOCAL_FILES
 from tests.support import damage
 from tests.support.alone import save_alone
 from tests.support.loads import bits, load_boxes, load_whole

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.storage import RangeReader, RemoteReader, RetryingReader, open_storage
+from shardferry.storage import FsspecRangeReader, RangeReader, RetryingReader, open_storage
 from tests.support.range_server import served
 from tests.support.s3_server import BUCKET, S3Server
 
@@ -42,7 +42,6 @@ class Place:
 KINDS = [
     "path",
     "direct I/O",
-    "direct I/O by a probe",
     "file://",
     "memory://",
     "s3://",
@@ -69,13 +68,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             yield at(tmp_path)
         case "direct I/O":
             yield at(tmp_path, direct_io=True, page_cache="drop")
-        case "direct I/O by a probe":
-            yield at(tmp_path, direct_io="auto")
         case "file://":
             yield at(tmp_path.as_uri(), page_cache="read_ahead")
         case "fsspec's local filesystem":
             yield Place(
-                tmp_path.as_uri(), lambda: RetryingReader(RemoteReader(LocalFileSystem(), str(tmp_path))), write
+                tmp_path.as_uri(), lambda: RetryingReader(FsspecRangeReader(LocalFileSystem(), str(tmp_path))), write
             )
         case "http://":
             with served(tmp_path) as server:
@@ -131,20 +128,6 @@ def test_the_location_opens_the_same_storage(place: Place, storage: RangeReader)
     assert again.location.removeprefix("file://") == storage.location.removeprefix("file://")
     assert again.size(BIG) == 300_000
     again.close()
-
-
-def test_beginnings(storage: RangeReader) -> None:
-    """Of files shorter and longer than asked for, without a mistake about one that is empty or missing."""
-    for name, data in FILES.items():
-        for nbytes in (50, 1000):
-            begun = storage.beginning(name, nbytes)
-            assert (begun is not None) == (storage.traits.tells_sizes and bool(data)), name
-            if begun is not None:
-                assert (begun.data, begun.size) == (data[:nbytes], len(data))
-        assert storage.size(name) == len(data)
-    if storage.traits.tells_sizes:
-        with pytest.raises(MissingFile):
-            storage.beginning("nowhere", 10)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable
 from contextlib import closing
@@ -17,9 +16,7 @@ from shardferry.checkpoint.open import storage_of
 from shardferry.errors import CheckpointNotFound, StorageError
 from shardferry.schemas import StageConfig
 from shardferry.storage import RangeReader, RetryingReader, open_storage
-from shardferry.storage.base import Beginning
 from tests.core.test_keys import Net, adamw, check, fill, save
-from tests.support.range_server import served
 from tests.support.s3_server import BUCKET, S3Server
 
 
@@ -54,45 +51,22 @@ def test_options_go_with_the_catalog(tmp_path: Path) -> None:
     assert spec.checkpoint.storage_options == options
 
 
-@pytest.mark.parametrize("first_bytes", [1 << 20, 1000], ids=["one request", "its rest by another"])
-def test_the_metadata_comes_with_the_first_answer(
-    tmp_path: Path, first_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = Net()
-    save(tmp_path / "ckpt", *fill(model, adamw(model)))
-    size = (tmp_path / "ckpt" / ".metadata").stat().st_size
-    monkeypatch.setattr(checkpoint, "_FIRST_BYTES", first_bytes)
-    with served(tmp_path / "ckpt") as server:
-        catalog = shardferry.open_checkpoint(server.url)
-        asked = [one for one in server.log if one.name == ".metadata"]
-    assert catalog.tensors == shardferry.open_checkpoint(str(tmp_path / "ckpt")).tensors
-    assert [one.method for one in asked] == ["GET"] * len(asked)
-    assert sum(min(one.stop, size) - one.start for one in asked) == size, "each byte once"
-    assert len(asked) == (1 if first_bytes > size else 2)
-
-
-class WrittenMeanwhile(RetryingReader):
-    """A storage whose files are listed just after another process wrote them again."""
+class WrittenAfterwards(RetryingReader):
+    """A storage whose files are written again by another process just after they were listed."""
 
     def __init__(self, storage: RangeReader, write: Callable[[], object]) -> None:
         super().__init__(storage)
         self._write = write
-        self._begun = threading.Event()
-
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        found = super().beginning(path, nbytes)
-        self._begun.set()
-        return found
 
     def listing(self) -> dict[str, int | None]:
-        assert self._begun.wait(60)
+        listing = super().listing()
         self._write()
-        return super().listing()
+        return listing
 
 
 @pytest.mark.parametrize("same_size", [False, True])
 def test_metadata_that_is_written_again_meanwhile(tmp_path: Path, s3: S3Server, same_size: bool) -> None:
-    """Its beginning is of before, the listing of after: nothing is made of the one."""
+    """The listing is of before, the metadata of after: nothing is made of the two."""
     model, prefix = Net(), str(uuid.uuid4())
     save(tmp_path / "ckpt", *fill(model, adamw(model)))
     after = {file.name: file.read_bytes() for file in (tmp_path / "ckpt").iterdir()}
@@ -100,7 +74,7 @@ def test_metadata_that_is_written_again_meanwhile(tmp_path: Path, s3: S3Server, 
     s3.put(prefix, before)
     url = f"s3://{BUCKET}/{prefix}"
     what = r"\.metadata: its version is .*written again since\. Open the checkpoint"
-    storage = WrittenMeanwhile(open_storage(url, s3.options), lambda: s3.put(prefix, after))
+    storage = WrittenAfterwards(open_storage(url, s3.options), lambda: s3.put(prefix, after))
     with closing(storage), pytest.raises(StorageError, match=what):
         checkpoint.read_catalog(storage, cache=None, storage_options=s3.options)
     again = shardferry.open_checkpoint(url, storage_options=s3.options)

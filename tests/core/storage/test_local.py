@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ import pytest
 
 from shardferry.errors import SpecError, StorageError
 from shardferry.storage import LocalReader, open_storage
-from shardferry.storage.direct import ALIGNMENT, BOUNCE_BYTES, open_direct, pread_direct
-from shardferry.storage.local import LocalOptions, PageCache
+from shardferry.storage.local import ALIGNMENT, BOUNCE_BYTES, LocalOptions, PageCache, open_direct, pread_direct
 
 DATA = np.random.default_rng(1).bytes(BOUNCE_BYTES + 3 * ALIGNMENT + 17)
 
@@ -49,16 +49,16 @@ def test_nothing_is_left_after_the_end(file: Path) -> None:
     descriptor = open_direct(file)
     if descriptor is None:  # this file system refuses; the reads are aligned all the same
         descriptor = os.open(file, os.O_RDONLY)
-    buffer = memoryview(bytearray(100))
-    assert pread_direct(descriptor, [buffer], len(DATA) - 5) == 5
-    assert pread_direct(descriptor, [buffer], len(DATA)) == 0
-    assert pread_direct(descriptor, [buffer], len(DATA) + 10 * ALIGNMENT) == 0
+    buffer, bounce = memoryview(bytearray(100)), memoryview(mmap.mmap(-1, BOUNCE_BYTES))
+    assert pread_direct(descriptor, [buffer], len(DATA) - 5, bounce=bounce) == 5
+    assert pread_direct(descriptor, [buffer], len(DATA), bounce=bounce) == 0
+    assert pread_direct(descriptor, [buffer], len(DATA) + 10 * ALIGNMENT, bounce=bounce) == 0
     os.close(descriptor)
 
 
 def test_a_file_system_that_refuses(caplog: pytest.LogCaptureFixture) -> None:
     """/proc has no direct I/O: the file is read all the same, and the log says how."""
-    with caplog.at_level(logging.INFO, "shardferry.storage.direct"):
+    with caplog.at_level(logging.INFO, "shardferry.storage.local"):
         storage, buffer = open_storage("/proc/self", {"direct_io": True}), bytearray(7)
         storage.read_into("status", 0, memoryview(buffer))
         storage.close()
@@ -78,8 +78,9 @@ def test_advice_changes_no_byte(file: Path, advice: PageCache) -> None:
     ("options", "says"),
     [
         ({"region": "r"}, r"local files have no option 'region'; they have direct_io and page_cache"),
-        ({"direct_io": "yes"}, r"direct_io is 'yes'; it is true, false or auto"),
-        ({"direct_io": 1}, r"direct_io is 1; it is true, false or auto"),
+        ({"direct_io": "yes"}, r"direct_io is 'yes'; it is true or false"),
+        ({"direct_io": "auto"}, r"direct_io is 'auto'; it is true or false"),
+        ({"direct_io": 1}, r"direct_io is 1; it is true or false"),
         ({"page_cache": "wish"}, r"page_cache is 'wish'; it is one of keep, read_ahead, drop"),
     ],
 )

@@ -21,7 +21,7 @@ from shardferry.errors import CheckpointNotFound, StorageError
 from shardferry.read.execute import check_files
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
-from shardferry.storage import RemoteReader, open_storage
+from shardferry.storage import FsspecRangeReader, open_storage
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor
@@ -60,7 +60,7 @@ def test_what_torch_wrote_through_fsspec(memory_url: str) -> None:
 def test_the_filesystem_that_torch_s_reader_was_given(memory_url: str) -> None:
     save_alone(state(), memory_url, storage_writer=FsspecWriter(memory_url))
     reader = FsspecReader(memory_url)
-    storage = RemoteReader(reader.fs.fs, str(reader.path))
+    storage = FsspecRangeReader(reader.fs.fs, str(reader.path))
     found, _ = load_boxes(
         read_catalog(storage, cache=None), [("optim.matrix", Region((3, 5), (40, 20)))], storage=storage
     )
@@ -128,7 +128,7 @@ class FilesOnly(AbstractFileSystem):
 
 def test_nothing_is_read_ahead() -> None:
     filesystem = FilesOnly()
-    storage, buffer = RemoteReader(filesystem, "ckpt"), bytearray(100)
+    storage, buffer = FsspecRangeReader(filesystem, "ckpt"), bytearray(100)
     storage.read_into("data", 1_000, memoryview(buffer))
     assert (bytes(buffer), filesystem.fetched) == (FilesOnly.data[1_000:1_100], [(1_000, 1_100)])
 

@@ -6,15 +6,14 @@ import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.storage.base import Beginning, RangeReader
-from shardferry.storage.obstore import open_url
-from shardferry.storage.retry import Clock, RetryingReader, RetryPolicy
-from shardferry.storage.traits import OBJECT_STORE, StorageTraits
-from shardferry.storage.transient import TransientStorageError, is_transient
+from shardferry.storage.base import OBJECT_STORE, RangeReader, StorageTraits
+from shardferry.storage.obstore import open_location
+from shardferry.storage.retry import Clock, RetryingReader, RetryPolicy, TransientStorageError, is_transient
 from tests.support.range_server import Fault, Throttle, served
 
 DATA = bytes(range(256)) * 4_000
@@ -63,10 +62,6 @@ class Flaky:
         self._fail()
         return len(DATA)
 
-    def beginning(self, path: str, nbytes: int) -> Beginning | None:
-        self._fail()
-        return Beginning(DATA[:nbytes], len(DATA), None)
-
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         self.asked.append((byte_offset, byte_offset + sum(map(len, buffers))))
         self._fail()
@@ -81,6 +76,12 @@ class Flaky:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def opened(url: str, options: Mapping[str, Any]) -> RangeReader:
+    storage = open_location(url, options)
+    assert storage is not None
+    return storage
 
 
 def read(storage: RangeReader, start: int, stop: int) -> bytes:
@@ -203,7 +204,7 @@ def directory(tmp_path: Path) -> Path:
 def test_the_server_is_asked_again(directory: Path, fault: Fault) -> None:
     time = Time()
     with served(directory, faults=[fault, fault]) as server:
-        storage = RetryingReader(open_url(server.url, {}), None, time.clock())
+        storage = RetryingReader(opened(server.url, {}), None, time.clock())
         assert read(storage, 1_000, 500_000) == DATA[1_000:500_000]
     assert server.ranges == [("data", 1_000, 500_000)] * 3
     assert [asked.fault for asked in server.log] == [fault, fault, None]
@@ -213,7 +214,7 @@ def test_the_server_is_asked_again(directory: Path, fault: Fault) -> None:
 @pytest.mark.parametrize("fault", PASSING)
 def test_the_server_never_recovers(directory: Path, fault: Fault) -> None:
     with served(directory, faults=[fault] * 9) as server:
-        storage = RetryingReader(open_url(server.url, {}), RetryPolicy(max_attempts=3), Time().clock())
+        storage = RetryingReader(opened(server.url, {}), RetryPolicy(max_attempts=3), Time().clock())
         with pytest.raises(StorageError, match=r"/data: reading bytes 0 to 100 failed: .*tried 3 times in 0\.6 s"):
             read(storage, 0, 100)
     assert len(server.log) == 3
@@ -229,7 +230,7 @@ def test_the_server_never_recovers(directory: Path, fault: Fault) -> None:
 def test_the_server_means_it(directory: Path, fault: Fault, says: str) -> None:
     time = Time()
     with served(directory, faults=[fault]) as server:
-        storage = RetryingReader(open_url(server.url, {}), None, time.clock())
+        storage = RetryingReader(opened(server.url, {}), None, time.clock())
         with pytest.raises(StorageError, match=says):
             read(storage, 0, 100)
     assert (len(server.log), time.slept) == (1, [])
@@ -238,7 +239,7 @@ def test_the_server_means_it(directory: Path, fault: Fault, says: str) -> None:
 def test_a_server_that_takes_too_long(directory: Path) -> None:
     """Its answer comes after the client's patience: the time of a request is the client's, and real."""
     with served(directory, throttle=Throttle(latency_s=0.5)) as server:
-        storage = RetryingReader(open_url(server.url, {"timeout": "50ms"}), RetryPolicy(max_attempts=2), Time().clock())
+        storage = RetryingReader(opened(server.url, {"timeout": "50ms"}), RetryPolicy(max_attempts=2), Time().clock())
         with pytest.raises(StorageError, match=r"/data: reading bytes 0 to 100 failed: .*tried 2 times"):
             read(storage, 0, 100)
 
@@ -248,4 +249,4 @@ def test_nobody_listens() -> None:
     with served(Path()) as server:
         url = server.url
     with pytest.raises(StorageError, match=r"its size can't be found: .*tried 5 times"):
-        RetryingReader(open_url(url, {}), None, time.clock()).size("data")
+        RetryingReader(opened(url, {}), None, time.clock()).size("data")

@@ -14,8 +14,7 @@ from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.region import Region
 from shardferry.storage import open_storage
-from shardferry.storage.obstore import is_taken
-from shardferry.storage.obstore_options import StoreOptions, StorePlace, place_of, split_options
+from shardferry.storage.obstore import StoreOptions, StorePlace, is_taken, place_of, split_options
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor
@@ -100,7 +99,7 @@ def test_metadata_of_each_rank_is_not_found_on_a_web_server(directory: Path) -> 
 
 def test_what_an_object_store_is_like() -> None:
     traits = open_storage("s3://bucket/ckpt", {"region": "us-east-1", "skip_signature": True}).traits
-    assert (traits.is_local, traits.has_listing, traits.shares_reads) == (False, True, False)
+    assert (traits.is_local, traits.has_listing) == (False, True)
     assert 8 << 20 <= traits.max_request_bytes <= 64 << 20
 
 
