@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedObject, SavedTensor
-from shardferry.checkpoint.item_format import ZipItem
+from shardferry.checkpoint.catalog import Catalog, SavedObject, SavedTensor, ZipItem
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, shard_on_mesh
+from shardferry.state_dicts import KeyPath
 
 ITEM_OVERHEAD = 1024  # bytes of a saved item beside its data: what torch.save's zip has, about
 OPTIMIZER_KEY = "optim"

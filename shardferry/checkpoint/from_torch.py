@@ -13,9 +13,9 @@ import numpy as np
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from shardferry.checkpoint.build import saved_tensors
-from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedObject
-from shardferry.checkpoint.item_format import ZipItem
+from shardferry.checkpoint.catalog import Catalog, SavedObject, ZipItem
 from shardferry.errors import CatalogError
+from shardferry.state_dicts import KeyPath
 
 _STORAGE = "the reader's storage"
 

@@ -17,8 +17,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
-from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedTensor
-from shardferry.checkpoint.optimizer_index import OptimizerIndex, index_keys, parameter_shape
+from shardferry.checkpoint.catalog import Catalog, SavedTensor
+from shardferry.checkpoint.optimizer_state import OptimizerIndex, index_keys, parameter_shape
 from shardferry.dcp.sharded_tensors import (
     boxes_as_sharded_tensor,
     create_colwise_spec,
@@ -34,7 +34,7 @@ from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout, replicated, single_box
 from shardferry.plan.state_layout import ParameterRule
 from shardferry.region import row_major_strides
-from shardferry.state_dicts import nest
+from shardferry.state_dicts import KeyPath, nest
 
 # State that torch's own optimizers always keep in their parameter's shape: another shape is another model's.
 _MOMENTS = frozenset(

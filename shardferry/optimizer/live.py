@@ -13,7 +13,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.checkpoint.optimizer_index import SCALAR_STATE
+from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.errors import InstallError, LayoutError
 from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.live import LiveEntry, LiveLayout

@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import TransformedItem
+from shardferry.checkpoint.catalog import Catalog, TransformedItem
 from shardferry.config import SplitLimits
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor, ReadItem
 from shardferry.plan.split import (

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from shardferry.checkpoint.catalog import KeyPath
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.region import BoxCopy
-from shardferry.state_dicts import ParamGroup
+from shardferry.state_dicts import KeyPath, ParamGroup
 
 Section = Literal["state", "model"]  # the optimizer's state, or the model's weights and buffers
 

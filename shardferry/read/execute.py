@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardferry.arena import Arena, Destination, HostArena, HostMemory, destination_of
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import KnownValue
+from shardferry.checkpoint.catalog import Catalog, KnownValue
 from shardferry.config import ReadLimits, ReadOptions
 from shardferry.errors import DecodeError, StorageError
 from shardferry.exchange.delivery import Delivery

@@ -17,8 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import KnownValue, RawItem
+from shardferry.checkpoint.catalog import Catalog, KnownValue, RawItem
 from shardferry.config import ReadLimits
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
 from shardferry.plan.load_plan import LoadPlan, ReadItem
