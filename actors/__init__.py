@@ -1,4 +1,4 @@
-"""Ray and torch.distributed: loader actors, their placement, their process group.
+"""Loader actors: their start on a Ray cluster, their placement, and their process group.
 
 In the repository's root this folder is also the package ``actors``: its names are those of `shardferry.actors`.
 """
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 __all__ = ["Loader", "LoaderGroup", "LoaderSettings", "Progress", "start_loaders"]
 
-# For the type checker, and at run time when a name is first used: showing progress needs no Ray.
+# The type checker reads the imports; at run time a name is imported on first use: showing progress needs no Ray.
 if TYPE_CHECKING:
     from shardferry.actors.loader import Loader, LoaderSettings
     from shardferry.actors.loader_group import LoaderGroup, start_loaders

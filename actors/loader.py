@@ -1,6 +1,6 @@
-"""A loader: the process that loads one rank's shard and holds it until its trainer has it.
+"""A loader: the process that loads one rank's shard and keeps it until its trainer has it.
 
-A plain class; Ray appears where it is started (actors/loader_group.py).
+`Loader` is a plain class; `actors/loader_group.py` starts it as a Ray actor.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import ray
 import torch
 import torch.distributed as dist
 
-from shardferry.actors.network import use_interface_of
+from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
-from shardferry.actors.rendezvous import Meeting, join_meeting, open_meeting
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import CacheDirectory, open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
@@ -38,19 +37,23 @@ from shardferry.stats import Counters
 
 @dataclass(frozen=True, slots=True)
 class LoaderSettings:
-    """What every loader of a group is told at its start."""
+    """Settings that each loader of a group gets at its start."""
 
     world_rank: int
     world_size: int
     device: Literal["auto", "cpu", "cuda"]
     transport: str  # "auto", or the name of a transport that crosses processes
-    one_node: bool  # the cluster has one node: whoever takes a shard runs here
+    one_node: bool  # the cluster has one node: the trainers run on the loaders' node
     start_timeout_s: float
     load_timeout_s: float
 
 
 class Loader:
-    """Loads one rank's shard. Methods are called by the group in the order in which they stand here."""
+    """Loads one rank's shard.
+
+    The methods are called in this order: `open_rendezvous` (rank 0), `join`, `open_catalog` (rank 0, where the driver has not
+    opened the checkpoint), `load`, `handle`. `progress` may be called at any time.
+    """
 
     def __init__(self, settings: LoaderSettings) -> None:
         self._settings = settings
@@ -62,21 +65,25 @@ class Loader:
         self._spans: list[Span] = []
         self._device = self._choose_device()
 
-    def open_meeting(self, generation: str) -> Meeting:
-        """On rank 0: where the others join."""
+    def open_rendezvous(self, generation: str) -> Rendezvous:
+        """On rank 0: open the store where the other ranks join.
+
+        Args:
+            generation: a name that no other stage has.
+        """
         ip = ray.util.get_node_ip_address()
         use_interface_of(ip)
-        meeting, self._store = open_meeting(ip, generation, self._settings.start_timeout_s)
-        return meeting
+        rendezvous, self._store = open_rendezvous(ip, generation, self._settings.start_timeout_s)
+        return rendezvous
 
-    def join(self, meeting: Meeting) -> int:
-        """Join the process group; returns this process's id."""
+    def join(self, rendezvous: Rendezvous) -> int:
+        """Join the process group. Returns the id of this process."""
         with self._span("join"):
             use_interface_of(ray.util.get_node_ip_address())
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-            self._store = join_meeting(
-                meeting,
+            self._store = join_process_group(
+                rendezvous,
                 own_store=self._store,
                 world_rank=self._settings.world_rank,
                 world_size=self._settings.world_size,
@@ -88,18 +95,25 @@ class Loader:
         return os.getpid()
 
     def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheDirectory) -> Catalog:
-        """On rank 0: read the checkpoint's metadata for all."""
+        """On rank 0: read the checkpoint's metadata for all ranks.
+
+        Raises:
+            CatalogError, StorageError: as `shardferry.open_checkpoint` does.
+        """
         with self._span("catalog"):
             return open_checkpoint(location, storage_options=storage_options, cache=cache)
 
     def load(
         self, catalog: Catalog, target: SpecLayout | Reception, request: LoadRequest, read: ReadOptions, _joined: int
     ) -> RankReport:
-        """Plan, agree, allocate, read, seal.
+        """Plan, agree with the other ranks, allocate the arena, read into it, and seal it.
 
         Args:
-            target: the topology of the spec, or this rank's trainer's answer.
-            _joined: result of `join`, so that Ray calls this after it.
+            target: the topology of the spec, or the answer of this rank's trainer.
+            _joined: the result of `join`, so that Ray calls this method after it.
+
+        Raises:
+            ShardferryError: as `load_rank` does; the same failure is raised on all ranks.
         """
         layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
         job = LoadJob(catalog, layout, request, self._device, read)
@@ -110,12 +124,17 @@ class Loader:
         return self._report(loaded, transport.name)
 
     def handle(self, report: RankReport, exclusive: bool) -> ShardHandle:
-        """The shard's handle, or the shard itself where it goes through the object store."""
+        """The handle of the loaded shard; with the transport ``object_store`` it holds the shard's bytes.
+
+        Args:
+            report: the result of `load`, which names the transport.
+            exclusive: one trainer alone opens the shard, and may write to it.
+        """
         assert self._loaded is not None, "load comes before handle"
         return make_handle(self._loaded.manifest, self._loaded.arena, report.transport, exclusive=exclusive)
 
     def progress(self) -> Progress:
-        """Answers while the other methods run."""
+        """How many bytes are read so far. Ray answers it while the other methods run."""
         return Progress(self._counters.bytes_done, self._bytes_total)
 
     def _announce(self, plan: LoadPlan) -> None:
@@ -128,11 +147,11 @@ class Loader:
                 f"rank {self._settings.world_rank}: actors.device is cuda, but this actor sees no GPU "
                 f"(Ray gave it {ray.get_gpu_ids()}, torch {torch.__version__} sees {torch.cuda.device_count()}); use device: cpu"
             )
-        wants_host = self._settings.device == "cpu" or needs_host_arena(self._settings.transport)
-        return torch.device("cpu") if wants_host or not has_gpu else torch.device("cuda", torch.cuda.current_device())
+        needs_host = self._settings.device == "cpu" or needs_host_arena(self._settings.transport)
+        return torch.device("cpu") if needs_host or not has_gpu else torch.device("cuda", torch.cuda.current_device())
 
     def _recipient(self, target: SpecLayout | Reception) -> Recipient:
-        """The process that will open the shard, as far as it is known."""
+        """Where the process that will open the shard runs, as far as it is known."""
         if isinstance(target, Reception):
             return target.recipient()
         return Recipient(same_host=self._settings.one_node)
@@ -179,13 +198,18 @@ class Loader:
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 16 * 1024 * 1024) -> float:
-    """Bytes a second that this process copies from host memory to a device (the host is one), now: the best of three copies."""
+    """Bytes per second of a copy from host memory to a device, measured now: the best of three copies.
+
+    Args:
+        device: a GPU, or ``cpu`` for copies within host memory.
+        nbytes: of each copy.
+    """
     on_gpu = device.type == "cuda"
     source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
     target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     best = 0.0
     for _ in range(3):
         start = time.perf_counter()
-        target.copy_(source)  # to a GPU too it has arrived when this returns
+        target.copy_(source)  # a copy to a GPU, too, is complete when this returns
         best = max(best, nbytes / (time.perf_counter() - start))
     return best

@@ -1,4 +1,4 @@
-"""Start one loader a rank, each pinned to its bundle of a placement group, and take them all down together."""
+"""Start one loader per rank, each in its own bundle of a placement group, and take them all down together."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ PROGRESS = "progress"  # the concurrency group of Loader.progress
 
 @dataclass
 class LoaderGroup:
-    """The loaders of one stage. Picklable; only its maker takes it down when it is forgotten."""
+    """The loaders of one stage. Picklable. Deleting a copy doesn't take the loaders down."""
 
     loaders: list[ActorHandle[Any]]
     bundles: PlacementGroup
-    joined: list[ray.ObjectRef[Any]]  # by rank: the process's id, once it is in the process group
+    joined: list[ray.ObjectRef[Any]]  # by rank: the id of its process, once it has joined the process group
 
     @property
     def world_size(self) -> int:
+        """Number of loaders."""
         return len(self.loaders)
 
     def ask_progress(self) -> list[ray.ObjectRef[Any]]:
-        """Every rank's progress, by rank, as Ray's promises."""
+        """An ObjectRef of each rank's `Progress`, by rank."""
         return [loader.progress.options(concurrency_group=PROGRESS).remote() for loader in self.loaders]
 
     def take_down(self) -> None:
-        """Kill the loaders and give their bundles back. Arenas that trainers have mapped live on."""
+        """Kill the loaders and remove their placement group. Arenas that trainers have mapped stay valid."""
         if not ray.is_initialized():
             return
         for loader in self.loaders:
@@ -47,10 +48,10 @@ class LoaderGroup:
 
 
 def start_loaders(config: StageConfig, world_size: int) -> LoaderGroup:
-    """Ask Ray for the loaders; returns at once, nothing has started yet.
+    """Ask Ray to start the loaders, and return before they have started.
 
     Raises:
-        SpecError: the cluster hasn't enough GPUs or CPUs.
+        SpecError: the cluster has fewer GPUs or CPUs than the ranks need.
     """
     bundle = bundle_of(config)
     check_resources(config, world_size)
@@ -72,27 +73,31 @@ def start_loaders(config: StageConfig, world_size: int) -> LoaderGroup:
         )
         for rank in range(world_size)
     ]
-    meeting: Any = loaders[0].open_meeting.remote(uuid.uuid4().hex)
-    joined = [loader.join.remote(meeting) for loader in loaders]
+    rendezvous: Any = loaders[0].open_rendezvous.remote(uuid.uuid4().hex)
+    joined = [loader.join.remote(rendezvous) for loader in loaders]
     return LoaderGroup(loaders, bundles, joined)
 
 
 def bundle_of(config: StageConfig) -> dict[str, float]:
-    """Resources of one rank."""
+    """Ray's resources of one rank: name to amount."""
     bundle = {"CPU": config.actors.cpus_per_actor, "GPU": config.actors.gpus_per_actor}
     return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
 
 
 def check_resources(config: StageConfig, world_size: int) -> None:
-    """Refuse what the cluster can't hold: Ray itself would wait for ever. Raises SpecError with both numbers."""
+    """Check that the cluster has room for all ranks. Ray itself would wait without end.
+
+    Raises:
+        SpecError: it has fewer GPUs or CPUs than the ranks need, and the spec doesn't ask for autoscaling.
+    """
     if config.actors.autoscaling:
         return
-    there = ray.cluster_resources()
+    available = ray.cluster_resources()
     for name, field in (("GPU", "gpus_per_actor"), ("CPU", "cpus_per_actor")):
-        wanted, found = bundle_of(config).get(name, 0) * world_size, there.get(name, 0)
-        if wanted > found:
+        needed, found = bundle_of(config).get(name, 0) * world_size, available.get(name, 0)
+        if needed > found:
             raise SpecError(
-                f"actors.{field}: {world_size} ranks need {wanted:g} {name}s, the cluster has {found:g}; use a smaller mesh, "
+                f"actors.{field}: {world_size} ranks need {needed:g} {name}s, the cluster has {found:g}; use a smaller mesh, "
                 f"set actors.{field} lower"
                 + (" (0 loads on CPUs)" if name == "GPU" else "")
                 + ", or actors.autoscaling: true"
@@ -101,13 +106,13 @@ def check_resources(config: StageConfig, world_size: int) -> None:
 
 def _remote_loader(config: StageConfig, bundles: PlacementGroup, settings: LoaderSettings) -> ActorHandle[Any]:
     bundle = bundle_of(config)
-    remote: Any = ray.remote  # its stubs lack concurrency_groups
-    actor = remote(concurrency_groups={PROGRESS: 1})(Loader)  # progress answers beside the work
+    remote: Any = ray.remote  # the stubs of ray.remote lack concurrency_groups
+    actor = remote(concurrency_groups={PROGRESS: 1})(Loader)  # progress is answered while load runs
     handle: ActorHandle[Any] = actor.options(
         num_cpus=bundle.get("CPU", 0),
         num_gpus=bundle.get("GPU", 0),
         scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=settings.world_rank),
-        max_restarts=0,  # a lone restarted rank would hang the others' collectives
+        max_restarts=0,  # a restarted rank has no process group: the other ranks' collectives would hang
         max_task_retries=0,
     ).remote(settings)
     return handle

@@ -1,4 +1,4 @@
-"""How far a load is: what loaders tell and people are shown."""
+"""Progress of a load: loaders report it, and the command line shows it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one rank is, in bytes; ``bytes_total`` is 0 until the rank has planned."""
+    """Progress of one rank, in bytes."""
 
     bytes_done: int
-    bytes_total: int
+    bytes_total: int  # 0 until the rank has planned

@@ -1,6 +1,6 @@
 """The command line: ``shardferry inspect | plan | run | verify | demo``.
 
-Each command imports what it needs when it runs: ``--help`` waits for neither torch nor Ray, ``inspect`` and ``plan`` not for Ray.
+Each command imports its modules when it runs: ``--help`` imports neither torch nor Ray, ``inspect`` and ``plan`` import no Ray.
 
 Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong. An error is one message on stderr.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ import typer
 from shardferry import __version__
 from shardferry.errors import LayoutError, ShardferryError, SpecError
 
-_MANY = 40  # tensors; longer lists are cut on the terminal, never in JSON
+_MAX_SHOWN = 40  # tensors on the terminal; JSON has all
 
 app = typer.Typer(
     name="shardferry",
@@ -27,7 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_debug = False
+
+
+@dataclass
+class _Settings:
+    """Options of all commands; the context object of typer."""
+
+    debug: bool = False
+
 
 CheckpointArg = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Directory of the checkpoint, or a URL that fsspec can open.")
@@ -45,21 +53,21 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    context.ensure_object(_Settings).debug = debug
 
 
 @app.command(epilog="Example: shardferry inspect ckpt/step-1000 --json | jq .problems")
 def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
-    """What is in a checkpoint: tensors, topology it was saved in, sizes, versions, problems."""
+    """Show the content of a checkpoint: tensors, the topology it was saved in, sizes, versions, problems."""
     from shardferry.checkpoint.open import open_checkpoint
     from shardferry.pipeline.display import human_bytes, print_table
-    from shardferry.pipeline.inspecting import inspect_report
+    from shardferry.pipeline.inspect import inspect_report
 
     report = inspect_report(open_checkpoint(checkpoint))
     if as_json:
@@ -68,15 +76,15 @@ def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
     print_table(
         report.location,
         ("tensor", "shape", "dtype", "chunks", "size"),
-        [(t.fqn, t.shape, t.dtype, t.num_chunks, human_bytes(t.nbytes)) for t in report.tensors[:_MANY]],
+        [(t.fqn, t.shape, t.dtype, t.num_chunks, human_bytes(t.nbytes)) for t in report.tensors[:_MAX_SHOWN]],
     )
-    if len(report.tensors) > _MANY:
-        print(f"... and {len(report.tensors) - _MANY} more tensors; --json lists all")
+    if len(report.tensors) > _MAX_SHOWN:
+        print(f"... and {len(report.tensors) - _MAX_SHOWN} more tensors; --json lists all")
     print(
         f"{report.num_tensors} tensors and {report.num_objects} objects in {report.num_chunks} chunks of {report.num_files} files, "
         f"{human_bytes(report.total_bytes)}; metadata version {report.torch_metadata_version}; keys: {', '.join(report.top_level_keys)}"
     )
-    print("saved as: " + "; ".join(f"{count} x {cut}" for cut, count in report.topology.items()))
+    print("saved as: " + "; ".join(f"{count} x {sharding}" for sharding, count in report.topology.items()))
     print("problems: " + ("none" if not report.problems else "".join(f"\n  {problem}" for problem in report.problems)))
 
 
@@ -87,22 +95,25 @@ def plan(
     spec: SpecArg,
     location: LocationOption = None,
     mesh: Annotated[
-        str | None, typer.Option(help="Another mesh than the spec's: name=size,name=size, outermost first.")
+        str | None, typer.Option(help="Mesh to use instead of the spec's: name=size,name=size, outermost first.")
     ] = None,
     world_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Another number of ranks: the axis dp_shard, else the outermost, becomes as long."),
+        typer.Option(
+            min=1, help="Number of ranks: the size of the axis dp_shard, else of the outermost, is changed to match."
+        ),
     ] = None,
     storage_bandwidth: Annotated[
-        str | None, typer.Option(help="Bytes a second that the storage gives to the whole job: 100GB.")
+        str | None, typer.Option(help="Bytes per second that the storage gives to the whole job: 100GB.")
     ] = None,
     request_latency: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for its first byte.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Dry run from the checkpoint's metadata alone: what each rank would read. Starts no Ray and reads no data."""
+    """Dry run from the checkpoint's metadata alone: the bytes that each rank would read. Starts no Ray and reads no data."""
     from shardferry.pipeline.display import print_plan
+    from shardferry.pipeline.forecast import plan_report
     from shardferry.pipeline.overrides import override
-    from shardferry.pipeline.planning import open_checkpoint_of, plan_report
+    from shardferry.pipeline.preflight import open_checkpoint_of
     from shardferry.schemas.stage_config import StageConfig
 
     config = override(
@@ -121,18 +132,18 @@ def run(
     location: LocationOption = None,
     report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the phases here, as a Chrome trace.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report here, as a page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report here, as an HTML page.")] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else an embedded one.")
     ] = None,
     num_gpus: Annotated[int | None, typer.Option(min=0, help="(Logical) GPUs of an embedded Ray.")] = None,
 ) -> None:
-    """Run the stage; starts an embedded Ray where none is given."""
-    from shardferry.pipeline.planning import check_checkpoint, check_topology, open_checkpoint_of, target_layout
+    """Run the stage, on an embedded Ray if no cluster is given."""
+    from shardferry.pipeline.preflight import check_checkpoint, check_topology, open_checkpoint_of, target_layout
     from shardferry.schemas.stage_config import StageConfig
 
     config = StageConfig.from_file(spec)
-    catalog = open_checkpoint_of(config, location)  # a wrong path should not cost the start of a cluster
+    catalog = open_checkpoint_of(config, location)  # a wrong path is refused before a cluster is started
     _check_writable(report, trace, html)
     from shardferry.pipeline.cluster import ray_for
     from shardferry.pipeline.display import byte_progress, print_stage, show_ranks
@@ -161,10 +172,10 @@ def run(
 @app.command(epilog="Example: shardferry verify ckpt/step-1000")
 def verify(
     checkpoint: CheckpointArg,
-    concurrency: Annotated[int, typer.Option(min=1, help="Items read side by side.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Items read at the same time.")] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Read everything once and check cover, lengths, headers and checksums."""
+    """Read each byte once, and check cover, lengths, headers and checksums."""
     import json
     import threading
 
@@ -197,7 +208,7 @@ def demo(
         Path | None, typer.Option(help="Keep the checkpoint here; default: a temporary directory.")
     ] = None,
 ) -> None:
-    """The whole story on one machine: train on 4, save, load on 2 through the stage, go on training, same losses."""
+    """Train on 4 processes, save, load on 2 through the stage, train further, and compare the losses, on one machine."""
     from shardferry.pipeline.demo.story import tell
 
     if not tell(directory):
@@ -211,22 +222,30 @@ def _check_writable(*paths: Path | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command.
+
+    Args:
+        arguments: the command line without the program's name; default: that of the process.
+
+    Returns:
+        The exit status.
+    """
+    settings = _Settings()
     try:
-        app(arguments)
-    except SystemExit as stop:  # how typer ends a command: with its own message for wrong usage
+        app(arguments, obj=settings)
+    except SystemExit as stop:  # typer ends each command so, and prints its own message for wrong usage
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        return _fail("interrupted", 1)
+        return _fail("interrupted", 1, settings)
     except (SpecError, LayoutError) as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, settings)
     except (ShardferryError, OSError) as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, settings)
     return 0
 
 
-def _fail(message: str, status: int) -> int:
-    if _debug:
+def _fail(message: str, status: int, settings: _Settings) -> int:
+    if settings.debug:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     return status

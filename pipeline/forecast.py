@@ -1,13 +1,16 @@
-"""Foretell what each rank of a spec will read: from every rank's plan where ranks are few, else from the plans of some.
+"""Dry run: from a spec and a checkpoint's metadata, predict what each rank will read.
 
-Where each rank reads for itself, ranks that want the very same boxes (replicas) read the same, and one of them is planned. Where
-ranks read for each other, they take turns. Of more kinds of ranks than are planned, some evenly spaced ones stand for their
-neighbours: what a rank wants is known of each, what it reads is then taken to be in proportion.
+With few ranks, every rank is planned and the numbers are exact. With many ranks:
+
+- Direct reads: ranks with identical boxes (replicas) read the same, and one of them is planned.
+- Cooperative reads: replicas take turns, and each rank reads something else.
+- Where more ranks differ than are planned, evenly spaced ranks are planned. Another rank's needed bytes are exact; its reads
+  are scaled from the planned rank before it, in proportion to the needed bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,33 +19,33 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.config import ReadLimits
 from shardferry.layout.spec import SpecLayout
+from shardferry.pipeline.demand import Demand, demand_of, object_bytes, read_amplification
+from shardferry.pipeline.preflight import check_topology, target_layout
 from shardferry.plan.cooperative import assign_reads
-from shardferry.plan.demand import Demand
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load, planned_objects
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.read.schedule import count_objects, requests_of_plan
-from shardferry.region import Region, first_overlap, uncovered
-from shardferry.schemas.plan_report import RankPlan
+from shardferry.schemas.plan_report import Balance, PlanReport, RankPlan
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.storage.base import StorageTraits
 
-MOST_PLANNED = 32  # ranks; one of the largest models takes a second
+MAX_PLANNED = 32  # ranks; the plan of one rank of the largest models takes up to a second
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What each rank will read, and how well that is known."""
+    """What each rank will read, and how exact the numbers are."""
 
     ranks: list[RankPlan]
     is_cooperative: bool
-    ranks_planned: int
-    estimated: bool  # for some rank from the plan of one that reads otherwise
+    num_planned: int  # ranks
+    is_estimated: bool  # the reads of some rank are scaled from those of a rank with other boxes
 
 
 @dataclass(frozen=True, slots=True)
 class _Reads:
-    """What one rank's plan asks of storage and of other ranks, in bytes; Python objects apart."""
+    """What one planned rank reads, in bytes, without Python objects."""
 
     needed: int
     read: int
@@ -51,54 +54,97 @@ class _Reads:
     num_requests: int
 
 
+def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: float = 0.0) -> PlanReport:
+    """Predict a load from the metadata alone.
+
+    Args:
+        request_latency_s: how long a request waits for its first byte.
+
+    Raises:
+        PlanError, LayoutError: the checkpoint doesn't cover what the topology needs.
+        SpecError: the spec has no topology.
+    """
+    layout = target_layout(config)
+    request = config.checkpoint.request()
+    demand = demand_of(catalog, layout, request)
+    found = forecast(config, catalog, layout, demand)
+    if found.is_estimated:  # a plan proves the cover of its own rank, and of ranks with identical boxes
+        check_topology(catalog, layout, request)
+    unique = demand.unique + object_bytes(catalog, request)
+    planned = sum(rank.bytes_read for rank in found.ranks)
+    options = config.read.options(config.timeouts.load_s)
+    in_flight = min(options.memory_budget, options.concurrency * read_limits(config, catalog).max_request_bytes)
+    waits = -(-max(rank.num_requests for rank in found.ranks) // options.concurrency)
+    bandwidth = config.read.storage_bandwidth
+    return PlanReport(
+        location=catalog.location,
+        optimizer_key=request.optimizer_key,
+        world_size=layout.world_size,
+        mesh=dict(layout.mesh.axes),
+        num_tensors=demand.num_tensors,
+        unique_bytes_needed=unique,
+        storage_bytes_planned=planned,
+        read_amplification=read_amplification(planned, unique),
+        num_requests=sum(rank.num_requests for rank in found.ranks),
+        peak_memory_bytes=max(rank.arena_bytes for rank in found.ranks) + in_flight,
+        strategy="cooperative" if found.is_cooperative else "direct",
+        ranks_planned=found.num_planned,
+        estimated=found.is_estimated,
+        balance=Balance(
+            bytes_needed=_max_over_mean([rank.bytes_needed for rank in found.ranks]),
+            bytes_read=_max_over_mean([rank.bytes_read for rank in found.ranks]),
+            files=_max_over_mean(demand.of_files[demand.of_files > 0].tolist()),
+        ),
+        lower_bound_s=unique / bandwidth if bandwidth else None,
+        predicted_s=planned / bandwidth + waits * request_latency_s if bandwidth else None,
+        ranks=found.ranks,
+    )
+
+
+def _max_over_mean(counts: Sequence[int]) -> float:
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else 1.0
+
+
 def forecast(
-    config: StageConfig, catalog: Catalog, layout: SpecLayout, demand: Demand, *, most_planned: int = MOST_PLANNED
+    config: StageConfig, catalog: Catalog, layout: SpecLayout, demand: Demand, *, max_planned: int = MAX_PLANNED
 ) -> Forecast:
-    """Foretell all ranks' reads. Raises PlanError, LayoutError as `plan_load` does."""
+    """Predict the reads of all ranks.
+
+    Args:
+        demand: of all ranks, by `demand_of`.
+        max_planned: ranks that are planned at most.
+
+    Raises:
+        PlanError, LayoutError: as `plan_load` does.
+    """
     may_share = config.read.strategy != "direct" and layout.world_size > 1
-    kinds = np.arange(layout.world_size) if may_share else demand.twins
-    chosen = _spaced(np.unique(kinds), most_planned)
+    stand_in = np.arange(layout.world_size) if may_share else demand.first_equal
+    chosen = _evenly_spaced(np.unique(stand_in), max_planned)
     request = config.checkpoint.request()
     plans = [replace(plan_load(catalog, layout.rank(rank), request), objects=()) for rank in chosen.tolist()]
     is_cooperative = may_share and not (config.read.strategy == "auto" and _traits(catalog).is_local)
     if not is_cooperative:
-        kinds = demand.twins
-    reads = _reads(
-        config, catalog, plans, LayoutsFromSpec(layout, range(layout.world_size)) if is_cooperative else None
-    )
-    places = np.searchsorted(chosen, kinds, side="right") - 1  # of its kind, else the nearest before it
+        stand_in = demand.first_equal
+    layouts = LayoutsFromSpec(layout, range(layout.world_size)) if is_cooperative else None
+    reads = _reads(config, catalog, plans, layouts)
+    places = np.searchsorted(chosen, stand_in, side="right") - 1  # the stand-in itself, else the planned rank before it
     ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
     objects = planned_objects(catalog, request)
     bytes_read, num_requests = count_objects(
         catalog, [planned.key for planned in objects], read_limits(config, catalog)
     )
-    ranks[0] = _with_objects(ranks[0], sum(planned.nbytes for planned in objects), bytes_read, num_requests)
-    return Forecast(ranks, may_share, len(plans), bool((chosen[places] != kinds).any()))
-
-
-def _spaced(kinds: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of some ranks; the first is among them."""
-    if len(kinds) <= most:
-        return kinds
-    return kinds[np.linspace(0, len(kinds) - 1, most).astype(np.int64)]
-
-
-def _reads(
-    config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], layouts: LayoutsFromSpec | None
-) -> list[_Reads]:
-    """The reads of each plan's rank; without the layouts of the others it reads for itself."""
-    limits = read_limits(config, catalog)
-    split, found = _traits(catalog).split_limits(limits), []
-    for plan in plans:
-        cooperative = None if layouts is None else assign_reads(plan, catalog, layouts, limits=split)
-        nbytes, num_requests = requests_of_plan(plan, catalog, limits, cooperative)
-        sent, received = (0, 0) if cooperative is None else (cooperative.bytes_sent, cooperative.bytes_received)
-        found.append(_Reads(plan.bytes_needed, nbytes, sent, received, num_requests))
-    return found
+    ranks[0] = _with_objects(
+        ranks[0],
+        bytes_needed=sum(planned.nbytes for planned in objects),
+        bytes_read=bytes_read,
+        num_requests=num_requests,
+    )
+    return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != stand_in).any()))
 
 
 def read_limits(config: StageConfig, catalog: Catalog) -> ReadLimits:
-    """How far the spec, or else the kind of storage, lets reads be coalesced."""
+    """How far byte ranges are coalesced: by the spec, or else by the kind of storage."""
     return _traits(catalog).read_limits(config.read.options(config.timeouts.load_s))
 
 
@@ -107,27 +153,50 @@ def _traits(catalog: Catalog) -> StorageTraits:
         return storage.traits
 
 
-def _scaled(rank: int, demand: Demand, like: _Reads) -> RankPlan:
-    """A rank that reads as another does, in proportion to what both want."""
+def _evenly_spaced(ranks: np.ndarray, most: int) -> np.ndarray:
+    """At most ``most`` of the ranks, with the first among them."""
+    if len(ranks) <= most:
+        return ranks
+    return ranks[np.linspace(0, len(ranks) - 1, most).astype(np.int64)]
+
+
+def _reads(
+    config: StageConfig, catalog: Catalog, plans: Sequence[LoadPlan], layouts: LayoutsFromSpec | None
+) -> list[_Reads]:
+    """The reads of each planned rank: cooperative with the layouts of all ranks, direct without them."""
+    limits = read_limits(config, catalog)
+    split, found = _traits(catalog).split_limits(limits), []
+    for plan in plans:
+        cooperative = None if layouts is None else assign_reads(plan, catalog, layouts, limits=split)
+        nbytes, num_requests = requests_of_plan(plan, catalog, limits, cooperative)
+        sent, received = (0, 0) if cooperative is None else (cooperative.bytes_sent, cooperative.bytes_received)
+        found.append(
+            _Reads(needed=plan.bytes_needed, read=nbytes, sent=sent, received=received, num_requests=num_requests)
+        )
+    return found
+
+
+def _scaled(rank: int, demand: Demand, planned: _Reads) -> RankPlan:
+    """A rank's numbers from those of a planned rank, in proportion to the bytes that both need."""
     needed = int(demand.needed[rank])
-    ratio = needed / like.needed if like.needed else 1.0
+    ratio = needed / planned.needed if planned.needed else 1.0
 
     def scaled(count: int) -> int:
-        return count if needed == like.needed else round(count * ratio)
+        return count if needed == planned.needed else round(count * ratio)
 
     return RankPlan(
         rank=rank,
         bytes_needed=needed,
-        bytes_read=scaled(like.read),
-        bytes_sent=scaled(like.sent),
-        bytes_received=scaled(like.received),
-        num_requests=scaled(like.num_requests),
+        bytes_read=scaled(planned.read),
+        bytes_sent=scaled(planned.sent),
+        bytes_received=scaled(planned.received),
+        num_requests=scaled(planned.num_requests),
         arena_bytes=int(demand.arena[rank]),
     )
 
 
-def _with_objects(rank: RankPlan, bytes_needed: int, bytes_read: int, num_requests: int) -> RankPlan:
-    """Rank 0 reads the Python objects for all."""
+def _with_objects(rank: RankPlan, *, bytes_needed: int, bytes_read: int, num_requests: int) -> RankPlan:
+    """Rank 0's numbers with the Python objects, which it reads for all."""
     return rank.model_copy(
         update={
             "bytes_needed": rank.bytes_needed + bytes_needed,
@@ -135,18 +204,3 @@ def _with_objects(rank: RankPlan, bytes_needed: int, bytes_read: int, num_reques
             "num_requests": rank.num_requests + num_requests,
         }
     )
-
-
-def union_numel(regions: Iterable[Region]) -> int:
-    """The number of elements in the union of some regions of one tensor; an element in several regions counts once."""
-    boxes = sorted(set(regions))
-    if not boxes:
-        return 0
-    offsets = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), -1)
-    sizes = np.array([box.sizes for box in boxes], dtype=np.int64).reshape(len(boxes), -1)
-    if first_overlap(offsets, sizes) is None:
-        return sum(box.numel for box in boxes)
-    disjoint: list[Region] = []
-    for box in boxes:
-        disjoint += uncovered(box, disjoint)
-    return sum(box.numel for box in disjoint)

@@ -1,4 +1,4 @@
-"""A stage under way: one ObjectRef a rank now, a result later."""
+"""A running stage: one ObjectRef per rank at once, and the result when all ranks are loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardferry.errors import RankError
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.transports import transport_named
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.reporting import build_report
+from shardferry.pipeline.reports import build_report
 from shardferry.pipeline.waiting import Wait, gather
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import StageReport
@@ -28,34 +28,42 @@ _PROGRESS_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class Refs:
-    """Everything that Ray has promised for one stage."""
+    """The ObjectRefs of one stage."""
 
     location: Any  # str, or an ObjectRef of one
     catalog: ray.ObjectRef[Any]
-    receptions: Sequence[ray.ObjectRef[Any]]  # of the trainers, by rank; none without trainers
-    reports: Sequence[ray.ObjectRef[Any]]  # by rank
-    handles: Sequence[ray.ObjectRef[Any]]  # by rank
+    receptions: Sequence[ray.ObjectRef[Any]]  # of each trainer's `Reception`, by rank; empty without trainers
+    reports: Sequence[ray.ObjectRef[Any]]  # of each rank's `RankReport`, by rank
+    handles: Sequence[ray.ObjectRef[Any]]  # of each rank's `ShardHandle`, by rank
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A submitted stage: its config, its loaders, and what they will return."""
+
+    config: StageConfig
+    group: LoaderGroup
+    refs: Refs
+    layout: SpecLayout | None  # None: the trainers' layouts
 
 
 class Loading:
-    """A stage under way. Picklable; keep it (or its result) until the trainers have opened their shards.
+    """A running stage. Picklable; keep it (or its result) until the trainers have opened their shards.
 
     Attributes:
         refs: one ObjectRef of a `shardferry.ShardHandle` for each target rank. Pass ``refs[rank]`` to that trainer's
             method: Ray resolves it when the shard is loaded.
+        submission: what runs.
     """
 
-    def __init__(self, config: StageConfig, group: LoaderGroup, refs: Refs, layout: SpecLayout | None) -> None:
-        self.refs = list(refs.handles)
-        self._config = config
-        self._group = group
-        self._promised = refs
-        self._layout = layout
+    def __init__(self, submission: Submission) -> None:
+        self.refs = list(submission.refs.handles)
+        self.submission = submission
         self._submitted = time.time()
-        self._watcher: _Watcher | None = _Watcher(self)
+        self._watcher: _Watcher | None = _Watcher(submission)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watcher": None}  # a thread of the submitting process, which owns the loaders
+        return {**self.__dict__, "_watcher": None}  # its thread stays in the submitting process, which owns the loaders
 
     def __del__(self) -> None:
         watcher: _Watcher | None = getattr(self, "_watcher", None)
@@ -71,35 +79,40 @@ class Loading:
 
         Raises:
             ShardferryError: a rank failed; the loaders are taken down.
-            RankError: a rank died or was late.
-            TimeoutError: ``timeout`` has passed; the stage goes on.
+            RankError: a rank died, or was not done before a deadline of the spec.
+            TimeoutError: ``timeout`` has passed; the stage still runs.
         """
         if self._watcher is None:  # in another process than the submitting one
-            watch(self._config, self._group, self._promised)
+            watch(self.submission)
             return
-        poll = _ProgressPoll(self._group, on_progress)
+        poll = _ProgressPoll(self.submission.group, on_progress)
         if not self._watcher.join(timeout, poll):
             raise TimeoutError(f"the stage is not done after timeout = {timeout:g} s")
 
     def progress(self) -> list[Progress]:
         """Every rank's progress, by rank; zeros for ranks that haven't started."""
-        return _ask_progress(self._group)
+        return _ask_progress(self.submission.group)
 
     def result(self, timeout: float | None = None, *, on_progress: ProgressCallback | None = None) -> StageResult:
-        """Wait, then give report and handles. Raises as `wait` does."""
+        """Wait, and return report and handles. Takes the arguments of `wait`, and raises as it does."""
         self.wait(timeout, on_progress=on_progress)
         return StageResult(self, {"start": self._start_s()})
 
     def close(self) -> None:
-        """Take the loaders down and give their GPUs back. Shards that were opened live on."""
-        self._group.take_down()
+        """Take the loaders down and give their GPUs back. Opened shards stay valid."""
+        self.submission.group.take_down()
 
     def _start_s(self) -> float:
         return self._watcher.started - self._submitted if self._watcher and self._watcher.started else 0.0
 
 
 class StageResult:
-    """A finished stage. Keep it until the trainers have opened their shards."""
+    """A finished stage. Keep it until the trainers have opened their shards.
+
+    Args:
+        loading: keeps the loaders alive.
+        driver_phases: seconds of the driver's phases, by name.
+    """
 
     def __init__(self, loading: Loading, driver_phases: dict[str, float]) -> None:
         self._loading = loading
@@ -113,35 +126,42 @@ class StageResult:
 
     @cached_property
     def report(self) -> StageReport:
-        """Bytes, seconds, peaks, per rank and in all."""
-        promised = self._loading._promised
-        catalog, ranks = ray.get(promised.catalog), ray.get(list(promised.reports))
-        spec = self._loading._layout
-        receptions = ray.get(list(promised.receptions))
+        """Bytes, seconds and peak memory, per rank and in total."""
+        submission = self._loading.submission
+        refs, spec = submission.refs, submission.layout
+        catalog, ranks = ray.get(refs.catalog), ray.get(list(refs.reports))
+        receptions = ray.get(list(refs.receptions))
         layouts = [r.layout for r in receptions] or [spec.rank(rank) for rank in range(len(ranks)) if spec is not None]
-        return build_report(self._loading._config, catalog, layouts, ranks, self._driver_phases)
+        return build_report(submission.config, catalog, layouts, ranks, self._driver_phases)
 
     @cached_property
     def handles(self) -> list[ShardHandle]:
-        """One handle for each target rank. Where they go through the object store, this fetches their bytes."""
+        """One handle for each target rank. With the transport ``object_store`` this fetches the shards' bytes."""
         return ray.get(self._loading.refs)
 
     def final_progress(self) -> list[Progress]:
-        """Every rank done."""
+        """The progress of each rank when it has loaded all its bytes, by rank."""
         return [Progress(rank.bytes_needed, rank.bytes_needed) for rank in self.report.ranks]
 
     def add_phase(self, name: str, seconds: float) -> None:
-        """Count a phase of the driver's into the report."""
+        """Add seconds of a phase of the driver to the report. Call it before the first use of `report`."""
         self._driver_phases[name] = seconds
 
     def close(self) -> None:
-        """Take the loaders down and give their GPUs back. Shards that were opened live on."""
+        """Take the loaders down and give their GPUs back. Opened shards stay valid."""
         self._loading.close()
 
 
-def watch(config: StageConfig, group: LoaderGroup, refs: Refs, *, on_start: Callable[[], None] = lambda: None) -> None:
-    """Wait until every rank is loaded, or take all loaders down and raise what happened first."""
-    timeouts = config.timeouts
+def watch(submission: Submission, *, on_start: Callable[[], None] = lambda: None) -> None:
+    """Wait until every rank is loaded. On a failure, take all loaders down.
+
+    Args:
+        on_start: called when all loaders have joined the process group.
+
+    Raises:
+        ShardferryError: the first failure, as `waiting.gather` reports it.
+    """
+    group, refs, timeouts = submission.group, submission.refs, submission.config.timeouts
 
     def resources() -> str:
         return (
@@ -158,7 +178,7 @@ def watch(config: StageConfig, group: LoaderGroup, refs: Refs, *, on_start: Call
         reports = gather(refs.reports, Wait("loading", timeouts.load_s, "timeouts.load_s"))
         _wait_for_handles(refs.handles, timeouts.handoff_s)
         if all(transport_named(report.transport).outlives_loader for report in reports):
-            group.take_down()  # the shards don't need their loaders any more: the GPUs can go to others
+            group.take_down()  # the shards don't need their loaders any more: the GPUs are free for other work
     except BaseException:
         group.take_down()
         raise
@@ -179,22 +199,19 @@ def _amounts(resources: dict[str, float]) -> str:
 
 
 class _Watcher:
-    """Watches a stage in the submitting process, so that a failed rank takes the others down though nobody waits yet."""
+    """Watches a stage in a thread of the submitting process: a failed rank takes the others down, even if nobody waits."""
 
-    def __init__(self, loading: Loading) -> None:
+    def __init__(self, submission: Submission) -> None:
         self.started = 0.0
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._abandoned = self._finished = False
-        config, group, refs = loading._config, loading._group, loading._promised  # not `loading`: it may be forgotten
-        self._group = group
-        self._thread = threading.Thread(
-            target=self._watch, args=(config, group, refs), daemon=True, name="shardferry-watch"
-        )
+        self._submission = submission  # not its `Loading`, which would then never be deleted
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="shardferry-watch")
         self._thread.start()
 
     def join(self, timeout: float | None, poll: _ProgressPoll) -> bool:
-        """False where the stage is not done in time. Raises what the stage raised."""
+        """Whether the stage is done before ``timeout`` (seconds). Raises the stage's failure."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._thread.is_alive():
             remaining = _PROGRESS_EVERY_S if deadline is None else min(_PROGRESS_EVERY_S, deadline - time.monotonic())
@@ -207,30 +224,30 @@ class _Watcher:
         return True
 
     def abandon(self) -> None:
-        """Nobody holds the stage any more: take the loaders down once the refs that were given out are made."""
+        """The `Loading` was deleted: take the loaders down as soon as the handles exist that its refs promise."""
         with self._lock:
             self._abandoned = True
             if not self._finished:
                 return
-        self._group.take_down()
+        self._submission.group.take_down()
 
-    def _watch(self, config: StageConfig, group: LoaderGroup, refs: Refs) -> None:
+    def _watch(self) -> None:
         try:
-            watch(config, group, refs, on_start=self._note_start)
+            watch(self._submission, on_start=self._note_start)
         except BaseException as error:  # raised again by join
             self._error = error
         with self._lock:
             self._finished = True
             if not self._abandoned:
                 return
-        group.take_down()
+        self._submission.group.take_down()
 
     def _note_start(self) -> None:
         self.started = time.time()
 
 
 class _ProgressPoll:
-    """Calls back with every rank's progress, as long as that can be known."""
+    """Calls back with every rank's progress; zeros for ranks that don't answer."""
 
     def __init__(self, group: LoaderGroup, callback: ProgressCallback | None) -> None:
         self._group = group

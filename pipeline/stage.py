@@ -1,4 +1,4 @@
-"""The stage: place loaders, let them load, hand the shards to trainers."""
+"""The stage: start loaders, load, and deliver the shards to the trainers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import ray
 from ray.actor import ActorHandle
 
 from shardferry.actors.loader_group import LoaderGroup, start_loaders
+from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.loading import Loading, ProgressCallback, Refs, StageResult
-from shardferry.pipeline.planning import check_checkpoint, check_topology, target_layout
+from shardferry.pipeline.loading import Loading, ProgressCallback, Refs, StageResult, Submission
+from shardferry.pipeline.preflight import check_checkpoint, check_topology, target_layout
 from shardferry.pipeline.waiting import Wait, gather
 from shardferry.schemas.stage_config import StageConfig
 
@@ -25,7 +26,7 @@ Location = str | Path | ray.ObjectRef[Any]
 
 
 class OptimizerLoadStage:
-    """Loads an optimizer's state from a checkpoint, in the topology that the next trainers need.
+    """Loads an optimizer's state from a checkpoint, in the topology of the next trainers.
 
     ::
 
@@ -33,7 +34,7 @@ class OptimizerLoadStage:
         result = stage.run(trainers)            # actors whose class mixes in shardferry.OptimizerReceiver
         print(result.report.read_amplification)
 
-    It needs no state between runs; one stage can run many times.
+    A stage keeps no state between runs, and can run many times.
     """
 
     def __init__(self, config: StageConfig) -> None:
@@ -43,14 +44,14 @@ class OptimizerLoadStage:
         """Start a load and return at once.
 
         Args:
-            trainers: actors by rank; asked for their layout, which then takes the place of the spec's topology. The shards
-                are not delivered to them: pass ``refs[rank]`` on, or use `run`.
-            location: the checkpoint; an ObjectRef of an upstream task's result will do. Default: the spec's.
+            trainers: actors, by rank. They are asked for their layouts, which replace the spec's topology. The shards are not
+                delivered to them: pass ``refs[rank]`` on, or use `run`.
+            location: the checkpoint, or an ObjectRef of it, the result of an upstream task. Default: the spec's.
 
         Raises:
-            SpecError: no location, no topology, or more ranks than the cluster has GPUs for.
-            CatalogError, PlanError, LayoutError, StorageError: the checkpoint or the topology is wrong; nothing was started. Where
-                ``location`` is an ObjectRef these come from `Loading.wait`.
+            SpecError: no location, no topology, or fewer GPUs in the cluster than the ranks need.
+            CatalogError, PlanError, LayoutError, StorageError: the checkpoint or the topology is wrong; nothing was started. If
+                ``location`` is an ObjectRef, `Loading.wait` raises these.
         """
         return self._submit(trainers, location, exclusive=False)
 
@@ -61,10 +62,15 @@ class OptimizerLoadStage:
         *,
         on_progress: ProgressCallback | None = None,
     ) -> StageResult:
-        """Load, and deliver to the trainers where they are given; return when all is done.
+        """Load, deliver to the trainers if they are given, and return when all is done.
 
-        Each trainer gets its arena for itself and the loaders are gone afterwards. Without trainers, keep the result until
-        the handles are opened.
+        Each trainer gets an arena of its own, and the loaders are taken down at the end. Without trainers, keep the result
+        until the handles are opened.
+
+        Args:
+            trainers: actors, by rank, whose class mixes in `shardferry.OptimizerReceiver`.
+            location: as for `submit`.
+            on_progress: called twice a second with every rank's progress.
 
         Raises:
             As `submit`, `Loading.wait` and `shardferry.OptimizerReceiver.shardferry_receive` do.
@@ -85,29 +91,36 @@ class OptimizerLoadStage:
             raise SpecError("checkpoint.location: missing; give it in the spec, or to submit() or run()")
         layout = self._spec_layout(trainers)
         world_size = len(trainers) if trainers is not None else layout.world_size if layout else 0
-        options, cache = self.config.checkpoint.storage_options, self.config.checkpoint.cache
-        catalog = None
-        if not isinstance(where, ray.ObjectRef):
-            catalog = open_checkpoint(os.fspath(where), storage_options=options, cache=cache)
-        if catalog is not None:
-            check_checkpoint(catalog, self.config.checkpoint.request())
-            if layout is not None:
-                check_topology(catalog, layout, self.config.checkpoint.request())
+        catalog = None if isinstance(where, ray.ObjectRef) else self._open(where, layout)
         if not ray.is_initialized():
             ray.init()
         group = start_loaders(self.config, world_size)
-        catalog_ref = (
-            group.loaders[0].open_catalog.remote(where, options, cache) if catalog is None else ray.put(catalog)
-        )
-        return Loading(
-            self.config, group, self._promise(where, catalog_ref, group, trainers, layout, exclusive), layout
-        )
+        catalog_ref = ray.put(catalog) if catalog is not None else self._open_on_rank_0(group, where)
+        receptions = [] if trainers is None else _ask_for_layouts(trainers)
+        targets = receptions or [ray.put(layout)] * world_size
+        reports, handles = self._load(group, catalog_ref, targets, exclusive=exclusive)
+        refs = Refs(location=where, catalog=catalog_ref, receptions=receptions, reports=reports, handles=handles)
+        return Loading(Submission(self.config, group, refs, layout))
+
+    def _open(self, where: str | Path, layout: SpecLayout | None) -> Catalog:
+        """Open the checkpoint and refuse what can't be loaded."""
+        spec = self.config.checkpoint
+        catalog = open_checkpoint(os.fspath(where), storage_options=spec.storage_options, cache=spec.cache)
+        check_checkpoint(catalog, spec.request())
+        if layout is not None:
+            check_topology(catalog, layout, spec.request())
+        return catalog
+
+    def _open_on_rank_0(self, group: LoaderGroup, where: Any) -> Any:
+        """Let a loader open the checkpoint, as its location is not known yet. Returns the ObjectRef of the catalog."""
+        spec = self.config.checkpoint
+        return group.loaders[0].open_catalog.remote(where, spec.storage_options, spec.cache)
 
     def _spec_layout(self, trainers: Trainers | None) -> SpecLayout | None:
         if trainers is None:
             return target_layout(self.config)
         if not trainers:
-            raise SpecError("trainers: an empty list; give one actor a rank, or None to load by the spec's topology")
+            raise SpecError("trainers: an empty list; give one actor per rank, or None to load by the spec's topology")
         if self.config.topology is not None and self.config.topology.layout().world_size != len(trainers):
             raise SpecError(
                 f"topology.mesh: {self.config.topology.layout().mesh} makes {self.config.topology.layout().world_size} ranks, "
@@ -115,29 +128,20 @@ class OptimizerLoadStage:
             )
         return None
 
-    def _promise(
-        self,
-        where: Location,
-        catalog: ray.ObjectRef[Any],
-        group: LoaderGroup,
-        trainers: Trainers | None,
-        layout: SpecLayout | None,
-        exclusive: bool,
-    ) -> Refs:
+    def _load(
+        self, group: LoaderGroup, catalog: ray.ObjectRef[Any], targets: list[Any], *, exclusive: bool
+    ) -> tuple[list[Any], list[Any]]:
+        """Start the load of each rank. Returns the ObjectRefs of reports and of handles, by rank."""
         request = self.config.checkpoint.request()
         read = self.config.read.options(self.config.timeouts.load_s)
-        receptions = [
-            trainer.shardferry_layout.remote(rank, group.world_size) for rank, trainer in enumerate(trainers or ())
-        ]
-        targets: list[Any] = receptions or [ray.put(layout)] * group.world_size
-        reports: list[ray.ObjectRef[Any]] = [
+        reports: list[Any] = [
             loader.load.remote(catalog, target, request, read, joined)
             for loader, target, joined in zip(group.loaders, targets, group.joined, strict=True)
         ]
-        handles = [
+        handles: list[Any] = [
             loader.handle.remote(report, exclusive) for loader, report in zip(group.loaders, reports, strict=True)
         ]
-        return Refs(where, catalog, receptions, reports, handles)
+        return reports, handles
 
     def _deliver(self, loading: Loading, trainers: Trainers, result: StageResult) -> None:
         start = time.time()
@@ -148,3 +152,8 @@ class OptimizerLoadStage:
         gather(receipts, Wait("delivering to the trainers", timeout_s, "timeouts.handoff_s"))
         result.add_phase("handoff", time.time() - start)
         loading.close()
+
+
+def _ask_for_layouts(trainers: Trainers) -> list[Any]:
+    """The ObjectRefs of the trainers' receptions, by rank."""
+    return [trainer.shardferry_layout.remote(rank, len(trainers)) for rank, trainer in enumerate(trainers)]

@@ -1,4 +1,4 @@
-"""What people and files give us, and what we report, as pydantic models.
+"""Input and reports as pydantic models: the stage's spec, and the JSON that each command prints.
 
 In the repository's root this folder is also the package ``schemas``: its names are those of `shardferry.schemas`.
 """
@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointSpec",
     "HandoffSpec",
     "HeldBySpec",
+    "InspectReport",
     "PlanReport",
     "RankPlan",
     "RankReport",
@@ -18,12 +19,14 @@ __all__ = [
     "RuleSpec",
     "StageConfig",
     "StageReport",
+    "TensorReport",
     "TimeoutsSpec",
     "TopologySpec",
 ]
 
-# For the type checker, and at run time when a name is first used: a report's schema needs no torch.
+# The type checker reads the imports; at run time a name is imported on first use: the schema of a report needs no torch.
 if TYPE_CHECKING:
+    from shardferry.schemas.inspect_report import InspectReport, TensorReport
     from shardferry.schemas.plan_report import Balance, PlanReport, RankPlan
     from shardferry.schemas.stage_config import (
         ActorsSpec,
@@ -43,6 +46,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "shardferry.schemas.inspect_report": ["InspectReport", "TensorReport"],
             "shardferry.schemas.plan_report": ["Balance", "PlanReport", "RankPlan"],
             "shardferry.schemas.stage_config": [
                 "ActorsSpec",

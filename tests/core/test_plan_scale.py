@@ -18,7 +18,8 @@ from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
-from shardferry.plan import cover, demand
+from shardferry.pipeline import demand
+from shardferry.plan import cover
 from shardferry.plan import rank_layouts as wants
 from shardferry.plan import split as slabs
 from shardferry.plan.cooperative import assign_reads

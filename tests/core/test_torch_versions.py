@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardferry
-from shardferry.pipeline.inspecting import inspect_report
+from shardferry.pipeline.inspect import inspect_report
 from tests.support.models import OTHER, STATES, STEP, Model, adamw, check_groups, check_state, fsdp2
 from tests.support.ranks import RankPool
 

@@ -21,11 +21,11 @@ from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh
+from shardferry.pipeline.demand import demand_of, union_numel, unique_bytes
 from shardferry.pipeline.display import print_plan
-from shardferry.pipeline.forecast import Forecast, forecast, union_numel
+from shardferry.pipeline.forecast import Forecast, forecast, plan_report
 from shardferry.pipeline.overrides import override, parse_mesh
-from shardferry.pipeline.planning import plan_report, target_layout, unique_bytes
-from shardferry.plan.demand import demand_of
+from shardferry.pipeline.preflight import target_layout
 from shardferry.region import Region
 from shardferry.schemas.stage_config import StageConfig
 from tests.support.commands import shardferry
@@ -96,16 +96,16 @@ def test_ranks_that_are_planned_are_exact(catalog: Catalog, strategy: str) -> No
 
 def test_replicas_that_read_for_themselves_are_planned_once(catalog: Catalog) -> None:
     config = config_of({"dp_replicate": 8, "dp_shard": 4, "tp": 2}, strategy="direct")
-    found = forecast_of(config, catalog, most_planned=8)
-    assert (found.ranks_planned, found.estimated) == (8, False)
-    assert found.ranks == forecast_of(config, catalog, most_planned=64).ranks
+    found = forecast_of(config, catalog, max_planned=8)
+    assert (found.num_planned, found.is_estimated) == (8, False)
+    assert found.ranks == forecast_of(config, catalog, max_planned=64).ranks
 
 
 @pytest.mark.parametrize("strategy", ["direct", "cooperative"])
 def test_estimates_are_near(catalog: Catalog, strategy: str) -> None:
     config = config_of({"dp_replicate": 4, "dp_shard": 8, "tp": 4}, strategy=strategy)
-    exact, estimate = (forecast_of(config, catalog, most_planned=most) for most in (128, 16))
-    assert (exact.estimated, estimate.estimated, estimate.ranks_planned) == (False, True, 16)
+    exact, estimate = (forecast_of(config, catalog, max_planned=most) for most in (128, 16))
+    assert (exact.is_estimated, estimate.is_estimated, estimate.num_planned) == (False, True, 16)
     assert [rank.bytes_needed for rank in estimate.ranks] == [rank.bytes_needed for rank in exact.ranks]
     assert [rank.arena_bytes for rank in estimate.ranks] == [rank.arena_bytes for rank in exact.ranks]
     for name in ("bytes_read", "bytes_received", "num_requests"):
@@ -113,10 +113,10 @@ def test_estimates_are_near(catalog: Catalog, strategy: str) -> None:
         assert here == pytest.approx(there, rel=0.1), name
 
 
-def forecast_of(config: StageConfig, catalog: Catalog, *, most_planned: int) -> Forecast:
+def forecast_of(config: StageConfig, catalog: Catalog, *, max_planned: int) -> Forecast:
     layout = target_layout(config)
     demand = demand_of(catalog, layout, config.checkpoint.request())
-    return forecast(config, catalog, layout, demand, most_planned=most_planned)
+    return forecast(config, catalog, layout, demand, max_planned=max_planned)
 
 
 def test_an_estimate_still_proves_the_whole_cover(catalog: Catalog) -> None:

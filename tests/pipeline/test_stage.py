@@ -357,7 +357,7 @@ def test_a_loader_killed_while_others_wait(four_saved: Path) -> None:
     """Rank 1 dies between joining and reading: the upstream location holds all of them there."""
     gate = Gate.remote()
     loading = OptimizerLoadStage(config(None, 2)).submit(location=gate.location.remote(str(four_saved)))
-    pids = ray.get(loading._group.joined)
+    pids = ray.get(loading.submission.group.joined)
     os.kill(pids[1], signal.SIGKILL)
     ray.get(gate.open.remote())
     with pytest.raises(RankError, match=r"the process of rank 1 died") as caught:

@@ -15,7 +15,7 @@ import shardferry
 from shardferry.checkpoint.megatron import megatron_entry
 from shardferry.checkpoint.open import storage_of
 from shardferry.errors import LayoutError, PlanError
-from shardferry.pipeline.inspecting import inspect_report
+from shardferry.pipeline.inspect import inspect_report
 from shardferry.read.verify import verify_checkpoint
 from tests.support.damage import edit_metadata
 from tests.support.models import STEP, Model, adamw, check_state, fsdp2

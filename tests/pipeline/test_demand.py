@@ -1,4 +1,4 @@
-"""What all ranks want, counted at once, against every rank's plan and the set of all wanted elements."""
+"""The bytes that all ranks need, counted at once, against each rank's plan and the set of all needed elements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
-from shardferry.plan.demand import demand_of
+from shardferry.pipeline.demand import demand_of
 from shardferry.plan.planner import plan_load
 from shardferry.region import Region
 from tests.core.test_cover import grids, shapes
@@ -76,11 +76,11 @@ def test_all_ranks_at_once_are_all_ranks_one_by_one(load: tuple[Catalog, SpecLay
     files = np.bincount([file_of(catalog, key, element) for key, element in wanted], minlength=len(catalog.files))
     assert demand.of_files.tolist() == (4 * files).tolist()
     boxes = [[(t.key, t.layout.boxes) for t in plan.tensors if t.layout.boxes] for plan in plans]
-    assert demand.twins.tolist() == [boxes.index(mine) for mine in boxes]
+    assert demand.first_equal.tolist() == [boxes.index(mine) for mine in boxes]
 
 
 def test_a_scalar_is_wanted_whole_by_all() -> None:
     catalog = catalog_of({"w": ((), [Region((), ())])}, name="step")
     demand = demand_of(catalog, SpecLayout(Mesh((("dp", 3),))), REQUEST)
-    assert (demand.needed.tolist(), demand.unique, demand.twins.tolist()) == ([4, 4, 4], 4, [0, 0, 0])
+    assert (demand.needed.tolist(), demand.unique, demand.first_equal.tolist()) == ([4, 4, 4], 4, [0, 0, 0])
     assert math.isclose(demand.of_files.sum(), 4)

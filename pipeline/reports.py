@@ -1,4 +1,4 @@
-"""Put the ranks' reports together into the stage's."""
+"""Combine the ranks' reports into the stage's report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.load import read_values
-from shardferry.pipeline.planning import amplification, unique_bytes
+from shardferry.pipeline.demand import read_amplification, unique_bytes
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import RankReport, StageReport
 
@@ -23,9 +23,15 @@ def build_report(
     ranks: Sequence[RankReport],
     driver_phases: dict[str, float],
 ) -> StageReport:
-    """The whole stage's report."""
+    """Build the report of a whole stage.
+
+    Args:
+        layouts: by rank.
+        ranks: by rank.
+        driver_phases: seconds of the driver's phases, by name.
+    """
     request = config.checkpoint.request()
-    # Only with its param groups is a live optimizer's plan the one that its loader made.
+    # The plan of a live optimizer depends on the saved param groups.
     values = None if config.topology is not None else _values(catalog, request)
     unique = unique_bytes(catalog, layouts, request, values)
     read = sum(rank.bytes_read for rank in ranks)
@@ -42,7 +48,7 @@ def build_report(
         strategy_reason="; ".join(sorted({rank.strategy_reason for rank in ranks})),
         unique_bytes_needed=unique,
         storage_bytes_read=read,
-        read_amplification=amplification(read, unique),
+        read_amplification=read_amplification(read, unique),
         num_requests=sum(rank.num_requests for rank in ranks),
         missing=sorted({fqn for rank in ranks for fqn in rank.missing}),
         unexpected=sorted({fqn for rank in ranks for fqn in rank.unexpected}),
@@ -69,10 +75,14 @@ def _longest(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def lower_bound_terms(config: StageConfig, unique: int, ranks: Sequence[RankReport]) -> dict[str, float]:
-    """Seconds that a load can't be quicker than, by what limits it.
+    """Lower bounds of a load's seconds, by the resource that sets them.
 
-    What the storage gives to the job, and to one node, and what ranks can send to each other, count where the spec states it; what
-    memory and GPUs take was measured by the ranks.
+    The bandwidths of the storage, of its link to a node and of the exchange between ranks count if the spec states them; the
+    ranks have measured those of host memory and GPUs.
+
+    Args:
+        unique: bytes that at least one rank needs, each counted once.
+        ranks: by rank.
     """
     of_nodes: dict[str, list[RankReport]] = defaultdict(list)
     for rank in ranks:

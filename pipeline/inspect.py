@@ -1,50 +1,19 @@
-"""What is in a checkpoint: the JSON of ``shardferry inspect --json``."""
+"""Report the content of a checkpoint from its catalog."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.optimizer_state import top_level_keys
 from shardferry.plan.cover import find_problems
-
-
-class TensorReport(BaseModel):
-    """One saved tensor."""
-
-    model_config = ConfigDict(frozen=True)
-
-    fqn: str
-    shape: list[int]
-    dtype: str
-    num_chunks: int
-    nbytes: int
-    grid: list[int]  # how many chunks along each dimension
-
-
-class InspectReport(BaseModel):
-    """One checkpoint."""
-
-    model_config = ConfigDict(frozen=True)
-
-    location: str
-    torch_metadata_version: str
-    top_level_keys: list[str]
-    num_tensors: int
-    num_objects: int
-    num_chunks: int
-    num_files: int
-    total_bytes: int
-    topology: dict[str, int]  # how tensors were cut when saved, in words: number of tensors
-    tensors: list[TensorReport]
-    problems: list[str]
+from shardferry.schemas.inspect_report import InspectReport, TensorReport
 
 
 def inspect_report(catalog: Catalog) -> InspectReport:
-    """Look at the metadata alone."""
+    """Report tensors, sizes, versions, the topology at the time of saving, and problems. Reads no data."""
     tensors = [_tensor(catalog, saved) for saved in catalog.tensors.values()]
     return InspectReport(
         location=catalog.location,
@@ -55,7 +24,7 @@ def inspect_report(catalog: Catalog) -> InspectReport:
         num_chunks=catalog.num_chunks,
         num_files=len(catalog.files),
         total_bytes=catalog.total_bytes,
-        topology=dict(Counter(_cut(tensor.grid) for tensor in tensors).most_common()),
+        topology=dict(Counter(_sharding(tensor.grid) for tensor in tensors).most_common()),
         tensors=tensors,
         problems=find_problems(catalog),
     )
@@ -73,6 +42,6 @@ def _tensor(catalog: Catalog, saved: SavedTensor) -> TensorReport:
     )
 
 
-def _cut(grid: list[int]) -> str:
-    cuts = [f"dim {dim} in {parts}" for dim, parts in enumerate(grid) if parts > 1]
-    return ", ".join(cuts) or "whole"
+def _sharding(grid: list[int]) -> str:
+    parts_by_dim = [f"dim {dim} in {parts}" for dim, parts in enumerate(grid) if parts > 1]
+    return ", ".join(parts_by_dim) or "whole"
