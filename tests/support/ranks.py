@@ -1,4 +1,8 @@
-"""Real processes that form gloo process groups of any size up to the pool's, without ports."""
+"""Real processes that form gloo process groups of any size up to the pool's, without ports.
+
+The processes are forked from a server that has imported what they need and has started no thread: a rank costs
+milliseconds, where a spawned one imports torch for seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,25 @@ from typing import Any
 import pytest
 
 DEADLINE_S = 120.0
-_TIRED_THREADS = 120  # torch keeps some process groups for ever, whose threads spin once their peers are gone
+_PRELOADED = [
+    "pytest",
+    "shardferry.dcp",
+    "shardferry.load",
+    "shardferry.storage.obstore",
+    "tests.support.matrix",
+    "torch._dynamo",  # DTensors import it with their first operation: a second of CPU in each process
+    "torch.distributed.checkpoint._fsspec_filesystem",
+    "torch.distributed.checkpoint.state_dict",
+]
+_TIRED_THREADS = 80  # torch keeps some process groups for ever, whose threads spin once their peers are gone
 
 
 class RankPool:
-    """Processes that stay up between tests: importing torch in each takes seconds, forming a group milliseconds."""
+    """Processes that stay up between tests, so that the first calls of torch's functions are behind them."""
 
     def __init__(self, size: int) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._size = size
         self._directory = tempfile.TemporaryDirectory(prefix="shardferry-ranks-")
@@ -90,6 +105,7 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: else each collection below walks torch's heap for 0.2 s of CPU
     # Else a rank may be done, and its sockets closed, before a late one has connected to it.
     os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     while True:
