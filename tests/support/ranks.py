@@ -1,13 +1,8 @@
-"""Real processes that form gloo process groups of any size up to the pool's, without ports.
-
-The processes are forked from a server that has imported what they need and has started no thread: a rank costs
-milliseconds, where a spawned one imports torch for seconds.
-"""
+"""Real processes that form gloo process groups of any size up to the pool's, without ports."""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -20,17 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import forking
+
 DEADLINE_S = 120.0
-_PRELOADED = [
-    "pytest",
-    "shardferry.dcp",
-    "shardferry.load",
-    "shardferry.storage.obstore",
-    "tests.support.matrix",
-    "torch._dynamo",  # DTensors import it with their first operation: a second of CPU in each process
-    "torch.distributed.checkpoint._fsspec_filesystem",
-    "torch.distributed.checkpoint.state_dict",
-]
 _TIRED_THREADS = 80  # torch keeps some process groups for ever, whose threads spin once their peers are gone
 
 
@@ -38,8 +25,7 @@ class RankPool:
     """Processes that stay up between tests, so that the first calls of torch's functions are behind them."""
 
     def __init__(self, size: int) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context = forking()
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._size = size
         self._directory = tempfile.TemporaryDirectory(prefix="shardferry-ranks-")
