@@ -6,7 +6,7 @@ import math
 from itertools import product
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.checkpoint.catalog import Catalog
@@ -16,7 +16,7 @@ from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 from shardferry.plan.demand import demand_of
 from shardferry.plan.planner import plan_load
 from shardferry.region import Region
-from tests.core.test_cover import grids, shapes
+from tests.strategies import grids, shapes
 from tests.support.catalogs import catalog_of
 
 REQUEST = LoadRequest("optim")
@@ -56,7 +56,6 @@ def file_of(catalog: Catalog, key: str, element: tuple[int, ...]) -> int:
     return int(catalog.chunk_file[chunk])
 
 
-@settings(deadline=None, max_examples=100)
 @given(loads())
 def test_all_ranks_at_once_are_all_ranks_one_by_one(load: tuple[Catalog, SpecLayout]) -> None:
     catalog, spec = load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
@@ -26,7 +26,6 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], Mesh, list[Placement], Reg
     return shape, Mesh(tuple((f"axis{i}", size) for i, size in enumerate(sizes))), placements, region
 
 
-@settings(deadline=None)
 @given(meshes())
 def test_boxes_are_those_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Placement], Region]) -> None:
     shape, mesh, placements, region = case
