@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from tests.support.synthetic_metadata import SyntheticSave
+from benchmarks.synthetic_save import SyntheticSave
 
 SAVES = {
     "rows": SyntheticSave(1134, (294,), 1024),

@@ -123,7 +123,7 @@ def _resident_pages(file: Path) -> tuple[int, int]:
 @contextmanager
 def object_store(directory: str) -> Iterator[str]:
     """The URL of a slow web server of a directory, in a process of its own."""
-    command = [sys.executable, "-m", "tests.support.range_server", directory]
+    command = [sys.executable, "-m", "benchmarks.throttled_server", directory]
     limits = ["--bandwidth", str(LINE_BYTES_PER_S), "--latency", str(LATENCY_S)]
     server = subprocess.Popen(
         [*command, *limits], cwd=_REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

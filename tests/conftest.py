@@ -1,4 +1,7 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and how many examples property tests try.
+
+``SHARDFERRY_EXAMPLES``: ``fast`` (the default) or ``full``, which .ci/run asks for.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,16 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported: tests leave no token in anybody's home
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import hypothesis
 import pytest
 import ray
 
 from tests.support.models import save_fsdp2
 from tests.support.ranks import RankPool
+
+hypothesis.settings.register_profile("fast", max_examples=100, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("SHARDFERRY_EXAMPLES", "fast"))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

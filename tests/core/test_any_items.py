@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.utils.serialization import config
@@ -90,7 +90,6 @@ def check(whole: torch.Tensor, layout: TensorLayout, local: torch.Tensor) -> tor
     return seen
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_every_element(data: st.DataObject) -> None:
     whole, chunks = data.draw(saved_tensors())

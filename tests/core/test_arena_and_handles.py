@@ -6,7 +6,6 @@ import mmap
 import os
 import pickle
 import signal
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryErr
 from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.layout.tensor_layout import replicated
 from shardferry.plan.load_plan import Manifest, PlannedTensor, PlannedValue
+from tests.support.processes import forking
 
 SHAPE = (3, 5)
 CONTENT = torch.arange(15.0).view(SHAPE)
@@ -120,7 +120,7 @@ class Loader:
     """A process that holds an arena."""
 
     def __init__(self, *, exclusive: bool) -> None:
-        context = get_context("spawn")
+        context = forking()
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, exclusive), daemon=True)
         self.process.start()

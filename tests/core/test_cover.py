@@ -7,19 +7,20 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
-from shardferry.layout.from_tensor import shard_left_to_right, strided_shard
 from shardferry.layout.live import LiveLayout
-from shardferry.layout.tensor_layout import AxisCut, LocalRegion, TensorLayout, flat_slice, shard_on_mesh
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, shard_on_mesh
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import ALIGNMENT, plan_load
 from shardferry.region import Region
+from tests.strategies import grids, layouts, shapes
 from tests.support.catalogs import catalog_of
+from tests.support.simulation import expected
 
 
 def rows(*bounds: int) -> list[Region]:
@@ -66,71 +67,6 @@ def test_a_box_over_two_chunks() -> None:
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> tuple[int, ...]:
-    return tuple(draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)))
-
-
-@st.composite
-def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
-    """The whole tensor cut anywhere along each dimension; empty chunks may lie in between."""
-    bounds = []
-    for size in shape:
-        inner = draw(st.lists(st.integers(0, size), max_size=3))
-        bounds.append(list(pairwise([0, *sorted(inner), size])))
-    cells = [Region(tuple(a for a, _ in cell), tuple(b - a for a, b in cell)) for cell in product(*bounds)]
-    return draw(st.permutations([*{cell.offsets: cell for cell in cells if cell.numel}.values()]))
-
-
-@st.composite
-def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    """One rank's part of a tensor: sharded as by a spec, as torch reads placements, by flat position, or in rows of its own."""
-    return draw(draw(st.sampled_from([cut_layouts, torch_layouts, flat_layouts, boxes_of_rows]))(shape))
-
-
-@st.composite
-def cut_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    cuts = []
-    for _ in range(draw(st.integers(0, 3))):
-        ranks = draw(st.integers(1, 5))
-        placement = draw(st.sampled_from([Replicate(), *(Shard(dim) for dim in range(len(shape)))]))
-        cuts.append(AxisCut(ranks, draw(st.integers(0, ranks - 1)), placement))
-    return shard_on_mesh(shape, cuts)
-
-
-@st.composite
-def torch_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    """Shard and _StridedShard in any mix, several of one dimension too; the local tensor may be many boxes."""
-    cuts = []
-    for _ in range(draw(st.integers(0, 3)) if shape else 0):
-        ranks = draw(st.integers(1, 4))
-        dim, split_factor = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 3))
-        placement = Shard(dim) if split_factor == 1 else strided_shard(dim, split_factor)
-        cuts.append(AxisCut(ranks, draw(st.integers(0, ranks - 1)), placement))
-    return shard_left_to_right(shape, cuts)
-
-
-@st.composite
-def flat_layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    start = draw(st.integers(0, math.prod(shape)))
-    return flat_slice(shape, start=start, stop=draw(st.integers(start, math.prod(shape))))
-
-
-@st.composite
-def boxes_of_rows(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorLayout:
-    """Some spans of rows, in any order in the local tensor, as a CheckpointableTensor may have them."""
-    if not shape:
-        return flat_slice(shape, start=0, stop=1)
-    edges = sorted(draw(st.sets(st.integers(0, shape[0]), max_size=6)))
-    spans = draw(st.permutations(list(pairwise(edges))))
-    boxes, position, inner = [], 0, (0,) * (len(shape) - 1)
-    for start, stop in spans[: draw(st.integers(0, len(spans)))]:
-        sizes = (stop - start, *shape[1:])
-        boxes.append(LocalRegion(Region((start, *inner), sizes), Region((position, *inner), sizes)))
-        position += stop - start
-    return TensorLayout(shape, (position, *shape[1:]), tuple(boxes))
-
-
-@st.composite
 def loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], TensorLayout]:
     shape = draw(shapes())
     return shape, draw(grids(shape)), draw(layouts(shape))
@@ -151,17 +87,6 @@ def simulate(plan: LoadPlan, shape: tuple[int, ...], saved: list[Region]) -> np.
     return memory
 
 
-def expected(layout: TensorLayout) -> np.ndarray:
-    """What the local tensor should hold, by the layout's boxes alone."""
-    whole = np.arange(math.prod(layout.global_shape)).reshape(layout.global_shape)
-    local = np.full(layout.local_shape, -1)
-    for box in layout.boxes:
-        content = whole[tuple(map(slice, box.region.offsets, box.region.ends))]
-        local[tuple(map(slice, box.local.offsets, box.local.ends))] = content.reshape(box.local.sizes)
-    return local.reshape(-1)
-
-
-@settings(deadline=None, max_examples=400)
 @given(loads())
 def test_every_wanted_element_is_filled_once_from_the_right_place(
     load: tuple[tuple[int, ...], list[Region], TensorLayout],
@@ -175,7 +100,6 @@ def test_every_wanted_element_is_filled_once_from_the_right_place(
 
 
 @pytest.mark.conformance(7)
-@settings(deadline=None, max_examples=300)
 @given(loads(), st.data())
 def test_a_missing_chunk_is_an_error_exactly_where_it_is_wanted(
     load: tuple[tuple[int, ...], list[Region], TensorLayout], data: st.DataObject
@@ -193,7 +117,6 @@ def test_a_missing_chunk_is_an_error_exactly_where_it_is_wanted(
 
 
 @pytest.mark.conformance(8)
-@settings(deadline=None, max_examples=300)
 @given(loads(), st.data())
 def test_an_overlap_is_an_error_exactly_where_it_is_wanted(
     load: tuple[tuple[int, ...], list[Region], TensorLayout], data: st.DataObject

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import mmap
-import os
 import pickle
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.planner import ALIGNMENT
 from tests.support.alone import save_alone
 from tests.support.oracle import full_tensor
+from tests.support.processes import forking
 from tests.support.ranks import RankPool
 
 SHAPES = {"even.weight": (48, 6), "seven.weight": (7, 11), "thirty.weight": (30, 4), "even.bias": (48,)}
@@ -65,19 +63,19 @@ def handle_of(loaded: LoadedShard, transport: str, *, exclusive: bool = True) ->
     return make_handle(loaded.manifest, loaded.arena, transport, exclusive=exclusive)
 
 
-def serve(pipe: Connection, path: Path, exclusive: bool) -> None:
+def serve(pipe: Connection, path: Path, transport: str, exclusive: bool) -> None:
     """A loader: loads, sends its handle, and holds the arena until it is told to end."""
     loaded = load(path)
-    pipe.send(handle_of(loaded, "shared_memory", exclusive=exclusive))
+    pipe.send(handle_of(loaded, transport, exclusive=exclusive))
     pipe.recv()
 
 
 @contextmanager
-def loader(path: Path, *, exclusive: bool) -> Iterator[tuple[ShardHandle, int]]:
+def loader(path: Path, transport: str = "shared_memory", *, exclusive: bool) -> Iterator[tuple[ShardHandle, int]]:
     """Another process that holds a loaded shard: its handle, and its process id."""
-    context = get_context("spawn")
+    context = forking()
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, path, exclusive), daemon=True)
+    process = context.Process(target=serve, args=(theirs, path, transport, exclusive), daemon=True)
     process.start()
     try:
         assert ours.poll(90), "the loader sent no handle"
@@ -87,6 +85,12 @@ def loader(path: Path, *, exclusive: bool) -> Iterator[tuple[ShardHandle, int]]:
         process.kill()
         process.join(10)
         ours.close()
+
+
+def kill(pid: int) -> None:
+    process = psutil.Process(pid)
+    process.kill()
+    process.wait(10)
 
 
 def check(shard: LoadedState) -> int:
@@ -105,14 +109,25 @@ def check(shard: LoadedState) -> int:
 SHARE = 12 * 6 + 2 * 11 + 30 * 1 + 12  # elements of rank 1 of 4
 
 
+@pytest.mark.parametrize("exclusive", [False, True], ids=["shared", "exclusive"])
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
+def test_a_shard_of_another_process(checkpoint: Path, transport: str, exclusive: bool) -> None:
+    with loader(checkpoint, transport, exclusive=exclusive) as (handle, pid):
+        with handle.open() as shard:
+            assert check(shard) == SHARE
+            tensor = shard.state_dict()["state"]["even.bias"]["exp_avg"]
+        kill(pid)
+    tensor.add_(1)  # it may be written, and outlives the loader
+    assert torch.equal(tensor, full_tensor("even.bias", "exp_avg", (48,))[12:24] + 1)
+
+
 def test_private_copies_of_a_loader_that_is_killed(checkpoint: Path) -> None:
     with loader(checkpoint, exclusive=False) as (handle, pid):
         with handle.open() as one, handle.open() as other:
             assert check(one) == check(other) == SHARE
             one.state_dict()["state"]["even.weight"]["exp_avg"].fill_(-1)
             assert check(other) == SHARE
-            os.kill(pid, signal.SIGKILL)
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            kill(pid)
             assert check(other) == SHARE
             assert one.state_dict()["state"]["even.weight"]["exp_avg"].unique().tolist() == [-1]
         with pytest.raises(HandoffError, match=rf"process {pid}\) that held this shard has ended before"):
@@ -127,7 +142,7 @@ def test_the_arena_itself_goes_to_one_trainer(checkpoint: Path) -> None:
             tensor.add_(1)
         with pytest.raises(HandoffError, match="handed over already"):
             handle.open()
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         assert torch.equal(tensor, full_tensor("even.bias", "exp_avg", (48,))[12:24] + 1)
 
 

@@ -11,7 +11,6 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardferry
 from tests.support.models import (
-    HYPERPARAMETERS,
     OTHER,
     SHAPES,
     Model,
@@ -24,6 +23,7 @@ from tests.support.models import (
     fsdp2,
     load_fsdp2,
     save,
+    save_one_group,
 )
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
@@ -109,13 +109,6 @@ def load_fsdp1(path: str, use_orig_params: bool) -> int:
             assert state[name].view(-1).tolist() == [expected[weight] for weight in weights]
             compared += sum(weight != 0.0 for weight in weights)
     return compared
-
-
-def save_one_group(path: str) -> None:
-    model = fsdp2(Model())
-    optimizer = adamw(model, (HYPERPARAMETERS[0], HYPERPARAMETERS[0]))
-    fill_state(model, optimizer)
-    save(model, optimizer, path)
 
 
 @pytest.mark.conformance(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Placement, Replicate, Shard
 
@@ -27,7 +27,6 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], Mesh, list[Placement], Reg
     return shape, Mesh(tuple((f"axis{i}", size) for i, size in enumerate(sizes))), placements, region
 
 
-@settings(deadline=None)
 @given(meshes())
 def test_columns_have_the_region_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Placement], Region]) -> None:
     shape, mesh, placements, region = case

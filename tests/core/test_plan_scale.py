@@ -7,13 +7,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from torch.distributed.tensor import Shard
 
-from benchmarks.large import TransformerSize, synthetic_catalog, tp_fsdp
 from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
 from shardferry.layout.mesh import Mesh
@@ -27,7 +25,9 @@ from shardferry.plan.cover import check_cover, covering_chunks
 from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.region import Region
+from tests.support.commands import REPOSITORY
 from tests.support.simulation import simulate
+from tests.support.transformers import TransformerSize, synthetic_catalog, tp_fsdp
 
 REQUEST = LoadRequest("optim")
 SMALL = TransformerSize(layers=3, hidden=32, ffn=80, kv=8, vocab=48)
@@ -138,33 +138,29 @@ def test_a_cover_of_very_many_chunks_is_proven_without_comparing_them(monkeypatc
 
 
 _PRINT_PLAN = """
-import sys
-from benchmarks.large import synthetic_catalog
-from shardferry.plan.planner import plan_load
+from torch.distributed.tensor import Shard
+from shardferry.config import LoadRequest, SplitLimits
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.spec import SpecLayout
 from shardferry.plan.cooperative import assign_reads
-from shardferry.config import SplitLimits
+from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import LayoutsFromSpec
-from tests.core.test_plan_scale import REQUEST, SAVED, SMALL, wanted
-catalog, spec = synthetic_catalog(SMALL, SAVED), wanted(2, 4, tp=2)
-plan = plan_load(catalog, spec.rank(5), REQUEST)
-print(plan)
-print(assign_reads(plan, catalog, LayoutsFromSpec(spec, range(16)), limits=SplitLimits(max_part_bytes=1 << 20), memory_groups={r: str(r // 4) for r in range(16)}))
+from tests.support.transformers import TransformerSize, synthetic_catalog, tp_fsdp
+saved = SpecLayout(Mesh((("dp_shard", 16),)), (), {"dp_shard": Shard(0)})
+catalog = synthetic_catalog(TransformerSize(layers=3, hidden=32, ffn=80, kv=8, vocab=48), saved)
+spec = tp_fsdp(Mesh((("dp_replicate", 2), ("dp_shard", 4), ("tp", 2))))
+plan = plan_load(catalog, spec.rank(5), LoadRequest("optim"))
+groups = {r: str(r // 4) for r in range(16)}
+limits = SplitLimits(max_part_bytes=1 << 20)
+print(assign_reads(plan, catalog, LayoutsFromSpec(spec, range(16)), limits=limits, memory_groups=groups))
 """
 
 
-def test_two_processes_make_the_same_plan() -> None:
-    """Whatever order their sets have: a rank must know what another one plans."""
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PRINT_PLAN],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
-            cwd=root,
-            stdout=subprocess.PIPE,
-        )
-        for seed in ("1", "2")
-    ]
-    one, other = (process.communicate(timeout=120)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert one == other
-    assert one.startswith(b"LoadPlan(world_rank=5,")
+def test_two_processes_make_the_same_plan(capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever order their sets have: a rank must know what another one plans. The hash seed of this one is random."""
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", _PRINT_PLAN], env=environment, cwd=REPOSITORY, timeout=120, check=True)
+    theirs = capfd.readouterr().out
+    exec(_PRINT_PLAN, {})
+    assert theirs == capfd.readouterr().out
+    assert theirs.startswith("LoadPlan(world_rank=5,")

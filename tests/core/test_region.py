@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.region import (
@@ -93,7 +93,6 @@ def cut_up(draw: st.DrawFn) -> tuple[Region, list[Region]]:
     return whole, draw(st.permutations(parts + ([other] if other else [])))
 
 
-@settings(max_examples=500)
 @given(cut_up())
 def test_boxes_tile_a_box_where_they_hold_each_element_once(case: tuple[Region, list[Region]]) -> None:
     whole, boxes = case

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
@@ -25,8 +25,9 @@ from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, layo
 from shardferry.plan.split import RankCopy
 from shardferry.region import BoxCopy, Region
 from shardferry.storage.base import OBJECT_STORE
-from tests.core.test_cover import expected, grids, layouts, shapes
+from tests.strategies import grids, layouts, shapes
 from tests.support.catalogs import catalog_of
+from tests.support.simulation import expected
 
 REQUEST = LoadRequest("optim")
 
@@ -118,7 +119,6 @@ def node_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[Ten
     )
 
 
-@settings(deadline=None, max_examples=400)
 @given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([1, 12, 1 << 20]), st.integers(1, 4))
 def test_every_wanted_element_arrives_once(
     load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SplitLimits],

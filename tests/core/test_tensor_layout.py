@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -119,7 +119,6 @@ def split_by_torch(whole: torch.Tensor, cuts: Sequence[AxisCut]) -> torch.Tensor
     return whole
 
 
-@settings(deadline=None, max_examples=500)
 @given(st.data())
 def test_any_placements_from_left_to_right(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 13), max_size=3), label="shape"))

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import shardferry
-from tests.support.models import SHAPES, Model, adamw, distributed, fsdp1, fsdp2
+from tests.support.models import SHAPES, Model, adamw, distributed, fsdp1, fsdp2, save_one_group
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
 
@@ -78,8 +78,6 @@ def test_weights_between_wrappers(
 @pytest.fixture(scope="module")
 def saved_one_group(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All parameters in one group of hyperparameters, which FSDP1's flat parameter needs."""
-    from tests.core.test_load_matrix import save_one_group
-
     path = tmp_path_factory.mktemp("weights") / "ckpt"
     ranks.run(4, save_one_group, str(path))
     return path

@@ -16,11 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import yaml
 
 from tests.support import damage
-from tests.support.commands import Finished, shardferry
-from tests.support.leftovers import nothing_left
+from tests.support.commands import Command, Finished, run_process
+from tests.support.leftovers import nothing_held, nothing_left
 from tests.support.sparse import write_sparse_checkpoint
 
 SPEC: dict[str, Any] = {
@@ -35,12 +36,22 @@ def checkpoint(saved_by: dict[int, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_by[2], tmp_path / "ckpt"))
 
 
-def run_stage(checkpoint: Path, tmp_path: Path, spec: dict[str, Any] = SPEC, *options: str) -> Finished:
-    """``shardferry run``, with nothing left afterwards."""
+@pytest.fixture
+def run_stage(cluster: None, shardferry: Command, tmp_path: Path) -> Callable[..., Finished]:
+    """``shardferry run`` on the tests' cluster, which has all of its resources back afterwards."""
+
+    def run(checkpoint: Path, spec: dict[str, Any] = SPEC) -> Finished:
+        with nothing_held():
+            return shardferry("run", write_spec(checkpoint, tmp_path, spec), "--report", tmp_path / "report.json")
+
+    return run
+
+
+def write_spec(checkpoint: Path, tmp_path: Path, spec: dict[str, Any] = SPEC) -> Path:
+    """The spec as a file."""
     values = {**spec, "checkpoint": {"location": str(checkpoint), **spec["checkpoint"]}}
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(values))
-    with nothing_left():
-        return shardferry("run", tmp_path / "stage.yaml", "--report", tmp_path / "report.json", *options)
+    return tmp_path / "stage.yaml"
 
 
 def check_one_error(done: Finished, status: int, message: str) -> None:
@@ -84,9 +95,15 @@ def check_one_error(done: Finished, status: int, message: str) -> None:
         ),
     ],
 )
-def test_spoilt_checkpoint(checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+def test_spoilt_checkpoint(
+    run_stage: Callable[..., Finished],
+    checkpoint: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
     spoil(checkpoint)
-    check_one_error(run_stage(checkpoint, tmp_path), 1, message)
+    check_one_error(run_stage(checkpoint), 1, message)
     assert not (tmp_path / "report.json").exists()
     assert not (checkpoint / "executed").exists()
 
@@ -116,13 +133,24 @@ def test_spoilt_checkpoint(checkpoint: Path, tmp_path: Path, spoil: Callable[[Pa
     ],
 )
 def test_wrong_spec(
-    saved_by: dict[int, Path], tmp_path: Path, changes: dict[str, Any], status: int, message: str
+    run_stage: Callable[..., Finished], saved_by: dict[int, Path], changes: dict[str, Any], status: int, message: str
 ) -> None:
-    check_one_error(run_stage(saved_by[2], tmp_path, {**SPEC, **changes}), status, message)
+    check_one_error(run_stage(saved_by[2], {**SPEC, **changes}), status, message)
 
 
-def test_more_ranks_than_gpus(saved_by: dict[int, Path], tmp_path: Path) -> None:
-    done = run_stage(saved_by[2], tmp_path, SPEC, "--num-gpus", "1")
+@pytest.mark.conformance(20)
+def test_a_failed_run_takes_its_own_ray_down(checkpoint: Path, tmp_path: Path) -> None:
+    damage.short_file(checkpoint)
+    with nothing_left():
+        done = run_process("run", write_spec(checkpoint, tmp_path))
+    check_one_error(done, 1, r"its item is bytes \d+ to \d+ of .*distcp, which has \d+ bytes")
+
+
+def test_more_ranks_than_gpus(
+    shardferry: Command, saved_by: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests have started
+    done = shardferry("run", write_spec(saved_by[2], tmp_path), "--num-gpus", "1")
     check_one_error(done, 2, r"2 ranks need 2 GPUs, there are 1")
 
 
@@ -167,13 +195,13 @@ def _arena_kib(pid: int) -> int:
 
 
 def test_json_errors_leave_stdout_empty(tmp_path: Path) -> None:
-    done = shardferry("inspect", tmp_path / "nowhere", "--json")
+    done = run_process("inspect", tmp_path / "nowhere", "--json")
     check_one_error(done, 1, "no such directory")
     with pytest.raises(json.JSONDecodeError):
         json.loads(done.stdout)
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(shardferry: Command, tmp_path: Path) -> None:
     done = shardferry("--debug", "inspect", tmp_path / "nowhere")
     assert done.status == 1
     assert "Traceback" in done.stderr

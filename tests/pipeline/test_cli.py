@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from shardferry.pipeline.demo.story import FURTHER_STEPS
-from tests.support.commands import Finished, shardferry
+from tests.support.commands import Command, Finished, run_process
 from tests.support.leftovers import nothing_left
 
 SPEC = """
@@ -28,10 +29,10 @@ read: {{storage_bandwidth: 1GiB}}
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
-    """The demo, run once: its output, and the checkpoint it kept."""
+    """The demo, run once, in a process of its own: its output, and the checkpoint it kept."""
     directory = tmp_path_factory.mktemp("demo")
     with nothing_left():
-        done = shardferry("demo", "--directory", directory, timeout_s=240)
+        done = run_process("demo", "--directory", directory, timeout_s=240)
     return done, directory / "checkpoint"
 
 
@@ -46,8 +47,7 @@ def spec(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "stage.yaml"
 
 
-def json_of(*arguments: str | Path) -> dict[str, Any]:
-    done = shardferry(*arguments)
+def json_of(done: Finished) -> dict[str, Any]:
     assert done.status == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -62,13 +62,13 @@ def test_demo_goes_on_with_equal_losses(told: tuple[Finished, Path]) -> None:
         assert line in done.stdout
 
 
-def test_demo_does_not_overwrite(told: tuple[Finished, Path]) -> None:
+def test_demo_does_not_overwrite(shardferry: Command, told: tuple[Finished, Path]) -> None:
     done = shardferry("demo", "--directory", told[1].parent)
     assert (done.status, "exists already" in done.stderr) == (2, True)
 
 
-def test_inspect(checkpoint: Path) -> None:
-    report = json_of("inspect", checkpoint, "--json")
+def test_inspect(shardferry: Command, checkpoint: Path) -> None:
+    report = json_of(shardferry("inspect", checkpoint, "--json"))
     assert {"location", "torch_metadata_version", "num_tensors", "num_chunks", "num_files", "total_bytes"} <= set(
         report
     )
@@ -89,10 +89,11 @@ def test_inspect(checkpoint: Path) -> None:
 
 
 def test_plan_and_run_agree_on_the_bytes(spec: Path, tmp_path: Path) -> None:
-    plan = json_of("plan", spec, "--json")
+    """Each in a process of its own, the run on a Ray of its own."""
+    plan = json_of(run_process("plan", spec, "--json"))
     with nothing_left():
         options = [f"--{name}={tmp_path / name}" for name in ("report", "trace", "html")]
-        done = shardferry("run", spec, *options)
+        done = run_process("run", spec, *options)
     assert done.status == 0, done.stderr
     report = json.loads((tmp_path / "report").read_text())
     for name in ("world_size", "unique_bytes_needed", "read_amplification", "num_requests"):
@@ -108,14 +109,14 @@ def test_plan_and_run_agree_on_the_bytes(spec: Path, tmp_path: Path) -> None:
     assert (tmp_path / "html").read_text().count("<b>rank ") == 4
 
 
-def test_plan_of_the_needed_bytes_by_hand(spec: Path) -> None:
+def test_plan_of_the_needed_bytes_by_hand(shardferry: Command, spec: Path) -> None:
     """FSDP rows over dp, replicated over tp: each rank of dp needs half of every matrix, and every vector whole.
 
     Rank 0 reads the hyperparameters too, for all.
     """
     text = spec.read_text()
     spec.write_text(text.replace("read: {", "read: {strategy: cooperative, "))
-    plan = json_of("plan", spec, "--json")
+    plan = json_of(shardferry("plan", spec, "--json"))
     assert plan["world_size"] == 4
     needed = [rank["bytes_needed"] for rank in plan["ranks"]]
     assert needed[0] > needed[1] == needed[2] == needed[3]
@@ -124,21 +125,21 @@ def test_plan_of_the_needed_bytes_by_hand(spec: Path) -> None:
         sum(rank["bytes_sent"] for rank in plan["ranks"]) == sum(rank["bytes_received"] for rank in plan["ranks"]) > 0
     )
     spec.write_text(text.replace("read: {", "read: {strategy: direct, "))
-    direct = json_of("plan", spec, "--json")
+    direct = json_of(shardferry("plan", spec, "--json"))
     assert direct["unique_bytes_needed"] == plan["unique_bytes_needed"]
     assert 1.9 * plan["unique_bytes_needed"] <= direct["storage_bytes_planned"] <= 2.1 * plan["unique_bytes_needed"]
 
 
-def test_verify_reads_everything(checkpoint: Path) -> None:
+def test_verify_reads_everything(shardferry: Command, checkpoint: Path) -> None:
     done = shardferry("verify", checkpoint)
     assert (done.status, "0 problems" in done.stdout) == (0, True)
-    report = json_of("verify", checkpoint, "--json")
+    report = json_of(shardferry("verify", checkpoint, "--json"))
     assert report["problems"] == []
     assert report["bytes_read"] == sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
 
 
 @pytest.mark.conformance(20)
-def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
+def test_verify_finds_one_flipped_bit(shardferry: Command, checkpoint: Path, tmp_path: Path) -> None:
     spoilt = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
     file = spoilt / "__2_0.distcp"
     data = bytearray(file.read_bytes())
@@ -151,7 +152,8 @@ def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
     assert re.search(r"item at byte \d+ of __2_0.distcp: .*checksum", done.stdout)
 
 
-def test_an_address_where_nobody_is(spec: Path) -> None:
+def test_an_address_where_nobody_is(shardferry: Command, spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests have started
     done = shardferry("run", spec, "--address", "127.0.0.1:9")
     assert done.status == 2
     assert done.stderr.startswith("error: address '127.0.0.1:9': no Ray cluster answers there")
@@ -159,14 +161,14 @@ def test_an_address_where_nobody_is(spec: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "run", "verify", "demo"])
-def test_help_has_an_example(command: str) -> None:
+def test_help_has_an_example(shardferry: Command, command: str) -> None:
     done = shardferry(command, "--help")
     assert done.status == 0
     assert "Example: " in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["plan"], ["bogus"], ["run", "stage.yaml", "--bogus"]], ids=" ".join)
-def test_wrong_usage(arguments: list[str]) -> None:
+def test_wrong_usage(shardferry: Command, arguments: list[str]) -> None:
     done = shardferry(*arguments)
     assert done.status == 2
     assert "Traceback" not in done.stderr

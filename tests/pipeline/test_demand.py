@@ -6,7 +6,7 @@ import math
 from itertools import product
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Placement, Replicate, Shard
 
@@ -17,7 +17,7 @@ from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 from shardferry.pipeline.demand import demand_of
 from shardferry.plan.planner import plan_load
 from shardferry.region import Region
-from tests.core.test_cover import grids, shapes
+from tests.strategies import grids, shapes
 from tests.support.catalogs import catalog_of
 
 REQUEST = LoadRequest("optim")
@@ -57,7 +57,6 @@ def file_of(catalog: Catalog, key: str, element: tuple[int, ...]) -> int:
     return int(catalog.chunk_file[chunk])
 
 
-@settings(deadline=None, max_examples=100)
 @given(loads())
 def test_all_ranks_at_once_are_all_ranks_one_by_one(load: tuple[Catalog, SpecLayout]) -> None:
     catalog, spec = load

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
-from benchmarks.large import TransformerSize, synthetic_catalog
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import PlanError, SpecError
@@ -28,8 +27,8 @@ from shardferry.pipeline.overrides import override, parse_mesh
 from shardferry.pipeline.preflight import target_layout
 from shardferry.region import Region
 from shardferry.schemas.stage_config import StageConfig
-from tests.support.commands import shardferry
-from tests.support.metadata_only import write_metadata
+from tests.support.commands import Command
+from tests.support.transformers import TransformerSize, write_metadata
 
 SIZE = TransformerSize(layers=2, hidden=64, ffn=160, kv=16, vocab=96)
 SAVED = SpecLayout(Mesh((("dp_shard", 16),)), (), {"dp_shard": Shard(0)})
@@ -44,7 +43,7 @@ TOPOLOGY = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint without its data."""
-    return write_metadata(synthetic_catalog(SIZE, SAVED), tmp_path_factory.mktemp("ckpt") / "step-1000")
+    return write_metadata(SIZE, SAVED, tmp_path_factory.mktemp("ckpt") / "step-1000")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,9 @@ def config_of(mesh: dict[str, int] | None = None, **read: Any) -> StageConfig:
     return StageConfig.from_values({"topology": topology, "read": read}, source="test")
 
 
-def test_a_plan_of_16384_ranks_without_the_data(directory: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_a_plan_of_16384_ranks_without_the_data(
+    shardferry: Command, directory: Path, catalog: Catalog, tmp_path: Path
+) -> None:
     spec = tmp_path / "stage.yaml"
     spec.write_text(
         json.dumps({"checkpoint": {"location": str(directory)}, "topology": TOPOLOGY, "read": {"strategy": "direct"}})

@@ -87,7 +87,7 @@ def check_shard(handle: ShardHandle) -> int:
     return compared
 
 
-@pytest.mark.parametrize("transport", ["auto", "shared_memory", "object_store"])
+@pytest.mark.parametrize("transport", ["auto", "object_store"])
 def test_run_delivers_to_trainers(four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str) -> None:
     trainers = trainers_of(2)
     stage = OptimizerLoadStage(
@@ -110,10 +110,9 @@ def test_loaders_are_pinned_to_gpus_of_their_own(four_saved: Path) -> None:
         assert sorted(gpu for rank in result.report.ranks for gpu in rank.gpu_ids) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_submit_gives_one_ref_a_rank(four_saved: Path, transport: str, world_size: int) -> None:
-    loading = OptimizerLoadStage(config(four_saved, world_size, handoff={"transport": transport})).submit()
+def test_submit_gives_one_ref_a_rank(four_saved: Path, world_size: int) -> None:
+    loading = OptimizerLoadStage(config(four_saved, world_size)).submit()
     handles = ray.get(loading.refs)
     assert [handle.world_rank for handle in handles] == list(range(world_size))
     assert sum(map(check_shard, handles)) == NUM_ELEMENTS
@@ -187,10 +186,9 @@ class Keeper:
         self._tensor.fill_(-1.0)
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
-def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path, transport: str) -> None:
+def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path) -> None:
     keepers = [ray.remote(num_cpus=0)(Keeper).remote() for _ in range(2)]
-    loading = OptimizerLoadStage(config(four_saved, 1, handoff={"transport": transport})).submit()
+    loading = OptimizerLoadStage(config(four_saved, 1)).submit()
     pids = ray.get([keeper.take.remote(loading.refs[0]) for keeper in keepers])
     ray.get(keepers[0].spoil.remote())
     assert ray.get(keepers[1].still_right.remote())
@@ -320,19 +318,17 @@ class TrainerOfParts(Fsdp2Trainer):
         return sum(check_state(part, optimizer) for part, optimizer in zip(self.parts, self.optimizers, strict=True))
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
-def test_trainers_of_several_parts(four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str) -> None:
+def test_trainers_of_several_parts(four_saved: Path, trainers_of: Callable[..., list[Any]]) -> None:
     trainers = trainers_of(2, TrainerOfParts)
-    spec = {"checkpoint": {"location": str(four_saved), "exclude": ["cube.*"]}, "handoff": {"transport": transport}}
+    spec = {"checkpoint": {"location": str(four_saved), "exclude": ["cube.*"]}}
     OptimizerLoadStage(StageConfig.model_validate(spec)).run(trainers)
     left_out = 2 * torch.Size(SHAPES["cube.weight"]).numel()
     assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS - left_out
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
-def test_state_in_another_dtype_than_it_was_saved(four_saved: Path, transport: str) -> None:
+def test_state_in_another_dtype_than_it_was_saved(four_saved: Path) -> None:
     checkpoint = {"location": str(four_saved), "wanted_dtypes": {"exp_avg": "bfloat16"}, "dtype": "cast"}
-    stage = OptimizerLoadStage(config(None, checkpoint=checkpoint, handoff={"transport": transport}))
+    stage = OptimizerLoadStage(config(None, checkpoint=checkpoint))
     with stage.run() as result:
         shards = [handle.open().state_dict()["state"]["even.weight"] for handle in result.handles]
     expected = full_tensor("even.weight", "exp_avg", SHAPES["even.weight"]).to(torch.bfloat16)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.programs.conftest import SaveWith
-from tests.programs.launch import load_with
+from tests.programs.launch import Launcher
 from tests.programs.plain import load_into_plain
 from tests.programs.whole_state import check_same
 
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy")
 
 
-def test_on_3_ranks_of_fabric(saved_with: SaveWith, tmp_path: Path) -> None:
+def test_on_3_ranks_of_fabric(launcher: Launcher, saved_with: SaveWith, tmp_path: Path) -> None:
     """Into the wrappers that Fabric hands out for the model and the optimizer."""
     saved = saved_with("fabric")
-    check_same(load_with(saved, 3, directory=tmp_path), saved.whole_state)
+    check_same(launcher.load_with(saved, 3, directory=tmp_path), saved.whole_state)
 
 
 def test_on_one_rank_without_fabric(saved_with: SaveWith) -> None:
@@ -28,9 +28,9 @@ def test_on_one_rank_without_fabric(saved_with: SaveWith) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_on_3_ranks_of_the_trainer(saved_with: SaveWith, tmp_path: Path, strategy: str) -> None:
+def test_on_3_ranks_of_the_trainer(launcher: Launcher, saved_with: SaveWith, tmp_path: Path, strategy: str) -> None:
     saved = saved_with("trainer", strategy)
-    check_same(load_with(saved, 3, directory=tmp_path), saved.whole_state)
+    check_same(launcher.load_with(saved, 3, directory=tmp_path), saved.whole_state)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -40,7 +40,7 @@ def test_on_one_rank_without_the_trainer(saved_with: SaveWith, strategy: str) ->
     check_same(load_into_plain(saved.checkpoint, "optimizer_0", rename={"net.*": "*"}), expected)
 
 
-def test_the_trainer_resumes_through_our_function(saved_with: SaveWith, tmp_path: Path) -> None:
+def test_the_trainer_resumes_through_our_function(launcher: Launcher, saved_with: SaveWith, tmp_path: Path) -> None:
     """``fit(ckpt_path=...)`` under FSDPStrategy calls torch's `load_sharded_optimizer_state_dict`; `shardferry.dcp` has it too."""
     saved = saved_with("trainer", "FSDPStrategy")
-    check_same(load_with(saved, 3, directory=tmp_path, action="resume"), saved.whole_state)
+    check_same(launcher.load_with(saved, 3, directory=tmp_path, action="resume"), saved.whole_state)

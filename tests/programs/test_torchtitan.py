@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from tests.programs.conftest import SaveWith
-from tests.programs.launch import load_with
+from tests.programs.launch import Launcher
 from tests.programs.plain import load_into_plain
 from tests.programs.whole_state import check_same
 
 pytestmark = pytest.mark.slow
 
 
-def test_on_3_ranks_of_torchtitan(saved_with: SaveWith, tmp_path: Path) -> None:
+def test_on_3_ranks_of_torchtitan(launcher: Launcher, saved_with: SaveWith, tmp_path: Path) -> None:
     """Into the container, whose two optimizers were saved as one."""
     saved = saved_with("titan")
-    check_same(load_with(saved, 3, directory=tmp_path), saved.whole_state)
+    check_same(launcher.load_with(saved, 3, directory=tmp_path), saved.whole_state)
 
 
 def test_on_one_rank_without_torchtitan(saved_with: SaveWith) -> None:

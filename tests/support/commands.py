@@ -1,10 +1,11 @@
-"""Run the command line as people do: in a process of its own, with a deadline."""
+"""Run the command line: in this process, or as people do, in a process of its own with a deadline."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,10 @@ class Finished:
     stderr: str
 
 
-def shardferry(*arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 90) -> Finished:
+Command = Callable[..., Finished]  # called with the arguments; tests/pipeline/conftest.py makes one
+
+
+def run_process(*arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 90) -> Finished:
     """``python -m pipeline ...``"""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     environment.pop("RAY_ADDRESS", None)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import ray
 
 _PATIENCE_S = 15.0
 
@@ -23,6 +24,28 @@ def nothing_left() -> Iterator[None]:
     left = [_describe(pid) for pid in _processes() - processes]
     assert not left, f"processes left running: {left}"
     assert not _shared_files() - files, f"left in shared memory: {sorted(_shared_files() - files)}"
+
+
+@contextmanager
+def nothing_held() -> Iterator[None]:
+    """Fails where a run on this process's cluster keeps an arena, files in /dev/shm, or resources of the cluster."""
+    files, holders, resources = _shared_files(), arena_holders(), ray.cluster_resources()
+    yield
+    deadline = time.monotonic() + _PATIENCE_S
+    while (_held(resources) or arena_holders() - holders or _shared_files() - files) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _held(resources), f"still taken of the cluster: {_held(resources)}"
+    left = [_describe(pid) for pid in arena_holders() - holders]
+    assert not left, f"these processes have arenas: {left}"
+    assert not _shared_files() - files, f"left in shared memory: {sorted(_shared_files() - files)}"
+
+
+def _held(resources: dict[str, float]) -> dict[str, float]:
+    """CPUs and GPUs that are not available."""
+    there = ray.available_resources()
+    return {
+        name: resources[name] - there.get(name, 0) for name in ("CPU", "GPU") if there.get(name, 0) < resources[name]
+    }
 
 
 def arena_holders() -> set[int]:

@@ -120,6 +120,14 @@ def save_fsdp2(path: str, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Non
     save(model, optimizer, path)
 
 
+def save_one_group(path: str) -> None:
+    """On each rank: the same, with all parameters in groups of equal hyperparameters."""
+    model = fsdp2(Model())
+    optimizer = adamw(model, (HYPERPARAMETERS[0], HYPERPARAMETERS[0]))
+    fill_state(model, optimizer)
+    save(model, optimizer, path)
+
+
 def check_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Compare every element of AdamW's state with the oracle, bitwise; returns how many elements this rank compared."""
     compared = 0

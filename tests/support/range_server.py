@@ -1,36 +1,26 @@
-"""A web server on the loopback that serves ranges of a directory's files as object stores do: as slow, and as unreliable.
+"""A web server on the loopback that serves ranges of a directory's files as object stores do, with their faults.
 
 In a test::
 
     with served(directory, faults=[Fault.BUSY]) as server:
         open_storage(server.url).read_into(...)
     assert server.ranges == [("__0_0.distcp", 0, 100)]
-
-In a process of its own, for a benchmark: ``python -m tests.support.range_server DIRECTORY --bandwidth 400e6 --latency
-0.02`` prints its URL and serves until its standard input is closed; ``GET /.asked`` says how much it has served.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-
-ASKED_PATH = "/.asked"  # answers what was served so far; not throttled, not counted
-_SLICE_BYTES = 256 * 1024  # sent at once, before the bandwidth is asked for more
 
 
 class Fault(Enum):
@@ -43,14 +33,6 @@ class Fault(Enum):
     RESET = "reset"  # the connection is reset before an answer
     CUT = "cut"  # the connection ends in the middle of the body
     SHORT = "short"  # half of the range, which is said to be all there is
-
-
-@dataclass(frozen=True, slots=True)
-class Throttle:
-    """How slow the server is."""
-
-    bytes_per_s: float = float("inf")  # of all connections together
-    latency_s: float = 0.0  # of each request, before its first byte
 
 
 class Asked(NamedTuple):
@@ -73,15 +55,13 @@ class RangeServer:
     ``faults`` are met by the next requests for files, one each, sizes (HEAD) included.
     """
 
-    def __init__(self, directory: Path, *, serves_ranges: bool, throttle: Throttle, faults: Sequence[Fault]) -> None:
+    def __init__(self, directory: Path, *, serves_ranges: bool, latency_s: float, faults: Sequence[Fault]) -> None:
         self.log: list[Asked] = []
         self.faults = list(faults)
         self.serves_ranges = serves_ranges
         self.tells_versions = True
-        self.throttle = throttle
-        self.bytes_sent = 0  # of bodies
+        self.latency_s = latency_s  # of each request, before its first byte
         self._lock = threading.Lock()
-        self._free_at_s = 0.0  # when the line has sent all that it was given
         handler = functools.partial(_Handler, self, directory=str(directory))
         self._server = _Server(("127.0.0.1", 0), handler)
 
@@ -110,21 +90,6 @@ class RangeServer:
             self.log.append(Asked(method, name, start, stop, fault))
         return fault
 
-    def asked(self) -> dict[str, int]:
-        """Requests for files and bytes of their bodies, so far."""
-        with self._lock:
-            return {"requests": len(self.log), "bytes": self.bytes_sent}
-
-    def wait_for_line(self, nbytes: int) -> None:
-        """Until the bytes that were sent before, by anybody, and these have gone through the line."""
-        with self._lock:
-            self.bytes_sent += nbytes
-            start_s = max(time.monotonic(), self._free_at_s)
-            self._free_at_s = start_s + nbytes / self.throttle.bytes_per_s
-            wait_s = self._free_at_s - time.monotonic()
-        if wait_s > 0:
-            time.sleep(wait_s)
-
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -146,10 +111,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        if self.path == ASKED_PATH:
-            self._say(json.dumps(self._served.asked()).encode())
-        else:
-            self._answer(body=True)
+        self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
         path = Path(self.translate_path(self.path))
@@ -162,7 +124,7 @@ class _Handler(SimpleHTTPRequestHandler):
         status = path.stat()
         start, stop = self._range(status.st_size)
         fault = self._served.note("GET" if body else "HEAD", path.name, start, stop)
-        time.sleep(self._served.throttle.latency_s)
+        time.sleep(self._served.latency_s)
         etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
         if fault is not None and isinstance(fault.value, int):
             self._refuse(fault.value)
@@ -203,17 +165,9 @@ class _Handler(SimpleHTTPRequestHandler):
             self.close_connection = True
 
     def _send_body(self, path: Path, start: int, stop: int) -> None:
-        with path.open("rb") as file:
-            for place in range(start, stop, _SLICE_BYTES):
-                count = min(_SLICE_BYTES, stop - place)
-                self._served.wait_for_line(count)
-                self.connection.sendfile(file, place, count)
-
-    def _say(self, text: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+        if start < stop:
+            with path.open("rb") as file:
+                self.connection.sendfile(file, start, stop - start)
 
     def _refuse(self, status: int) -> None:
         self.send_response(status)
@@ -235,11 +189,11 @@ def served(
     directory: Path,
     *,
     serves_ranges: bool = True,
-    throttle: Throttle = Throttle(),
+    latency_s: float = 0.0,
     faults: Sequence[Fault] = (),
 ) -> Iterator[RangeServer]:
     """A server of a directory, in threads of this process."""
-    server = RangeServer(directory, serves_ranges=serves_ranges, throttle=throttle, faults=faults)
+    server = RangeServer(directory, serves_ranges=serves_ranges, latency_s=latency_s, faults=faults)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:
@@ -248,18 +202,3 @@ def served(
         server.stop()
         thread.join()
         server.close()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--bandwidth", type=float, default=float("inf"), help="bytes a second, of all together")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds a request")
-    asked = parser.parse_args()
-    with served(asked.directory, throttle=Throttle(asked.bandwidth, asked.latency)) as server:
-        print(server.url, flush=True)
-        sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()

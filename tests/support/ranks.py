@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -16,15 +15,17 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import forking
+
 DEADLINE_S = 120.0
-_TIRED_THREADS = 120  # torch keeps some process groups for ever, whose threads spin once their peers are gone
+_TIRED_THREADS = 80  # torch keeps some process groups for ever, whose threads spin once their peers are gone
 
 
 class RankPool:
-    """Processes that stay up between tests: importing torch in each takes seconds, forming a group milliseconds."""
+    """Processes that stay up between tests, so that the first calls of torch's functions are behind them."""
 
     def __init__(self, size: int) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = forking()
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._size = size
         self._directory = tempfile.TemporaryDirectory(prefix="shardferry-ranks-")
@@ -90,6 +91,7 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: else each collection below walks torch's heap for 0.2 s of CPU
     # Else a rank may be done, and its sockets closed, before a late one has connected to it.
     os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     while True:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from shardferry.checkpoint.catalog import Catalog
+from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor
 from shardferry.region import Region
 
@@ -37,3 +39,13 @@ def simulate(plan: LoadPlan, catalog: Catalog, whole: Callable[[PlannedTensor], 
 
 def _slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in zip(region.offsets, region.ends, strict=True))
+
+
+def expected(layout: TensorLayout) -> np.ndarray:
+    """What the local tensor should hold, by the layout's boxes alone."""
+    whole = np.arange(math.prod(layout.global_shape)).reshape(layout.global_shape)
+    local = np.full(layout.local_shape, -1)
+    for box in layout.boxes:
+        content = whole[tuple(map(slice, box.region.offsets, box.region.ends))]
+        local[tuple(map(slice, box.local.offsets, box.local.ends))] = content.reshape(box.local.sizes)
+    return local.reshape(-1)

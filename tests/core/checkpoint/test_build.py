@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -104,7 +104,6 @@ def parts(draw: st.DrawFn) -> Part:
 
 
 @given(st.lists(parts(), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
 def test_each_box_once_and_where_it_is_stored(saved: list[Part]) -> None:
     catalog = build_catalog([("x", part.parsed()) for part in saved], location="ckpt")
     wanted = expected(saved)
@@ -208,7 +207,6 @@ ROWS = st.lists(st.lists(st.integers(-(2**60), 2**60), max_size=3).map(tuple), m
 
 
 @given(ROWS, st.data())
-@settings(deadline=None)
 def test_ragged_rows(rows: list[tuple[int, ...]], data: st.DataObject) -> None:
     ragged = RaggedArray.from_rows(rows)
     assert [ragged.row(index) for index in range(len(ragged))] == rows

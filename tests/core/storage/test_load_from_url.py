@@ -16,8 +16,8 @@ from shardferry.checkpoint.open import storage_of
 from shardferry.errors import CheckpointNotFound, StorageError
 from shardferry.schemas import StageConfig
 from shardferry.storage import RangeReader, RetryingReader, open_storage
-from tests.core.test_keys import Net, adamw, check, fill, save
 from tests.support.s3_server import BUCKET, S3Server
+from tests.support.small_net import Net, adamw, check, fill, save
 
 
 def test_load_from_a_url(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
 from shardferry.storage.base import OBJECT_STORE, RangeReader, StorageTraits
 from shardferry.storage.obstore import open_location
 from shardferry.storage.retry import Clock, RetryingReader, RetryPolicy, TransientStorageError, is_transient
-from tests.support.range_server import Fault, Throttle, served
+from tests.support.range_server import Fault, served
 
 DATA = bytes(range(256)) * 4_000
 BUSY = TransientStorageError("ckpt/data: reading bytes 0 to 4 failed: 503 Service Unavailable")
@@ -238,7 +238,7 @@ def test_the_server_means_it(directory: Path, fault: Fault, says: str) -> None:
 
 def test_a_server_that_takes_too_long(directory: Path) -> None:
     """Its answer comes after the client's patience: the time of a request is the client's, and real."""
-    with served(directory, throttle=Throttle(latency_s=0.5)) as server:
+    with served(directory, latency_s=0.5) as server:
         storage = RetryingReader(opened(server.url, {"timeout": "50ms"}), RetryPolicy(max_attempts=2), Time().clock())
         with pytest.raises(StorageError, match=r"/data: reading bytes 0 to 100 failed: .*tried 2 times"):
             read(storage, 0, 100)
