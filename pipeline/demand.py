@@ -76,7 +76,8 @@ def demand_of(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> Dem
 
 def _numel(boxes: np.ndarray) -> np.ndarray:
     """Elements of each box: ``int64[num_boxes]`` of ``int64[num_boxes, 2, ndim]``."""
-    return np.prod(boxes[:, 1], axis=1, dtype=np.int64)
+    numel: np.ndarray = np.prod(boxes[:, 1], axis=1, dtype=np.int64)
+    return numel
 
 
 @dataclass(frozen=True, slots=True)

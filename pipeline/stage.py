@@ -134,11 +134,11 @@ class OptimizerLoadStage:
         """Start the load of each rank. Returns the ObjectRefs of reports and of handles, by rank."""
         request = self.config.checkpoint.request()
         read = self.config.read.options(self.config.timeouts.load_s)
-        reports = [
+        reports: list[Any] = [
             loader.load.remote(catalog, target, request, read, joined)
             for loader, target, joined in zip(group.loaders, targets, group.joined, strict=True)
         ]
-        handles = [
+        handles: list[Any] = [
             loader.handle.remote(report, exclusive) for loader, report in zip(group.loaders, reports, strict=True)
         ]
         return reports, handles
