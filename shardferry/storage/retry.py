@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from shardferry.config import ReadOptions
 from shardferry.errors import StorageError
 from shardferry.storage.base import Beginning, RangeReader
 from shardferry.storage.traits import StorageTraits
@@ -29,7 +30,7 @@ T = TypeVar("T")
 class RetryPolicy:
     """How often a request is tried, and how long."""
 
-    max_attempts: int = 5  # `read.max_attempts`
+    max_attempts: int = ReadOptions().max_attempts  # `read.max_attempts`
     first_wait_s: float = 0.2  # at most; each later one at most twice the one before
     max_wait_s: float = 10.0
     max_elapsed_s: float = 120.0  # since the first attempt began; no attempt begins later
