@@ -140,7 +140,8 @@ def _plan_summary(report: PlanReport) -> str:
             + "seconds: not predicted; give the storage's bandwidth, read.storage_bandwidth or --storage-bandwidth"
         )
     return (
-        summary + f"lower bound {report.lower_bound_s:.3f} s, predicted {report.predicted_s:.3f} s at the bandwidth given"
+        summary
+        + f"lower bound {report.lower_bound_s:.3f} s, predicted {report.predicted_s:.3f} s at the bandwidth given"
     )
 
 

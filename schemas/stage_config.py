@@ -58,7 +58,7 @@ class Spec(BaseModel):
 
 
 class CheckpointSpec(Spec):
-    """Which optimizer of which checkpoint."""
+    """The checkpoint, the optimizer in it, and the selected state."""
 
     location: str | None = Field(None, description="directory or URL of the checkpoint; None: the caller gives it")
     optimizer_key: str = Field(
@@ -74,14 +74,14 @@ class CheckpointSpec(Spec):
         _REQUEST.model_key, description="the model's key in the saved state dict, to load weights and buffers too"
     )
     rename: dict[str, str] = Field({}, description="glob over saved FQNs: the target FQN; the first match wins")
-    include: tuple[str, ...] = Field(
-        _REQUEST.selection.include, description="globs over target FQNs; empty: all"
-    )
+    include: tuple[str, ...] = Field(_REQUEST.selection.include, description="globs over target FQNs; empty: all")
     exclude: tuple[str, ...] = Field(_REQUEST.selection.exclude, description="globs over target FQNs")
     keys: tuple[KeyPolicyName, ...] = Field(
         ("strict",), description="tolerated key mismatches: allow_missing, ignore_unexpected, or both; strict: none"
     )
-    dtype: DtypePolicy = Field(_REQUEST.dtype, description="where the saved dtype and the target dtype differ: error or cast")
+    dtype: DtypePolicy = Field(
+        _REQUEST.dtype, description="where the saved dtype and the target dtype differ: error or cast"
+    )
     wanted_dtypes: dict[str, str] = Field({}, description="glob over state names: dtype, such as float32")
 
     @field_validator("keys", mode="before")
@@ -142,7 +142,8 @@ class TopologySpec(Spec):
     rules: tuple[RuleSpec, ...] = Field((), description="the first match wins")
     default: dict[str, str] = Field({}, description="placements where no rule matches; axes not named replicate")
     held_by: tuple[HeldBySpec, ...] = Field(
-        (), description="which coordinates hold which parameters; for each axis the first match wins, without a match all hold them"
+        (),
+        description="which coordinates hold which parameters; for each axis the first match wins, without a match all hold them",
     )
 
     @field_validator("mesh")
@@ -187,7 +188,9 @@ class ActorsSpec(Spec):
     )
     cpus_per_actor: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a bundle")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    autoscaling: bool = Field(False, description="wait up to timeouts.start_s for GPUs that the cluster doesn't have yet")
+    autoscaling: bool = Field(
+        False, description="wait up to timeouts.start_s for GPUs that the cluster doesn't have yet"
+    )
 
     @field_validator("gpus_per_actor")
     @classmethod
@@ -230,7 +233,8 @@ class ReadSpec(Spec):
     storage_bandwidth: ByteSize | None = Field(
         None, description="bytes per second from the storage to the whole job, for the lower bound in reports"
     )
-    node_bandwidth: ByteSize | None = Field(None, gt=0, description="bytes per second from the storage to one node, for the lower bound in reports"
+    node_bandwidth: ByteSize | None = Field(
+        None, gt=0, description="bytes per second from the storage to one node, for the lower bound in reports"
     )
     exchange_bandwidth: ByteSize | None = Field(
         None, gt=0, description="bytes per second that a rank can send to other nodes, for the lower bound in reports"
@@ -240,7 +244,9 @@ class ReadSpec(Spec):
     @classmethod
     def _holds_one_request(cls, value: ByteSize) -> ByteSize:
         if value < MIN_MEMORY_BUDGET_BYTES:
-            raise ValueError(f"{value} bytes don't hold one request; the least is {MIN_MEMORY_BUDGET_BYTES} bytes (8MiB)")
+            raise ValueError(
+                f"{value} bytes don't hold one request; the least is {MIN_MEMORY_BUDGET_BYTES} bytes (8MiB)"
+            )
         return value
 
     def options(self, load_s: float) -> ReadOptions:

@@ -138,7 +138,9 @@ def test_who_holds_what() -> None:
             {"checkpoint": {"include": "a.*"}}, r"checkpoint\.include: .* a list \(found 'a\.\*'\)", id="one-glob"
         ),
         pytest.param({"checkpoint": {"rename": {"a": ""}}}, r"rename: 'a' to '': an empty name", id="no-name"),
-        pytest.param({"checkpoint": {"wanted_dtypes": {"*": "float31"}}}, r"'float31' is not a torch dtype", id="dtype"),
+        pytest.param(
+            {"checkpoint": {"wanted_dtypes": {"*": "float31"}}}, r"'float31' is not a torch dtype", id="dtype"
+        ),
         pytest.param({"checkpoint": {"wanted_dtypes": {"*": "int8"}}}, r"state can't be converted to int8", id="lossy"),
         pytest.param(
             {"checkpoint": {"wanted_dtypes": {"*": "bits8"}}}, r"can't be converted to bits8", id="no-numbers"
