@@ -1,4 +1,4 @@
-"""The driver: the stage, its command line, its deliveries and reports.
+"""The driver: the stage, its command line, the dry run and the reports.
 
 In the repository's root this folder is also the package ``pipeline``: its names are those of `shardferry.pipeline`.
 """
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 __all__ = ["Loading", "OptimizerLoadStage", "StageResult"]
 
-# For the type checker, and at run time when a name is first used: the command line doesn't wait for Ray and torch.
+# The type checker reads the imports; at run time a name is imported on first use: the command line starts without Ray and torch.
 if TYPE_CHECKING:
     from shardferry.pipeline.loading import Loading, StageResult
     from shardferry.pipeline.stage import OptimizerLoadStage

@@ -1,4 +1,4 @@
-"""The Ray that a command runs on: the one that is there, or one of its own."""
+"""Connect a command to a Ray cluster, or start an embedded Ray for it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ _CONNECT_S = 10.0
 
 @contextmanager
 def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gpus: int | None) -> Iterator[None]:
-    """Connect to a cluster, or start one in this process and take it down afterwards.
+    """Connect to a cluster, or start an embedded Ray, for the time of the context.
+
+    An already initialized Ray is used, and stays.
 
     Args:
+        world_size: number of loaders; an embedded Ray gets CPUs for all of them.
         address: of a cluster; default: ``RAY_ADDRESS``, which is set inside a Ray job.
-        num_gpus: of an embedded Ray; default: this machine's GPUs, or where it has none as many logical ones as the
-            ranks need.
+        num_gpus: of an embedded Ray; default: the number of this machine's GPUs, or if it has none, as many logical GPUs as
+            the ranks need.
+
+    Raises:
+        SpecError: no cluster answers at the address, or the ranks need more GPUs than there are.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
@@ -43,31 +49,31 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
 
 
 def _check_reachable(address: str, timeout_s: float) -> None:
-    """Ray itself goes on trying without a word. Raises SpecError where nobody listens."""
+    """Raise SpecError if no process listens at the address. Ray itself retries silently."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto", "local": for Ray to understand
+        return  # "auto", "local": words of Ray
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=min(timeout_s, _CONNECT_S)).close()
     except (OSError, OverflowError) as error:
         raise SpecError(
-            f"address {address!r}: no Ray cluster answers there ({error}); give the head's host and port, or leave it out for a "
-            "Ray of this command's own"
+            f"address {address!r}: no Ray cluster answers there ({error}); give the head's host and port, or leave it out to "
+            "start an embedded Ray"
         ) from None
 
 
 def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) -> None:
-    wanted = math.ceil(world_size * config.actors.gpus_per_actor)
-    there = torch.cuda.device_count() or wanted if num_gpus is None else num_gpus
-    if wanted > there:
+    needed = math.ceil(world_size * config.actors.gpus_per_actor)
+    available = torch.cuda.device_count() or needed if num_gpus is None else num_gpus
+    if needed > available:
         raise SpecError(
-            f"topology.mesh: {world_size} ranks need {wanted} GPUs, there are {there}; use a smaller mesh, "
+            f"topology.mesh: {world_size} ranks need {needed} GPUs, there are {available}; use a smaller mesh, "
             "or set actors.gpus_per_actor lower (0 loads on CPUs)"
         )
     cpus = max(os.cpu_count() or 1, int(world_size * config.actors.cpus_per_actor) + 1)
     ray.init(
         address="local",
-        num_gpus=there,
+        num_gpus=available,
         num_cpus=cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,

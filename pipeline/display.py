@@ -1,6 +1,6 @@
-"""What people see: progress as a bar on a terminal and as plain lines elsewhere, and tables.
+"""Terminal output: progress as a bar, or as plain lines outside of a terminal, and tables.
 
-rich is imported where something is drawn: a command that prints JSON does without it.
+rich is imported when something is drawn: a command that prints JSON doesn't need it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from shardferry.schemas.plan_report import PlanReport
 from shardferry.schemas.stage_report import StageReport
 
 _LINE_EVERY_S = 5.0
-_MANY_RANKS = 32  # longer tables are summed up
+_MAX_RANKS_SHOWN = 32  # a longer table is replaced by least, median and most
 
 
 class ByteProgress(Protocol):
     """Shows how many bytes of how many are done."""
 
-    def show(self, done: int, total: int) -> None: ...
+    def show(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` bytes are done; a ``total`` of 0 is not known yet."""
+        ...
 
 
 class _Lines:
-    """One line now and then, and one at the end; for logs."""
+    """Prints a line every few seconds, and one at the end; for logs."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -64,13 +66,13 @@ def byte_progress(title: str) -> Iterator[ByteProgress]:
 
 
 def show_ranks(bar: ByteProgress, ranks: Sequence[Progress]) -> None:
-    """The ranks' progress as one."""
+    """Show the sum of the ranks' progress."""
     known = all(rank.bytes_total for rank in ranks)
     bar.show(sum(r.bytes_done for r in ranks), sum(r.bytes_total for r in ranks) if known else 0)
 
 
 def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
+    """A number of bytes with a unit: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -79,7 +81,7 @@ def human_bytes(count: float) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+    """Print a table on stdout; the first column is text, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -95,14 +97,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def print_plan(report: PlanReport) -> None:
-    """A plan: rank by rank, or where there are many what the least, the middle and the most loaded has."""
+    """Print a dry run: rank by rank, or least, median and most of each column where there are many ranks."""
     header = ("rank", "needed", "read", "sent", "received", "requests", "arena")
     columns = [
         [getattr(rank, name) for rank in report.ranks]
         for name in ("bytes_needed", "bytes_read", "bytes_sent", "bytes_received", "num_requests", "arena_bytes")
     ]
     rows: list[tuple[object, list[int]]] = [(r.rank, [c[r.rank] for c in columns]) for r in report.ranks]
-    if len(report.ranks) > _MANY_RANKS:
+    if len(report.ranks) > _MAX_RANKS_SHOWN:
         header = (f"{len(report.ranks)} ranks", *header[1:])
         rows = [
             (name, [of(column) for column in columns])
@@ -114,37 +116,38 @@ def print_plan(report: PlanReport) -> None:
         header,
         [(name, *_counts(counts)) for name, counts in rows],
     )
-    print(_plan_words(report))
+    print(_plan_summary(report))
 
 
 def _counts(counts: list[int]) -> list[object]:
-    """Bytes, all but the second last."""
+    """Texts of one row: bytes, except for the second last column, the number of requests."""
     return [str(count) if place == len(counts) - 2 else human_bytes(count) for place, count in enumerate(counts)]
 
 
-def _plan_words(report: PlanReport) -> str:
-    words = (
+def _plan_summary(report: PlanReport) -> str:
+    summary = (
         f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_planned)} "
         f"({report.read_amplification:.3f} x) in {report.num_requests} requests; "
-        f"peak memory of a rank {human_bytes(report.peak_memory_bytes)}\n"
+        f"peak memory per rank {human_bytes(report.peak_memory_bytes)}\n"
         f"most over mean: needed {report.balance.bytes_needed:.3f}, read {report.balance.bytes_read:.3f}, "
         f"files {report.balance.files:.3f}\n"
     )
     if report.estimated:
-        words += f"reads are estimated from the plans of {report.ranks_planned} ranks; what ranks need is exact\n"
+        summary += f"reads are estimated from the plans of {report.ranks_planned} ranks; what ranks need is exact\n"
     if report.lower_bound_s is None:
         return (
-            words
-            + "seconds: give the storage's bandwidth (read.storage_bandwidth or --storage-bandwidth) to have them foretold"
+            summary
+            + "seconds: not predicted; give the storage's bandwidth, read.storage_bandwidth or --storage-bandwidth"
         )
     return (
-        words + f"lower bound {report.lower_bound_s:.3f} s, predicted {report.predicted_s:.3f} s at the bandwidth given"
+        summary
+        + f"lower bound {report.lower_bound_s:.3f} s, predicted {report.predicted_s:.3f} s at the bandwidth given"
     )
 
 
 def print_stage(report: StageReport) -> None:
-    """A finished stage."""
-    header = ("rank", "device", "needed", "read", "requests", "arena", "read s", "hand over")
+    """Print the report of a finished stage."""
+    header = ("rank", "device", "needed", "read", "requests", "arena", "read s", "transport")
     rows = [
         (
             r.rank,

@@ -1,16 +1,17 @@
-"""A stage's report as files for other programs: a Chrome trace, a page of HTML."""
+"""Write a stage's report as a Chrome trace or as an HTML page."""
 
 from __future__ import annotations
 
 import html
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from shardferry.schemas.stage_report import StageReport
 
 
 def chrome_trace(report: StageReport) -> str:
-    """The phases of all ranks, for chrome://tracing or Perfetto: one row a rank, microseconds."""
+    """The phases of all ranks as JSON for chrome://tracing or Perfetto: one row per rank, in microseconds."""
     spans = [(rank, span) for rank in report.ranks for span in rank.spans]
     origin = min((span.start for _, span in spans), default=0.0)
     events: list[dict[str, Any]] = [
@@ -28,24 +29,24 @@ def chrome_trace(report: StageReport) -> str:
 
 
 def html_page(report: StageReport) -> str:
-    """One page without outside references: the totals, and each rank's phases as bars."""
-    totals = {
-        "world size": report.world_size,
-        "unique bytes needed": report.unique_bytes_needed,
-        "bytes read from storage": report.storage_bytes_read,
-        "read amplification": f"{report.read_amplification:.4f}",
-        "requests": report.num_requests,
-        "lower bound, s": f"{report.lower_bound_s:.4f}",
-        "over the lower bound": f"{report.ratio_to_lower_bound:.2f}",
-        **{f"{name}, s": f"{seconds:.4f}" for name, seconds in report.phases.items()},
-        **{f"busy with {name}, s": f"{seconds:.4f}" for name, seconds in report.busy.items()},
-        **{f"at least, by {name}, s": f"{seconds:.4f}" for name, seconds in report.lower_bound_terms.items()},
-    }
+    """A self-contained page: the report's totals as a table, and the phases of each rank as bars."""
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in totals.items()
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in _totals(report)
     )
     title = html.escape(f"{report.location}: {report.optimizer_key}")
     return _PAGE.format(title=title, rows=rows, bars="".join(_bars(report)))
+
+
+def _totals(report: StageReport) -> Iterator[tuple[str, str]]:
+    """Name and text of each number and string of the report, and of each entry of its dicts, which are seconds."""
+    for name, value in report:
+        label = name.removesuffix("_s").replace("_", " ") + (", s" if name.endswith("_s") else "")
+        if isinstance(value, dict):
+            yield from ((f"{label}: {part}, s", f"{seconds:.4f}") for part, seconds in value.items())
+        elif isinstance(value, float):
+            yield label, f"{value:.4f}"
+        elif not isinstance(value, list):  # lists are per rank, or FQNs
+            yield label, str(value)
 
 
 def _bars(report: StageReport) -> list[str]:

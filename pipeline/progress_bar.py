@@ -17,13 +17,13 @@ class ByteBar:
         self._task = progress.add_task(title, total=None)
 
     def show(self, done: int, total: int) -> None:
-        """Move the bar to ``done`` of ``total`` bytes; while ``total`` is 0 it shows that work goes on."""
+        """Move the bar to ``done`` of ``total`` bytes. While ``total`` is 0, the bar pulses."""
         self._progress.update(self._task, completed=done, total=total or None)
 
 
 @contextmanager
 def byte_bar(title: str) -> Iterator[ByteBar]:
-    """Show a bar on stderr as long as the context lasts."""
+    """Show a bar on stderr for the time of the context."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Wait for one result a rank: with a deadline, and with one error for many failures."""
+"""Wait for one result per rank, with a deadline, and raise one error for the failures of many ranks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from shardferry.errors import RankError, ShardferryError
 
-_GRACE_S = 2.0  # after the first failure: others may tell more about its cause
+_GRACE_S = 2.0  # after the first failure: another rank may report its cause
 _POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """What is waited for, in words for the error."""
+    """A wait and its deadline, in words for the error."""
 
     doing: str  # "loading"
     timeout_s: float
     setting: str  # the field of the spec that sets the deadline
-    hint: Callable[[], str] = lambda: ""  # looked up when the deadline has passed
+    hint: Callable[[], str] = lambda: ""  # end of the message; called when the deadline has passed
 
 
 def gather(refs: Sequence[ray.ObjectRef[Any]], wait: Wait, *, on_poll: Callable[[], None] = lambda: None) -> list[Any]:
-    """The (small) results of all ranks, by rank. The first failure ends the wait.
+    """Wait for the results of all ranks. The first failure ends the wait.
+
+    Args:
+        refs: of results, by rank. The results should be small.
+        on_poll: called twice a second.
+
+    Returns:
+        The results, by rank.
 
     Raises:
         ShardferryError: the failure of a rank, as the rank raised it.
@@ -54,11 +61,11 @@ def gather(refs: Sequence[ray.ObjectRef[Any]], wait: Wait, *, on_poll: Callable[
     if failures:
         raise error_of(failures, wait)
     if pending:
-        raise _late([rank_of[ref] for ref in pending], len(refs), wait)
+        raise _timed_out([rank_of[ref] for ref in pending], len(refs), wait)
     return [values[rank] for rank in range(len(refs))]
 
 
-def _late(ranks: list[int], world_size: int, wait: Wait) -> RankError:
+def _timed_out(ranks: list[int], world_size: int, wait: Wait) -> RankError:
     named = ", ".join(map(str, ranks[:8])) + (" and others" if len(ranks) > 8 else "")
     return RankError(
         f"{wait.doing}: {len(ranks)} of {world_size} ranks ({named}) were not done within {wait.setting} = "
@@ -68,10 +75,13 @@ def _late(ranks: list[int], world_size: int, wait: Wait) -> RankError:
 
 
 def error_of(failures: dict[int, RayError], wait: Wait) -> Exception:
-    """One error for the failures of several ranks: the one nearest to the cause.
+    """The one error that is nearest to the cause of several ranks' failures.
 
-    A dead process explains the broken collectives of the others; a rank's own error explains the errors of the ranks
-    that only heard of it.
+    A dead process is the cause of the broken collectives of other ranks. A rank's own error is the cause of the
+    RankErrors of the ranks to which it was reported.
+
+    Args:
+        failures: by rank.
     """
     dead = {rank: error for rank, error in failures.items() if isinstance(error, RayActorError)}
     if dead:
@@ -80,10 +90,10 @@ def error_of(failures: dict[int, RayError], wait: Wait) -> Exception:
         return RankError(f"{wait.doing}: the process of rank {', '.join(map(str, ranks))} died: {reason}", ranks)
     causes = {rank: _cause(error) for rank, error in failures.items()}
     own = {r: c for r, c in causes.items() if isinstance(c, ShardferryError) and not isinstance(c, RankError)}
-    heard = {rank: cause for rank, cause in causes.items() if isinstance(cause, RankError)}
-    for group in (own, heard):
-        if group:
-            return group[min(group)]
+    reported = {rank: cause for rank, cause in causes.items() if isinstance(cause, RankError)}
+    for errors in (own, reported):
+        if errors:
+            return errors[min(errors)]
     ranks = sorted(causes)
     first = causes[ranks[0]]
     error = RankError(f"{wait.doing}: rank {', '.join(map(str, ranks))} failed: {type(first).__name__}: {first}", ranks)

@@ -1,4 +1,4 @@
-"""What a load will cost, from the metadata alone: the JSON of ``shardferry plan --json``."""
+"""The dry run of a load, from the metadata alone: the JSON of ``shardferry plan --json``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class RankPlan(BaseModel):
-    """One rank's share, in bytes."""
+    """The part of one rank, in bytes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -22,17 +22,17 @@ class RankPlan(BaseModel):
 
 
 class Balance(BaseModel):
-    """How much more than the mean the most loaded one has: 1.0 is even."""
+    """Balance of the load: the maximum over the mean; 1.0 is even."""
 
     model_config = ConfigDict(frozen=True)
 
-    bytes_needed: float  # of ranks
-    bytes_read: float  # of ranks
-    files: float  # needed bytes of the files that have any
+    bytes_needed: float  # over all ranks
+    bytes_read: float  # over all ranks
+    files: float  # needed bytes, over the files that have any
 
 
 class PlanReport(BaseModel):
-    """All ranks' shares. What ranks need is exact; what they read is, too, unless `estimated`."""
+    """The parts of all ranks. The needed bytes are exact; the read bytes are exact unless `estimated`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,17 +41,15 @@ class PlanReport(BaseModel):
     world_size: int
     mesh: dict[str, int]
     num_tensors: int
-    unique_bytes_needed: int  # of the group: each byte that somebody needs, once
+    unique_bytes_needed: int  # bytes that at least one rank needs, each counted once
     storage_bytes_planned: int
     read_amplification: float  # storage_bytes_planned / unique_bytes_needed
     num_requests: int
-    peak_memory_bytes: int  # of the busiest rank: its arena and its reads in flight
-    strategy: Literal[
-        "direct", "cooperative"
-    ]  # where the spec says auto: direct if this machine has the files in memory
-    ranks_planned: int  # the others read as one of these does
-    estimated: bool  # some ranks' reads are taken, in proportion, from the plans of ranks that read otherwise
+    peak_memory_bytes: int  # largest arena, and the buffers of the reads in flight
+    strategy: Literal["direct", "cooperative"]  # a spec's auto: direct if the checkpoint is in local files
+    ranks_planned: int  # the numbers of other ranks are taken from these
+    estimated: bool  # some ranks' reads are scaled from those of ranks with other boxes
     balance: Balance
-    lower_bound_s: float | None  # the needed bytes at the storage's bandwidth; None where that isn't given
-    predicted_s: float | None  # the planned bytes at the same bandwidth, and the waits of the busiest rank's requests
+    lower_bound_s: float | None  # unique_bytes_needed over the storage's bandwidth; None if it isn't given
+    predicted_s: float | None  # storage_bytes_planned over it, plus the latencies of the rank with most requests
     ranks: list[RankPlan]

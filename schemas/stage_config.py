@@ -1,4 +1,7 @@
-"""A stage's spec: which checkpoint, which topology, which actors, and how to read and hand over."""
+"""A stage's spec: checkpoint, topology, actors, how to read, and how shards are handed off to trainers.
+
+Where the core has the same option, the default is the core's (shardferry/config.py).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from pydantic_core import PydanticKnownError
 from torch.distributed.tensor import Placement
 
 from shardferry.config import (
+    LOAD_TIMEOUT_S,
     MIN_MEMORY_BUDGET_BYTES,
     DtypePolicy,
     KeyPolicy,
@@ -41,7 +45,8 @@ from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 _MAX_RANKS = 1 << 20
 _READ = ReadOptions()
-_FOUND = reprlib.Repr()  # a few lines of YAML can stand for gigabytes
+_REQUEST = LoadRequest()
+_FOUND = reprlib.Repr()  # a value of a few lines of YAML may have a representation of gigabytes
 _FOUND.maxstring = _FOUND.maxother = 200
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -53,25 +58,29 @@ class Spec(BaseModel):
 
 
 class CheckpointSpec(Spec):
-    """Which optimizer of which checkpoint."""
+    """The checkpoint, the optimizer in it, and the selected state."""
 
-    location: str | None = Field(None, description="directory of the checkpoint; None where the caller gives it")
+    location: str | None = Field(None, description="directory or URL of the checkpoint; None: the caller gives it")
     optimizer_key: str = Field(
-        "optim",
-        description="the optimizer's key in the state dict that was saved; dots lead into nested ones, '' is all of it",
+        _REQUEST.optimizer_key,
+        description="the optimizer's key in the saved state dict; dots lead into nested ones, '' is all of it",
     )
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
     cache: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="directory that keeps catalogs, so that large metadata is read once; see docs/scale.md"
     )
-    model_key: str | None = Field(None, description="the model's key there, to load its weights and buffers too")
-    rename: dict[str, str] = Field({}, description="glob over saved FQNs: their name here; the first that fits")
-    include: tuple[str, ...] = Field((), description="globs over the FQNs here; none: all")
-    exclude: tuple[str, ...] = Field((), description="globs over the FQNs here")
-    keys: tuple[KeyPolicyName, ...] = Field(
-        ("strict",), description="what may not fit: allow_missing, ignore_unexpected, or both"
+    model_key: str | None = Field(
+        _REQUEST.model_key, description="the model's key in the saved state dict, to load weights and buffers too"
     )
-    dtype: DtypePolicy = Field(DtypePolicy.ERROR, description="where saved and wanted dtype differ: error or cast")
+    rename: dict[str, str] = Field({}, description="glob over saved FQNs: the target FQN; the first match wins")
+    include: tuple[str, ...] = Field(_REQUEST.selection.include, description="globs over target FQNs; empty: all")
+    exclude: tuple[str, ...] = Field(_REQUEST.selection.exclude, description="globs over target FQNs")
+    keys: tuple[KeyPolicyName, ...] = Field(
+        ("strict",), description="tolerated key mismatches: allow_missing, ignore_unexpected, or both; strict: none"
+    )
+    dtype: DtypePolicy = Field(
+        _REQUEST.dtype, description="where the saved dtype and the target dtype differ: error or cast"
+    )
     wanted_dtypes: dict[str, str] = Field({}, description="glob over state names: dtype, such as float32")
 
     @field_validator("keys", mode="before")
@@ -84,7 +93,7 @@ class CheckpointSpec(Spec):
     def _are_dtypes(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value.values():
             if not isinstance(getattr(torch, name, None), torch.dtype):
-                raise ValueError(f"{name!r} is no torch dtype; write float32, bfloat16, ...")  # noqa: TRY004 - what pydantic takes
+                raise ValueError(f"{name!r} is not a torch dtype; write float32, bfloat16, ...")  # noqa: TRY004 - pydantic takes ValueError alone
             if not can_convert(torch.float32, getattr(torch, name)):
                 raise ValueError(f"state can't be converted to {name}; write float32, bfloat16, ...")
         return value
@@ -95,7 +104,7 @@ class CheckpointSpec(Spec):
         return self
 
     def request(self) -> LoadRequest:
-        """The same in the core's terms. Raises ValueError: a renaming or a policy that means nothing."""
+        """The same as the core's `LoadRequest`. Raises ValueError: a renaming or a key policy that is not valid."""
         return LoadRequest(
             self.optimizer_key,
             self.model_key,
@@ -114,30 +123,31 @@ class RuleSpec(Spec):
     state: str | None = Field(
         None,
         min_length=1,
-        description="glob over state names: the rule is for these entries alone, whatever their shape",
+        description="glob over state names: the rule is for these entries only, whatever their shape",
     )
 
 
 class HeldBySpec(Spec):
-    """Parameters that only some coordinates have: a pipeline stage's layers, a rank's experts."""
+    """Parameters that only some coordinates hold: the layers of a pipeline stage, the experts of a rank."""
 
     match: str = Field(min_length=1, description="shell glob over parameter FQNs")
     ranks: dict[str, tuple[int, ...]] = Field(min_length=1, description="mesh axis: its coordinates")
 
 
 class TopologySpec(Spec):
-    """Target mesh, and how each parameter lies on it."""
+    """The target mesh, and each parameter's placements on it."""
 
     mesh: dict[str, PositiveInt] = Field(min_length=1, description="axis name: size, outermost first")
     rules: tuple[RuleSpec, ...] = Field((), description="the first match wins")
     default: dict[str, str] = Field({}, description="placements where no rule matches; axes not named replicate")
     held_by: tuple[HeldBySpec, ...] = Field(
-        (), description="who has which parameters; for each axis the first match, others are on all its ranks"
+        (),
+        description="which coordinates hold which parameters; for each axis the first match wins, without a match all hold them",
     )
 
     @field_validator("mesh")
     @classmethod
-    def _is_of_this_world(cls, value: dict[str, int]) -> dict[str, int]:
+    def _is_a_valid_mesh(cls, value: dict[str, int]) -> dict[str, int]:
         if "" in value:
             raise ValueError("an axis has no name")
         if (num_ranks := math.prod(value.values())) > _MAX_RANKS:
@@ -150,7 +160,7 @@ class TopologySpec(Spec):
         return self
 
     def layout(self) -> SpecLayout:
-        """The same in the core's terms. Raises ValueError: an unknown axis, or text that is not a placement."""
+        """The same as the core's `SpecLayout`. Raises ValueError: an unknown axis, or text that is not a placement."""
         rules = [
             Rule(rule.match, _placements(rule.placements, f"rules[{index}]"), rule.state)
             for index, rule in enumerate(self.rules)
@@ -167,7 +177,7 @@ def _placements(texts: dict[str, str], where: str) -> dict[str, Placement]:
 
 
 class ActorsSpec(Spec):
-    """The loader actors: one a rank, each in its own bundle of a placement group."""
+    """The loader actors: one per rank, each in its own bundle of a placement group."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where arenas are; auto: the GPU where there is one"
@@ -177,7 +187,9 @@ class ActorsSpec(Spec):
     )
     cpus_per_actor: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a bundle")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    autoscaling: bool = Field(False, description="wait up to timeouts.start_s for GPUs that the cluster hasn't yet")
+    autoscaling: bool = Field(
+        False, description="wait up to timeouts.start_s for GPUs that the cluster doesn't have yet"
+    )
 
     @field_validator("gpus_per_actor")
     @classmethod
@@ -187,35 +199,42 @@ class ActorsSpec(Spec):
         return value
 
 
+def _as_bytes(count: int | None) -> ByteSize | None:
+    return None if count is None else ByteSize(count)
+
+
 class ReadSpec(Spec):
     """How each rank reads. Names and defaults are those of `shardferry.config.ReadOptions`."""
 
     strategy: Strategy = Field(
         _READ.strategy,
-        description="direct: each rank reads what it needs itself; cooperative: ranks read for each other, each byte once; "
+        description="direct: each rank reads the bytes that it needs; cooperative: ranks read for each other, each byte once; "
         "auto: direct from local files on one node, else cooperative",
     )
     concurrency: int = Field(_READ.concurrency, ge=1, le=1024, description="requests in flight, per rank")
     memory_budget: ByteSize = Field(
         ByteSize(_READ.memory_budget),
-        description="bytes of buffers beside the arena, per rank; reads that land in place take none",
+        description="bytes of buffers beside the arena, per rank; reads straight into the arena take none",
     )
     max_gap: ByteSize | None = Field(
-        None, description="bytes between two byte ranges of one request; default: by the kind of storage"
+        _as_bytes(_READ.max_gap),
+        description="bytes between two byte ranges of one request; default: by the kind of storage",
     )
     max_request: ByteSize | None = Field(
-        None, gt=0, description="bytes of one request; default: by the kind of storage"
+        _as_bytes(_READ.max_request), gt=0, description="bytes of one request; default: by the kind of storage"
     )
     max_attempts: int = Field(
         _READ.max_attempts,
         ge=1,
         le=100,
-        description="of each request that fails for a passing reason: a timeout, a 503",
+        description="of a request that fails with a transient error: a timeout, a 503",
     )
     storage_bandwidth: ByteSize | None = Field(
-        None, description="bytes per second that the storage gives to the whole job, for the lower bound in reports"
+        None, description="bytes per second from the storage to the whole job, for the lower bound in reports"
     )
-    node_bandwidth: ByteSize | None = Field(None, gt=0, description="the same to one node")
+    node_bandwidth: ByteSize | None = Field(
+        None, gt=0, description="bytes per second from the storage to one node, for the lower bound in reports"
+    )
     exchange_bandwidth: ByteSize | None = Field(
         None, gt=0, description="bytes per second that a rank can send to other nodes, for the lower bound in reports"
     )
@@ -224,11 +243,17 @@ class ReadSpec(Spec):
     @classmethod
     def _holds_one_request(cls, value: ByteSize) -> ByteSize:
         if value < MIN_MEMORY_BUDGET_BYTES:
-            raise ValueError(f"{value} bytes hold no request; the least is {MIN_MEMORY_BUDGET_BYTES} bytes (8MiB)")
+            raise ValueError(
+                f"{value} bytes don't hold one request; the least is {MIN_MEMORY_BUDGET_BYTES} bytes (8MiB)"
+            )
         return value
 
     def options(self, load_s: float) -> ReadOptions:
-        """The same in the core's terms."""
+        """The same as the core's `ReadOptions`.
+
+        Args:
+            load_s: seconds for planning and reading.
+        """
         return ReadOptions(
             strategy=self.strategy,
             concurrency=self.concurrency,
@@ -244,7 +269,7 @@ _TRANSPORTS = stage_transport_names()
 
 
 def _check_transport(value: object) -> object:
-    """Refuse a name that is not in the registry of transports, as a Literal of its names would."""
+    """Refuse a name that is not in the registry of transports, with the error of a Literal of its names."""
     if value not in _TRANSPORTS:
         *names, last = map(repr, _TRANSPORTS)
         raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
@@ -261,18 +286,18 @@ class HandoffSpec(Spec):
 
 
 class TimeoutsSpec(Spec):
-    """Deadlines of every wait, in seconds."""
+    """Deadlines, in seconds."""
 
     start_s: Seconds = Field(120, description="placement, start of the actors, process group")
-    load_s: Seconds = Field(3600, description="planning and reading")
+    load_s: Seconds = Field(LOAD_TIMEOUT_S, description="planning and reading")
     handoff_s: Seconds = Field(600, description="delivery to the trainers")
 
 
 class StageConfig(Spec):
-    """Everything that a stage needs to know."""
+    """The whole spec of a stage."""
 
     checkpoint: CheckpointSpec = CheckpointSpec()
-    topology: TopologySpec | None = Field(None, description="None: the trainers are asked")
+    topology: TopologySpec | None = Field(None, description="None: the layouts of the trainers")
     actors: ActorsSpec = ActorsSpec()
     read: ReadSpec = ReadSpec()
     handoff: HandoffSpec = HandoffSpec()
@@ -302,25 +327,33 @@ class StageConfig(Spec):
         except RecursionError:
             raise SpecError(f"{path}: not readable as a spec: it is nested too deeply") from None
         if not isinstance(values, dict):
-            raise SpecError(f"{path}: holds a {type(values).__name__}, not a spec with the fields {_fields()}")
+            raise SpecError(f"{path}: is a {type(values).__name__}, not a spec with the fields {_fields()}")
         return cls.from_values(values, source=str(path))
 
     @classmethod
     def from_values(cls, values: dict[str, Any], *, source: str) -> StageConfig:
-        """Check plain values. Raises SpecError with the path of each wrong field."""
+        """Validate plain values.
+
+        Args:
+            values: section name to fields.
+            source: the file or the options that they come from, for the message.
+
+        Raises:
+            SpecError: a field is wrong; the message has the path of each wrong field.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise SpecError(f"{source}: " + "; ".join(_words(problem) for problem in error.errors())) from None
+            raise SpecError(f"{source}: " + "; ".join(_message(problem) for problem in error.errors())) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's last of two equal keys would win without a word."""
+    """Refuses a key that is given twice. PyYAML alone silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         scalars = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if twice := [key for place, key in enumerate(scalars) if key in scalars[:place]]:
-            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -328,7 +361,7 @@ def _fields() -> str:
     return ", ".join(StageConfig.model_fields)
 
 
-def _words(problem: Any) -> str:
+def _message(problem: Any) -> str:
     path = ".".join(map(str, problem["loc"])) or "spec"
     if problem["type"] == "extra_forbidden":
         return f"{path}: unknown field (found {_FOUND.repr(problem['input'])}); known are {_siblings(problem['loc'])}"

@@ -1,4 +1,4 @@
-"""What a load did: the JSON of ``shardferry run --report``."""
+"""The report of a finished load: the JSON of ``shardferry run --report``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Span(BaseModel):
-    """One phase of one rank, in seconds since the epoch."""
+    """One phase of one rank; start and end in seconds since the epoch."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,13 +34,15 @@ class RankReport(BaseModel):
     transport: str
     strategy: str
     strategy_reason: str
-    host_copy_bandwidth: float  # bytes a second, measured after the load; for the lower bound
-    device_copy_bandwidth: float | None = None  # the same to the GPU; None where the arena is on the host
+    host_copy_bandwidth: (
+        float  # bytes per second of copies in host memory, measured after the load; for the lower bound
+    )
+    device_copy_bandwidth: float | None = None  # bytes per second to the GPU; None: the arena is in host memory
     bytes_forwarded: int = 0  # to ranks that share no memory with this one
-    missing: list[str] = []  # FQNs that the rank wants and the checkpoint hasn't, where that is allowed
-    unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants, where that is allowed
-    phases: dict[str, float]  # seconds, one after the other
-    busy: dict[str, float] = {}  # seconds of the phase "read" in which the rank was at each kind of work; they overlap
+    missing: list[str] = []  # FQNs that the rank needs and the checkpoint doesn't have, if allowed
+    unexpected: list[str] = []  # FQNs that the checkpoint has and no rank needs, if allowed
+    phases: dict[str, float]  # seconds; phases don't overlap
+    busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; kinds overlap
     spans: list[Span]
 
 
@@ -52,17 +54,17 @@ class StageReport(BaseModel):
     location: str
     optimizer_key: str
     world_size: int
-    strategy: str  # of each node where they differ
+    strategy: str  # all of them, if nodes differ
     strategy_reason: str
     unique_bytes_needed: int
     storage_bytes_read: int
     read_amplification: float  # storage_bytes_read / unique_bytes_needed
     num_requests: int
-    missing: list[str] = []  # FQNs that some rank wants and the checkpoint hasn't
-    unexpected: list[str] = []  # FQNs that the checkpoint has and no rank wants
-    phases: dict[str, float]  # seconds; of the slowest rank where ranks work side by side
-    busy: dict[str, float] = {}  # alike: what the phase "read" is made of
+    missing: list[str] = []  # FQNs that some rank needs and the checkpoint doesn't have
+    unexpected: list[str] = []  # FQNs that the checkpoint has and no rank needs
+    phases: dict[str, float]  # seconds; of the slowest rank
+    busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; of the busiest rank
     lower_bound_s: float
-    lower_bound_terms: dict[str, float] = {}  # seconds that each limit alone would take; the longest counts
+    lower_bound_terms: dict[str, float] = {}  # seconds, by the resource that limits; the largest counts
     ratio_to_lower_bound: float  # seconds of planning and reading over the lower bound
     ranks: list[RankReport]

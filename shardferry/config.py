@@ -141,6 +141,7 @@ class LoadRequest:
 
 
 Strategy = Literal["auto", "direct", "cooperative"]
+LOAD_TIMEOUT_S = 3600.0  # for planning and reading, of a stage and of a call
 MIN_MEMORY_BUDGET_BYTES = 8 << 20  # room for one request
 
 
@@ -154,7 +155,7 @@ class ReadOptions:
     max_gap: int | None = None  # bytes between two byte ranges of one request; None: the storage's own limit
     max_request: int | None = None  # bytes of one request; None: the storage's own limit
     max_attempts: int = 5  # of a request that fails for a passing reason
-    load_s: float | None = 3600.0  # seconds for planning and reading; None: no deadline
+    load_s: float | None = LOAD_TIMEOUT_S  # seconds for planning and reading; None: no deadline
     node: str | None = None  # ranks with the same name share memory; None: detected
 
     def __post_init__(self) -> None:

@@ -1,1 +1,1 @@
-"""``shardferry demo``: the whole story on one machine, with a small real language model."""
+"""``shardferry demo``: train, save, load through the stage and train further, with a small language model on one machine."""

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import torch
 
-GLOBAL_BATCH = 16  # sequences a step, over all ranks
+GLOBAL_BATCH = 16  # sequences per step, over all ranks
 
 
 @cache
@@ -18,7 +18,7 @@ def corpus() -> torch.Tensor:
 
 
 def batch(step: int, *, context: int, world_rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's share of a step: tokens and the tokens that follow them, int64 (GLOBAL_BATCH / world_size, context)."""
+    """This rank's part of a step's batch: tokens and next tokens, both int64 (GLOBAL_BATCH / world_size, context)."""
     text = corpus()
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(text) - context - 1, (GLOBAL_BATCH,), generator=generator)

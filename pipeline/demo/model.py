@@ -1,4 +1,4 @@
-"""A small GPT over bytes: a few million parameters, the usual parts."""
+"""A small GPT over bytes, with a few million parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """Sizes."""
+    """Sizes of the model."""
 
     vocabulary: int = 256  # bytes
     context: int = 64  # tokens

@@ -1,4 +1,4 @@
-"""The demo's first half: train on several real processes and save, without Ray."""
+"""The demo's first half: train on several processes and save a checkpoint, without Ray."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from shardferry.pipeline.demo.training import build, save, train
 
 
 def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 120.0) -> list[float]:
-    """Train on ``world_size`` processes, save to ``path``; returns the losses.
+    """Train on ``world_size`` processes and save to ``path``.
+
+    Returns:
+        The loss of each step.
 
     Raises:
-        RankError: a process failed or was late; none is left running.
+        RankError: a process failed, or was not done within ``timeout_s``. All processes have ended.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -42,7 +45,7 @@ def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 
 
 
 def _collect(started: list[tuple[BaseProcess, Connection]], deadline: float) -> list[list[float]]:
-    """Every process's losses, by rank; a process that ends without any, or too late, is an error."""
+    """The losses of all processes, by rank. Raises RankError: a process failed, or was not done before the deadline."""
     results: list[list[float]] = []
     for rank, (_, pipe) in enumerate(started):
         if not pipe.poll(max(0.0, deadline - monotonic())):
@@ -50,7 +53,7 @@ def _collect(started: list[tuple[BaseProcess, Connection]], deadline: float) -> 
         try:
             results.append(pipe.recv())
         except EOFError:
-            message = f"training: the process of rank {rank} failed; its traceback stands above"
+            message = f"training: the process of rank {rank} failed; its traceback is above"
             raise RankError(message, [rank]) from None
     return results
 

@@ -1,4 +1,4 @@
-"""Train on 4, save, load on 2 through the stage, train on; and the same with stock torch, to compare every loss."""
+"""Train on 4 processes, save, load on 2 through the stage, train further; do the same with stock torch, and compare losses."""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How training went on."""
+    """The second half of training."""
 
     losses: list[list[float]]  # by rank
     load_s: float
 
 
 def tell(directory: Path | None) -> bool:
-    """Run the demo and print its table; False where anything differs.
+    """Run the demo and print its tables.
 
     Args:
-        directory: keeps the checkpoint, in ``checkpoint`` below it; default: a temporary one.
+        directory: gets the checkpoint, as ``checkpoint``; default: a temporary directory.
+
+    Returns:
+        Whether all losses are equal.
+
+    Raises:
+        SpecError: the directory has a ``checkpoint`` already.
     """
     if directory is not None and (directory / "checkpoint").exists():
         raise SpecError(f"{directory / 'checkpoint'}: exists already; remove it or choose another --directory")
@@ -84,7 +90,7 @@ def _through_the_stage(config: StageConfig, scratch: Path) -> tuple[StageReport,
 def _with_stock_torch(checkpoint: Path, scratch: Path) -> Ending:
     print(f"the control: stock dcp.load on {LOADED_ON} ranks", flush=True)
     trainers = _start_trainers(scratch / "control")
-    ray.get([trainer.train.remote(0, 0) for trainer in trainers], timeout=_TIMEOUT_S)  # up and joined
+    ray.get([trainer.train.remote(0, 0) for trainer in trainers], timeout=_TIMEOUT_S)  # started and joined
     start = time.time()
     ray.get([trainer.load_all.remote(str(checkpoint)) for trainer in trainers], timeout=_TIMEOUT_S)
     took = time.time() - start

@@ -1,4 +1,4 @@
-"""The demo's second half: trainers that go on from the checkpoint, as Ray actors."""
+"""The demo's second half: trainers that continue from the checkpoint, as Ray actors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardferry.pipeline.demo.model import GPT
 
 
 class DemoTrainer(shardferry.OptimizerReceiver):
-    """One rank of the job that goes on."""
+    """One rank of the second job."""
 
     model: GPT
 
@@ -20,13 +20,13 @@ class DemoTrainer(shardferry.OptimizerReceiver):
         self.model, self.optimizer = training.build()
 
     def load_model(self, path: str) -> None:
-        """The weights, by stock torch; the optimizer comes from the stage."""
+        """Load the weights with stock torch; the optimizer state comes from the stage."""
         training.load_model(self.model, path)
 
     def load_all(self, path: str) -> None:
-        """Weights and optimizer, by stock torch: the control."""
+        """Load weights and optimizer state with stock torch: the control."""
         training.load_all(self.model, self.optimizer, path)
 
     def train(self, first: int, last: int) -> list[float]:
-        """Steps ``first`` to ``last`` (exclusive)."""
+        """Take the steps ``first`` to ``last`` (exclusive). Returns the loss of each."""
         return training.train(self.model, self.optimizer, range(first, last))

@@ -1,4 +1,4 @@
-"""Train, save and restore the demo's model as any FSDP2 program does: with stock torch alone."""
+"""Train, save and restore the demo's model with stock torch, as an FSDP2 program does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shardferry.pipeline.demo.model import GPT, GPTConfig, build_gpt
 
 
 def build() -> tuple[GPT, torch.optim.Optimizer]:
-    """The model under FSDP2 over all ranks of the default process group, and AdamW with two param groups."""
+    """The model under FSDP2, over all ranks of the default process group, and AdamW with two param groups."""
     torch.set_num_threads(1)
     model = build_gpt()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
@@ -35,7 +35,7 @@ def build() -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Matrices of the blocks decay; norms, biases and embeddings don't, and learn faster."""
+    """AdamW with two param groups: matrices have weight decay; norms, biases and embeddings have none and a higher rate."""
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 2e-3}]
@@ -43,7 +43,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: GPT, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
-    """Take the steps with these numbers; returns each step's loss, averaged over all ranks, exactly as computed."""
+    """Take the given steps. Returns the loss of each, averaged over all ranks, not rounded."""
     world_rank, world_size = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in steps:
@@ -59,20 +59,20 @@ def train(model: GPT, optimizer: torch.optim.Optimizer, steps: Iterable[int]) ->
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | Path) -> None:
-    """Stock ``dcp.save`` of both state dicts."""
+    """Save weights and optimizer state with stock ``dcp.save``."""
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optim": state}, checkpoint_id=path)
 
 
 def load_model(model: nn.Module, path: str | Path) -> None:
-    """Stock ``dcp.load`` of the weights."""
+    """Load the weights with stock ``dcp.load``."""
     state_dict = {"model": get_model_state_dict(model)}
     dcp.load(state_dict, checkpoint_id=path)
     set_model_state_dict(model, state_dict["model"])
 
 
 def load_all(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | Path) -> None:
-    """Stock ``dcp.load`` of weights and optimizer state: the control that the stage is compared with."""
+    """Load weights and optimizer state with stock ``dcp.load``: the control."""
     weights, state = get_state_dict(model, optimizer)
     state_dict: dict[str, Any] = {"model": weights, "optim": state}
     dcp.load(state_dict, checkpoint_id=path)

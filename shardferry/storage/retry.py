@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from shardferry.config import ReadOptions
 from shardferry.errors import StorageError
 from shardferry.storage.base import RangeReader, StorageTraits
 
@@ -35,7 +36,7 @@ class TransientStorageError(StorageError):
 class RetryPolicy:
     """How often a request is tried, and how long."""
 
-    max_attempts: int = 5  # `read.max_attempts`
+    max_attempts: int = ReadOptions().max_attempts  # `read.max_attempts`
     first_wait_s: float = 0.2  # limit of the first wait; the limit of each later wait is twice the one before
     max_wait_s: float = 10.0  # limit of any wait
     max_elapsed_s: float = 120.0  # from the start of the first attempt to the start of the last one

@@ -212,15 +212,15 @@ def test_without_dp_shard_the_outermost_axis_is_scaled() -> None:
     [
         (
             {"world_size": 6},
-            r"--world-size 6: is no multiple of 4, the ranks of the axes that stay \(dp_replicate=2 x tp=2\)",
+            r"--world-size 6: is not a multiple of 4, the ranks of the other axes \(dp_replicate=2 x tp=2\)",
         ),
         ({"mesh": "dp_shard=4", "world_size": 6}, "--mesh makes 4 ranks, --world-size says 6"),
         ({"mesh": "dp_shard=4"}, "axis 'tp' is not in the mesh"),
-        ({"mesh": "dp_shard=x"}, "'dp_shard=x' is no axis"),
-        ({"mesh": "tp=2,tp=2"}, "the axis 'tp' stands twice"),
+        ({"mesh": "dp_shard=x"}, "'dp_shard=x' is not an axis"),
+        ({"mesh": "tp=2,tp=2"}, "the axis 'tp' is given twice"),
         ({"mesh": "dp_shard=0,tp=1"}, r"topology\.mesh\.dp_shard: .*greater than 0"),
-        ({"storage_bandwidth": "fast"}, "--storage-bandwidth fast: is no number of bytes"),
-        ({"storage_bandwidth": "0"}, "--storage-bandwidth 0: is nothing"),
+        ({"storage_bandwidth": "fast"}, "--storage-bandwidth fast: is not a number of bytes"),
+        ({"storage_bandwidth": "0"}, "--storage-bandwidth 0: must be at least 1 byte per second"),
     ],
     ids=lambda value: ",".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

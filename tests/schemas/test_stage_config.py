@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
+from shardferry.config import LoadRequest, ReadOptions
 from shardferry.errors import SpecError
 from shardferry.handoff.transports import TRANSPORTS, stage_transport_names
 from shardferry.schemas import StageConfig
@@ -137,7 +138,9 @@ def test_who_holds_what() -> None:
             {"checkpoint": {"include": "a.*"}}, r"checkpoint\.include: .* a list \(found 'a\.\*'\)", id="one-glob"
         ),
         pytest.param({"checkpoint": {"rename": {"a": ""}}}, r"rename: 'a' to '': an empty name", id="no-name"),
-        pytest.param({"checkpoint": {"wanted_dtypes": {"*": "float31"}}}, r"'float31' is no torch dtype", id="dtype"),
+        pytest.param(
+            {"checkpoint": {"wanted_dtypes": {"*": "float31"}}}, r"'float31' is not a torch dtype", id="dtype"
+        ),
         pytest.param({"checkpoint": {"wanted_dtypes": {"*": "int8"}}}, r"state can't be converted to int8", id="lossy"),
         pytest.param(
             {"checkpoint": {"wanted_dtypes": {"*": "bits8"}}}, r"can't be converted to bits8", id="no-numbers"
@@ -197,9 +200,9 @@ def test_wrong_specs_name_the_field(values: dict[str, Any], message: str) -> Non
     ("text", "message"),
     [
         pytest.param("topology: {mesh: [", "not readable as a spec", id="not-yaml"),
-        pytest.param("- a\n- b", "holds a list, not a spec with the fields checkpoint", id="a-list"),
-        pytest.param("", "holds a NoneType", id="empty"),
-        pytest.param("read: {concurrency: 1}\nread: {}", "the key 'read' stands twice", id="key-twice"),
+        pytest.param("- a\n- b", "is a list, not a spec with the fields checkpoint", id="a-list"),
+        pytest.param("", "is a NoneType", id="empty"),
+        pytest.param("read: {concurrency: 1}\nread: {}", "the key 'read' is given twice", id="key-twice"),
         pytest.param("\0\1", "not readable as a spec", id="binary"),
     ],
 )
@@ -208,6 +211,12 @@ def test_files_that_are_no_spec(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(SpecError, match=message):
         StageConfig.from_file(path)
+
+
+def test_defaults_are_those_of_the_core() -> None:
+    config = StageConfig()
+    assert config.read.options(config.timeouts.load_s) == ReadOptions()
+    assert config.checkpoint.request() == LoadRequest()
 
 
 def test_missing_file(tmp_path: Path) -> None:
