@@ -1,4 +1,4 @@
-"""Find the layout of a live tensor on this rank (DTensor, ShardedTensor, CheckpointableTensor or plain), and the reverse.
+"""Find the layout of a live tensor on this rank: a DTensor, ShardedTensor, CheckpointableTensor or plain tensor.
 
 Torch's placements alone don't tell a DTensor's layout: FSDP2 over TP shards uneven tensors in another order than torch
 reads the placements. The shape of the local tensor decides between the orders.
@@ -71,7 +71,8 @@ def layout_of_placements(
         name: for messages.
 
     Raises:
-        LayoutError: this rank is not in the mesh, a placement is Partial, or no order of the axes gives the local shape.
+        LayoutError: this rank is not in the mesh, a placement is Partial, or no order of the axes gives the local
+            shape.
     """
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -108,8 +109,8 @@ def _split_factor(placement: Placement) -> int:
 def _possible_layouts(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> list[TensorLayout]:
     """The layouts that a DTensor with these placements may have, the likeliest first.
 
-    Torch reads placements from left to right. FSDP2 over TP, ``(_StridedShard(0, split_factor=tp), Shard(0))``, was sharded
-    by TP first. Both orders give the same layout, except for uneven tensors: there, memory has the second.
+    Torch reads placements from left to right. FSDP2 over TP, ``(_StridedShard(0, split_factor=tp), Shard(0))``, was
+    sharded by TP first. Both orders give one layout if tensors are even; of uneven tensors, memory has the second.
     """
     candidates = [_innermost_first(shape, cuts), _strided_last(shape, cuts), shard_left_to_right(shape, cuts)]
     return [layout for layout in candidates if layout is not None]
@@ -120,7 +121,7 @@ def _innermost_first(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorL
     plain: list[AxisCut] = []
     for axis, cut in enumerate(cuts):
         dim = _dim(cut.placement)
-        if dim is not None and _split_factor(cut.placement) != _num_chunks(cuts[axis + 1 :], dim):
+        if dim is not None and _split_factor(cut.placement) != _num_parts(cuts[axis + 1 :], dim):
             return None
         plain.append(replace(cut, placement=Replicate() if dim is None else Shard(dim)))
     return shard_on_mesh(shape, plain)
@@ -135,13 +136,13 @@ def _strided_last(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorLayo
     dim = _dim(outer.placement)
     if dim is None or any(_dim(cut.placement) == dim for cut in before):
         return None
-    if _split_factor(outer.placement) != _num_chunks(inner, dim):
+    if _split_factor(outer.placement) != _num_parts(inner, dim):
         return None
     return shard_left_to_right(shape, [*before, *inner, replace(outer, placement=Shard(dim))])
 
 
-def _num_chunks(cuts: Sequence[AxisCut], dim: int) -> int:
-    """The number of chunks that some axes make of a dimension."""
+def _num_parts(cuts: Sequence[AxisCut], dim: int) -> int:
+    """The number of parts into which some axes split a dimension."""
     return math.prod(cut.num_ranks for cut in cuts if _dim(cut.placement) == dim)
 
 
@@ -151,19 +152,20 @@ _Runs = list[tuple[int, int]]  # first index and length, ascending: the indices 
 def shard_left_to_right(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorLayout:
     """The layout of one rank if each axis splits what the axes before it have left, as torch reads placements.
 
-    A _StridedShard first splits the dimension into ``split_factor`` chunks, and then each of these among its ranks.
+    A _StridedShard first splits the dimension into ``split_factor`` parts, and then each of these among its ranks.
     Source: torch/distributed/tensor/_utils.py, _compute_local_shape_and_global_offset.
 
     Args:
         shape: the tensor's global shape.
-        cuts: one per mesh axis, outermost first; Shard, _StridedShard and Replicate. That they fit the shape is not checked.
+        cuts: one per mesh axis, outermost first; Shard, _StridedShard and Replicate. It is not checked that they fit
+            the shape.
     """
     kept: list[_Runs] = [[(0, size)] if size else [] for size in shape]
     for cut in cuts:
-        dim, num_chunks = _dim(cut.placement), _split_factor(cut.placement)
+        dim, num_parts = _dim(cut.placement), _split_factor(cut.placement)
         if dim is not None:
-            chunks = [_chunk(kept[dim], num_chunks, index) for index in range(num_chunks)]
-            kept[dim] = _joined([run for part in chunks for run in _chunk(part, cut.num_ranks, cut.index)])
+            parts = [_part(kept[dim], num_parts, index) for index in range(num_parts)]
+            kept[dim] = _joined([run for part in parts for run in _part(part, cut.num_ranks, cut.index)])
     local_shape = tuple(sum(length for _, length in runs) for runs in kept)
     boxes = [
         LocalRegion(Region(tuple(r[0] for r in runs), sizes := tuple(r[1] for r in runs)), Region(offsets, sizes))
@@ -172,9 +174,9 @@ def shard_left_to_right(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> Tens
     return TensorLayout(shape, local_shape, tuple(boxes) if math.prod(local_shape) else ())
 
 
-def _chunk(runs: _Runs, num_chunks: int, index: int) -> _Runs:
-    """One of ``num_chunks`` chunks, as ``torch.chunk`` splits: each has the ceiling, the last ones are short or empty."""
-    full = -(-sum(length for _, length in runs) // num_chunks)
+def _part(runs: _Runs, num_parts: int, index: int) -> _Runs:
+    """One of ``num_parts`` parts, as ``torch.chunk`` splits: each has the ceiling, the last ones are short or empty."""
+    full = -(-sum(length for _, length in runs) // num_parts)
     start, stop = index * full, (index + 1) * full
     part: _Runs = []
     position = 0
@@ -226,7 +228,7 @@ def _moved(region: Region, by: tuple[int, ...]) -> Region:
 
 
 def _layout_of_checkpointable(tensor: Any, name: str) -> TensorLayout:
-    """The layout of a plain tensor that names its own regions of a global tensor, and their local places (torch 2.14)."""
+    """The layout of a plain tensor that names the regions that it holds, and their local places (torch 2.14)."""
     shape = tuple(map(int, tensor.global_shape))
     local_shape = tuple(tensor.shape)
     boxes: list[LocalRegion] = []
@@ -266,14 +268,14 @@ def dtensor_placements(layout: TensorLayout, mesh: DeviceMesh) -> list[Placement
     result: list[Placement] = []
     for axis, placement in enumerate(layout.placements):
         inner = range(axis + 1, mesh.ndim)
-        num_chunks = math.prod(mesh.size(later) for later in inner if layout.placements[later] == placement)
+        num_parts = math.prod(mesh.size(later) for later in inner if layout.placements[later] == placement)
         dim = _dim(placement)
-        result.append(placement if dim is None or num_chunks == 1 else strided_shard(dim, num_chunks))
+        result.append(placement if dim is None or num_parts == 1 else strided_shard(dim, num_parts))
     return result
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
-    """FSDP2's placement over TP: the dimension was split into ``split_factor`` chunks first.
+    """FSDP2's placement over TP: the dimension was split into ``split_factor`` parts first.
 
     The class is private in torch: only this module and tests/core/test_private_apis.py use it.
     """

@@ -22,7 +22,7 @@ class LiveEntry:
 
 @dataclass(frozen=True)
 class LiveLayout:
-    """What the live model of one rank holds; a `RankLayout`. A rank with a live model doesn't know the others' layouts."""
+    """What the live model of one rank holds; a `RankLayout`. The layouts of other ranks are not known."""
 
     world_rank: int
     world_size: int
@@ -55,7 +55,7 @@ class LiveLayout:
         return self._same_shape(fqn, self.parameters[fqn], shape)
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
-        """The live state entry's own layout; None if there is no such entry yet, or if it follows its parameter.
+        """The live state entry's own layout; None for an entry that doesn't exist yet or follows its parameter.
 
         Raises:
             LayoutError: the saved entry has another global shape.

@@ -1,6 +1,6 @@
 """Name the ranks of a job by mesh axes, and parse the placement that each axis has for a tensor.
 
-Placements are torch's own: ``Shard(dim)`` gives each rank of an axis one chunk of a tensor's dimension, ``Replicate()``
+Placements are torch's own: ``Shard(dim)`` gives each rank of an axis one part of a tensor's dimension, ``Replicate()``
 gives each rank all of it.
 """
 

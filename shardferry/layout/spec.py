@@ -1,4 +1,4 @@
-"""Turn a target topology, as people write it, into the layout of each rank: one rank at a time, or all ranks as columns."""
+"""Turn a target topology, as people write it, into the layouts of its ranks: one by one, or all of them as columns."""
 
 from __future__ import annotations
 
@@ -154,11 +154,11 @@ class SpecRank:
         """None: a spec has no shapes."""
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """The layout of a tensor that has its parameter's placements. Raises LayoutError if the shape can't have them."""
+        """The layout by the parameter's placements. Raises LayoutError if a tensor of this shape can't have them."""
         return self._shard(fqn, shape, self.spec.placements(fqn))
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
-        """The layout of a state entry by the rule for it; None if there is none. Raises LayoutError as `parameter` does."""
+        """The layout by the rule for this entry; None if there is none. Raises LayoutError as `parameter` does."""
         placements = self.spec.entry_placements(fqn, name)
         return None if placements is None else self._shard(f"{fqn}: {name!r}", shape, placements)
 
@@ -169,7 +169,7 @@ class SpecRank:
         """None: the rank wants every weight of the checkpoint."""
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """The layout of a parameter's or buffer's value; scalars are replicated. Raises LayoutError as `parameter` does."""
+        """As `parameter`, for values of parameters and buffers; scalars are replicated. Raises LayoutError likewise."""
         return self.parameter(fqn, shape) if shape else replicated(shape, len(self.mesh.axes))
 
     def aliases(self, fqn: str) -> tuple[str, ...]:
@@ -211,12 +211,12 @@ def spec_of(layout: RankLayout) -> SpecLayout | None:
 class MeshBoxes:
     """The region of one tensor on each of several ranks, as columns.
 
-    The regions are those that `shard_on_mesh` gives rank by rank. They are computed with one array operation per mesh axis.
+    They are those that `shard_on_mesh` gives rank by rank, computed with one array operation per mesh axis.
 
     Args:
         shape: the tensor's global shape.
         mesh: all ranks.
-        placements: by mesh axis, outermost first; Shard and Replicate. That they fit the shape is not checked.
+        placements: by mesh axis, outermost first; Shard and Replicate. It is not checked that they fit the shape.
         world_ranks: ``int64[n]``, the ranks to compute, ascending.
 
     Attributes:

@@ -111,7 +111,8 @@ def flat_range(shape: Sequence[int], *, start: int, stop: int) -> list[Region]:
 
     Args:
         shape: the tensor's global shape.
-        start, stop: in elements of the row-major order; ``stop`` is exclusive. That it is inside the tensor is not checked.
+        start, stop: in elements of the row-major order; ``stop`` is exclusive. That both are inside the tensor is not
+            checked.
     """
     if start >= stop:
         return []
@@ -151,7 +152,7 @@ class AxisCut:
 def shard_on_mesh(shape: Sequence[int], cuts: Sequence[AxisCut]) -> TensorLayout:
     """The layout of one rank, by the placement of each mesh axis.
 
-    A Shard axis splits a dimension into chunks of ``ceil(size / num_ranks)``; the last chunks may be short or empty. If
+    A Shard axis splits a dimension into parts of ``ceil(size / num_ranks)``; the last parts may be short or empty. If
     several axes shard one dimension, the innermost axis splits it first, as FSDP2 over TP does. Torch writes that as
     ``(_StridedShard(0, split_factor=tp), Shard(0))``. For 8 rows::
 
