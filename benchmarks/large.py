@@ -9,11 +9,11 @@ from itertools import product
 import numpy as np
 import torch
 
-from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedObject, SavedTensor
-from shardferry.checkpoint.item_format import ZipItem
+from shardferry.checkpoint.catalog import Catalog, SavedObject, SavedTensor, ZipItem
 from shardferry.layout.mesh import Mesh, Placement, Replicate, Shard
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, sharded
+from shardferry.state_dicts import KeyPath
 
 ITEM_OVERHEAD = 1024  # bytes of a saved item beside its data: what torch.save's zip has, about
 OPTIMIZER_KEY = "optim"

@@ -15,7 +15,7 @@ from benchmarks.meter import Spent
 from benchmarks.task import POISON, Contender, Task, WrongResult
 from shardferry.arena import HostArena
 from shardferry.checkpoint.open import METADATA_FILE, open_checkpoint
-from shardferry.checkpoint.param_groups import ParamGroup
+from shardferry.checkpoint.optimizer_state import ParamGroup
 from shardferry.config import LoadRequest
 from shardferry.exchange.agreement import Agreement
 from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all

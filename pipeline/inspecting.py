@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
-from shardferry.checkpoint.optimizer_index import top_level_keys
+from shardferry.checkpoint.optimizer_state import top_level_keys
 from shardferry.plan.planner import find_problems
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
-from shardferry.checkpoint.optimizer_index import index_optimizer
+from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import LoadRequest
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout

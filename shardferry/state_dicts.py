@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardferry.checkpoint.catalog import KeyPath
+KeyPath = tuple[str | int, ...]  # of a value in nested dicts (by string) and lists (by integer)
 
 
 def nest(entries: Mapping[KeyPath, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""Turn a checkpoint's parsed metadata into its catalog, column by column.
+"""Turn the parsed metadata of a checkpoint into its catalog, column by column.
 
-A million chunks never become a million objects of ours: what the unpickler left is looked at once a property, and whatever has
-to be compared (which item holds which chunk, which boxes are replicas) is compared in NumPy.
+A million chunks never become a million objects of ours. Each property of the unpickled values is read once into a column. NumPy
+then finds which item holds which chunk, and which boxes are replicas.
 """
 
 from __future__ import annotations
@@ -15,42 +15,79 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import NO_FILE, Catalog, KeyPath, SavedObject, SavedTensor
-from shardferry.checkpoint.columns import ChunkColumns, Shapes, is_possible, items_at
-from shardferry.checkpoint.item_table import UNFIT, ItemTable, Names
-from shardferry.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from shardferry.checkpoint.ragged import Ragged
+from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedObject, SavedTensor
+from shardferry.checkpoint.columns import (
+    MALFORMED,
+    NO_ITEM,
+    ChunkColumns,
+    ItemColumns,
+    NameTable,
+    RaggedArray,
+    Shapes,
+    is_possible,
+)
+from shardferry.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from shardferry.errors import CatalogError, UnsafeMetadata
 from shardferry.region import Region
+from shardferry.state_dicts import KeyPath
 
-_NO_ITEM = -1
 _PATH_PARTS = frozenset((str, int))
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file directly in the checkpoint
 
 
 def build_catalog(parts: Iterable[tuple[str, Metadata]], *, location: str) -> Catalog:
-    """Build the catalog from the parsed metadata files of one checkpoint (one, or one a rank).
+    """Build the catalog from the parsed metadata files of one checkpoint: one file, or one per rank.
 
     Args:
-        parts: name and content of each file; taken one by one, so that one is in memory at a time. The contents are used up.
+        parts: name and content of each file. They are taken one by one, so that one content is in memory at a time, and the
+            contents are used up.
+        location: of the checkpoint.
 
     Raises:
-        UnsafeMetadata: a file's relative path leaves the checkpoint.
-        CatalogError: boxes or byte positions contradict each other.
+        UnsafeMetadata: the path of a file leads out of the checkpoint.
+        CatalogError: boxes or byte positions are malformed or contradict each other.
     """
     builder = _CatalogBuilder(location)
-    with paused_gc():
-        for source, metadata in parts:
-            builder.add(source, metadata)
-        return builder.finish()
+    for source, metadata in parts:
+        builder.add(source, metadata)
+    return builder.finish()
+
+
+def saved_tensors(
+    keys: Iterable[str], shapes: Iterable[tuple[int, ...]], dtypes: Iterable[torch.dtype], counts: Iterable[int]
+) -> dict[str, SavedTensor]:
+    """The tensors, by key, whose chunks are stored one tensor after another in the catalog's columns.
+
+    Args:
+        keys, shapes, dtypes: of each tensor; shapes in elements.
+        counts: number of chunks of each tensor.
+    """
+    tensors, chunk, box = {}, 0, 0
+    for key, shape, dtype, count in zip(keys, shapes, dtypes, counts, strict=True):
+        tensors[key] = SavedTensor(key, shape, dtype, range(chunk, chunk + count), box)
+        chunk, box = chunk + count, box + count * len(shape)
+    return tensors
+
+
+def name_inside(relative_path: str) -> str | None:
+    """The name of a file inside the checkpoint, in the form that catalogs use; None where the path leads out of it."""
+    if _PLAIN_NAME.fullmatch(relative_path):
+        return relative_path
+    path = PurePosixPath(relative_path)
+    outside = path.is_absolute() or ".." in path.parts or PureWindowsPath(relative_path).drive or "\0" in relative_path
+    return None if outside or not path.parts else str(path)
 
 
 class _StoredObject(NamedTuple):
-    path: int  # see Names
+    path: int  # number in NameTable
     byte_offset: int
     byte_length: int
-    format: int  # see Names
+    format: int  # number in NameTable
 
 
 class _KeyedTensor(NamedTuple):
@@ -66,36 +103,36 @@ class _CatalogBuilder:
     def __init__(self, location: str) -> None:
         self._location = location
         self._versions: set[str] = set()
-        self._tensors: dict[str, int] = {}  # by key, the rows of the next two
+        self._tensors: dict[str, int] = {}  # key: row of the next two lists
         self._shapes: list[tuple[int, ...]] = []
         self._dtypes: list[torch.dtype] = []
         self._chunks: list[ChunkColumns] = []
         self._objects: dict[str, _StoredObject] = {}
         self._paths: dict[str, KeyPath] | None = None
-        self._names = Names()
+        self._names = NameTable()
         self._problems: list[str] = []
 
     def add(self, source: str, metadata: Metadata) -> None:
-        items = ItemTable.taken_from(source, metadata, self._names)
+        items = ItemColumns.take_from(source, metadata, self._names)
         self._versions.add(str(metadata.version) if metadata.version else "unversioned")
         if metadata.planner_data is not None:
             self._add_paths(source, metadata.planner_data)
-        of_objects = items.of_objects()
+        objects = items.objects()
         tensors: list[_KeyedTensor] = []
         for number, (key, value) in enumerate(metadata.state_dict_metadata.items()):
             _check_key(source, key)
             if isinstance(value, TensorStorageMetadata):
                 tensors.append(_KeyedTensor(number, key, value, self._add_tensor(source, key, value)))
             elif isinstance(value, BytesStorageMetadata):
-                self._add_object(source, key, items, of_objects.get(number, _NO_ITEM))
+                self._add_object(source, key, items, objects.get(number, NO_ITEM))
             else:
                 raise CatalogError(f"{source}: {key}: is a {type(value).__name__}, neither tensor nor bytes")
-        self._chunks.append(self._chunks_of(source, tensors, items, of_objects))
+        self._chunks.append(self._chunk_columns(source, tensors, items, objects))
         self._problems += _flattened_by_megatron(metadata)
 
     def _add_paths(self, source: str, paths: Any) -> None:
         if not isinstance(paths, dict):
-            name = source.rpartition("/")[2]  # the location is not the catalog's: a checkpoint can be moved
+            name = source.rpartition("/")[2]  # without the location: a checkpoint can be moved
             self._problems.append(
                 f"{name}: planner_data is a {type(paths).__name__}; key paths are taken from the keys"
             )
@@ -112,11 +149,12 @@ class _CatalogBuilder:
         """The tensor's row."""
         try:
             shape, dtype = tuple(map(int, value.size)), value.properties.dtype
-        except UNFIT as error:
+        except MALFORMED as error:
             raise CatalogError(f"{source}: {key}: incomplete tensor metadata ({error})") from error
         row = self._tensors.setdefault(key, len(self._shapes))
         if row == len(self._shapes):
-            _check_shape(source, key, shape)
+            if not is_possible(shape):
+                raise CatalogError(f"{source}: {key}: no tensor has the shape {shape}; the metadata is damaged")
             self._shapes.append(shape)
             self._dtypes.append(dtype)
         known = self._dtypes[row], self._shapes[row]
@@ -128,46 +166,52 @@ class _CatalogBuilder:
             raise CatalogError(f"{source}: {key}: saved as a tensor, by another rank's metadata as an object")
         return row
 
-    def _add_object(self, source: str, key: str, items: ItemTable, item: int) -> None:
+    def _add_object(self, source: str, key: str, items: ItemColumns, item: int) -> None:
         if key in self._tensors:
             raise CatalogError(f"{source}: {key}: saved as an object, by another rank's metadata as a tensor")
         if key in self._objects:  # another rank's copy: one is enough
             return
-        if item == _NO_ITEM:
+        if item == NO_ITEM:
             self._problems.append(f"{key}: no file holds it")
             return
         place = (int(column[item]) for column in (items.path, items.byte_offset, items.byte_length, items.format))
         self._objects[key] = _StoredObject(*place)
 
-    def _chunks_of(
-        self, source: str, tensors: Sequence[_KeyedTensor], items: ItemTable, of_objects: Mapping[int, int]
+    def _chunk_columns(
+        self, source: str, tensors: Sequence[_KeyedTensor], items: ItemColumns, objects: Mapping[int, int]
     ) -> ChunkColumns:
+        """The chunks of some tensors of one metadata file, and the items that hold them.
+
+        Args:
+            objects: rows of ``items`` without a box, by the number of their key.
+        """
         shapes = Shapes([self._shapes[tensor.row] for tensor in tensors])
-        numbers, rows = (np.array([t[field] for t in tensors], dtype=np.int64) for field in (0, 3))
+        numbers = np.array([tensor.number for tensor in tensors], dtype=np.int64)
+        rows = np.array([tensor.row for tensor in tensors], dtype=np.int64)
         counts, offsets, sizes = _boxes(source, tensors)
-        tensor = np.repeat(np.arange(len(tensors)), counts)  # of each chunk, a row of `tensors`
-        if len(outside := np.flatnonzero(~shapes.holds(tensor, offsets, sizes))):
+        tensor = np.repeat(np.arange(len(tensors)), counts)  # of each chunk, an index into `tensors`
+        if len(outside := np.flatnonzero(~shapes.contain(tensor, offsets, sizes))):
             first = int(outside[0])
             raise _outside(source, tensors[tensor[first]], offsets.row(first), sizes.row(first))
         corner = shapes.corners(tensor, offsets)
-        end = shapes.corners(tensor, Ragged(offsets.flat + sizes.flat, offsets.lengths))
-        item = _items_of(numbers, shapes, tensor, corner, items)
-        for chunk in np.flatnonzero((item == _NO_ITEM) & (counts[tensor] == 1)).tolist():
-            item[chunk] = of_objects.get(tensors[tensor[chunk]].number, _NO_ITEM)
-        stored = (
-            _taken(column, item, missing)
-            for column, missing in (
-                (items.path, NO_FILE),
-                (items.byte_offset, 0),
-                (items.byte_length, 0),
-                (items.format, 0),
-            )
+        item = items.rows_of(numbers, shapes, tensor=tensor, corner=corner)
+        for chunk in np.flatnonzero((item == NO_ITEM) & (counts[tensor] == 1)).tolist():
+            item[chunk] = objects.get(tensors[tensor[chunk]].number, NO_ITEM)
+        return ChunkColumns(
+            tensor=rows[tensor],
+            corner=corner,
+            end=shapes.corners(tensor, RaggedArray(offsets.flat + sizes.flat, offsets.lengths)),
+            offsets=offsets,
+            sizes=sizes,
+            path=_take_or(NO_FILE, items.path, item),
+            byte_offset=_take_or(0, items.byte_offset, item),
+            byte_length=_take_or(0, items.byte_length, item),
+            format=_take_or(0, items.format, item),
         )
-        return ChunkColumns(rows[tensor], corner, end, offsets, sizes, *stored)
 
     def finish(self) -> Catalog:
         keys = list(self._tensors)
-        chunks = ChunkColumns.joined(self._chunks).without_replicas()
+        chunks = ChunkColumns.concatenate(self._chunks).without_replicas()
         files = _Files(self._location)
         chunk_file = self._chunk_files(keys, chunks, files)
         for chunk in np.flatnonzero(chunk_file == NO_FILE).tolist():
@@ -193,9 +237,9 @@ class _CatalogBuilder:
         )
 
     def _chunk_files(self, keys: Sequence[str], chunks: ChunkColumns, files: _Files) -> np.ndarray:
-        """The file of each chunk, ``int32``. Files stand in the order in which chunks name them."""
+        """The file of each chunk, ``int32``. Files are numbered in the order in which chunks name them."""
         paths = self._names.paths
-        file_of = np.full(len(paths) + 1, NO_FILE, dtype=np.int32)  # the last is for NO_FILE
+        file_of = np.full(len(paths) + 1, NO_FILE, dtype=np.int32)  # the last entry is for NO_FILE
         used, first = np.unique(chunks.path, return_index=True)
         for chunk in np.sort(first[used != NO_FILE]).tolist():
             path = chunks.path[chunk]
@@ -214,53 +258,34 @@ class _CatalogBuilder:
 
 
 class _Files:
-    """The files that items lie in, by number. Each lies inside the checkpoint."""
+    """The files that hold items, by number. Each is inside the checkpoint."""
 
     def __init__(self, location: str) -> None:
         self.names: dict[str, int] = {}
         self._location = location
 
     def number(self, key: str, relative_path: str) -> int:
-        """Raises UnsafeMetadata: it leaves the checkpoint."""
+        """The number of a path. Raises UnsafeMetadata if it leads out of the checkpoint."""
         name = name_inside(relative_path)
         if name is None:
             raise UnsafeMetadata(
                 f"{key}: relative_path {relative_path!r} leaves the checkpoint {self._location}; refused. "
-                "A checkpoint's files lie inside its directory."
+                "A checkpoint's files are inside its directory."
             )
         return self.names.setdefault(name, len(self.names))
 
 
-def name_inside(relative_path: str) -> str | None:
-    """The name of a file inside the checkpoint, as catalogs have it; None where the path leads out."""
-    if _PLAIN_NAME.fullmatch(relative_path):
-        return relative_path
-    path = PurePosixPath(relative_path)
-    outside = path.is_absolute() or ".." in path.parts or PureWindowsPath(relative_path).drive or "\0" in relative_path
-    return None if outside or not path.parts else str(path)
-
-
-def saved_tensors(
-    keys: Iterable[str], shapes: Iterable[tuple[int, ...]], dtypes: Iterable[torch.dtype], counts: Iterable[int]
-) -> dict[str, SavedTensor]:
-    """Tensors whose chunks (``counts`` of each) stand one after another in the columns."""
-    tensors, chunk, box = {}, 0, 0
-    for key, shape, dtype, count in zip(keys, shapes, dtypes, counts, strict=True):
-        tensors[key] = SavedTensor(key, shape, dtype, range(chunk, chunk + count), box)
-        chunk, box = chunk + count, box + count * len(shape)
-    return tensors
-
-
-def _boxes(source: str, tensors: Sequence[_KeyedTensor]) -> tuple[np.ndarray, Ragged, Ragged]:
-    """How many chunks each tensor has, and the offsets and sizes of all."""
+def _boxes(source: str, tensors: Sequence[_KeyedTensor]) -> tuple[np.ndarray, RaggedArray, RaggedArray]:
+    """The number of chunks of each tensor, and the offsets and sizes of all chunks."""
     try:
         chunks = [list(tensor.metadata.chunks) for tensor in tensors]
         boxes = _states(list(chain.from_iterable(chunks)))
         counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
-        return counts, Ragged.of([box["offsets"] for box in boxes]), Ragged.of([box["sizes"] for box in boxes])
-    except UNFIT as error:
+        offsets = RaggedArray.from_rows([box["offsets"] for box in boxes])
+        return counts, offsets, RaggedArray.from_rows([box["sizes"] for box in boxes])
+    except MALFORMED as error:
         if len(tensors) > 1:
-            for tensor in tensors:  # one by one, to know which it is
+            for tensor in tensors:  # one by one, to name the one that is malformed
                 _boxes(source, [tensor])
         raise CatalogError(f"{source}: {tensors[0].key}: incomplete tensor metadata ({error})") from error
 
@@ -271,28 +296,8 @@ def _states(chunks: Sequence[ChunkStorageMetadata]) -> list[dict[str, Any]]:
     return [chunk[0] for chunk in chunks]
 
 
-def _items_of(
-    numbers: np.ndarray, shapes: Shapes, tensor: np.ndarray, corner: np.ndarray, items: ItemTable
-) -> np.ndarray:
-    """For each chunk the row of the item that holds it, or _NO_ITEM.
-
-    Args:
-        numbers: those of the tensors' keys, ascending.
-        tensor: of each chunk, a row of ``numbers``.
-        corner: of each chunk.
-    """
-    item_tensor = np.searchsorted(numbers, items.key)
-    is_box = ~items.is_object & np.isin(items.key, numbers)
-    known = np.flatnonzero(is_box)
-    known = known[shapes.has_corner(item_tensor[known], items.offsets.take(known))]
-    item_corner = shapes.corners(item_tensor[known], items.offsets.take(known))
-    found = items_at(tensor, corner, item_tensor[known], item_corner)
-    item: np.ndarray = np.append(known, _NO_ITEM)[found]
-    return item
-
-
-def _taken(column: np.ndarray, item: np.ndarray, missing: int) -> np.ndarray:
-    """The rows ``item`` of a column; ``missing`` where that is _NO_ITEM."""
+def _take_or(missing: int, column: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """The rows ``item`` of a column; ``missing`` where ``item`` is NO_ITEM."""
     taken: np.ndarray = np.append(column, np.array(missing, dtype=column.dtype))[item]
     return taken
 
@@ -303,31 +308,26 @@ def _check_key(source: str, key: Any) -> None:
             f"{source}: the key {key!r} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
             "(torch's default), which makes strings of all keys"
         )
-    if not key.isprintable() and _is_no_text(key):
-        raise CatalogError(f"{source}: the key {key!r} is no text: it holds half of a character (a surrogate)")
+    if not key.isprintable() and not _is_text(key):
+        raise CatalogError(f"{source}: the key {key!r} is not text: it holds half of a character (a surrogate)")
 
 
-def _is_no_text(key: str) -> bool:
+def _is_text(key: str) -> bool:
     try:
         key.encode()
     except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _check_shape(source: str, key: str, shape: tuple[int, ...]) -> None:
-    if not is_possible(shape):
-        raise CatalogError(f"{source}: {key}: no tensor has the shape {shape}; the metadata is damaged")
+        return False
+    return True
 
 
 def _outside(source: str, tensor: _KeyedTensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> CatalogError:
     shape = tuple(map(int, tensor.metadata.size))
-    return CatalogError(f"{source}: {tensor.key}: chunk at {offsets} of sizes {sizes} lies outside the shape {shape}")
+    return CatalogError(f"{source}: {tensor.key}: chunk at {offsets} of sizes {sizes} is outside the shape {shape}")
 
 
 def _key_path(source: str, key: Any, path: Any) -> KeyPath:
-    whole = isinstance(path, tuple | list) and path and _PATH_PARTS.issuperset(map(type, path))
-    if not isinstance(key, str) or not whole:
+    is_path = isinstance(path, tuple | list) and path and _PATH_PARTS.issuperset(map(type, path))
+    if not isinstance(key, str) or not is_path:
         raise CatalogError(
             f"{source}: planner_data has the path {path!r} for the key {key!r}, which torch's planners don't write: paths are "
             "tuples of strings and integers, by key; set planner_data to None, and paths are taken from the keys"
@@ -336,7 +336,7 @@ def _key_path(source: str, key: Any, path: Any) -> KeyPath:
 
 
 def _flattened_by_megatron(metadata: Metadata) -> Iterator[str]:
-    """Tensors that Megatron-Core up to 0.14 saved as flat slices of blocks, which are no boxes of the parameter."""
+    """Problems: tensors that Megatron-Core up to 0.14 saved as flat slices of blocks, which are not boxes of the parameter."""
     known = metadata.mcore_data if isinstance(metadata.mcore_data, dict) else {}
     for key, remarks in known.items():
         shape = remarks.get("nd_reformulated_orig_global_shape") if isinstance(remarks, dict) else None

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from shardferry.checkpoint.build import name_inside, saved_tensors
-from shardferry.checkpoint.catalog import Catalog, SavedObject
-from shardferry.checkpoint.item_format import ItemFormat, RawItem, TransformedItem, ZipItem
+from shardferry.checkpoint.catalog import Catalog, ItemFormat, RawItem, SavedObject, TransformedItem, ZipItem
 
 logger = logging.getLogger(__name__)
 

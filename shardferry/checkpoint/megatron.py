@@ -1,8 +1,8 @@
-"""Turn what Megatron-Core writes beside its tensors into a catalog's objects: the step and the param groups.
+"""Turn the values that Megatron-Core writes beside its tensors into objects of a catalog: the step and the param groups.
 
-A ``torch_dist`` checkpoint has a tensor ``optimizer.state.<name>.<fqn>`` for each state of a parameter; everything that is
-no sharded tensor stands in ``common.pt``. Formats: megatron/core/dist_checkpointing/optimizer.py and
-megatron/core/optimizer/distrib_optimizer.py of Megatron-Core 0.16; docs/writers.md says which of them are supported.
+A ``torch_dist`` checkpoint has a tensor ``optimizer.state.<name>.<fqn>`` for each state of a parameter. All values that are
+not sharded tensors are in ``common.pt``. Formats: megatron/core/dist_checkpointing/optimizer.py and
+megatron/core/optimizer/distrib_optimizer.py of Megatron-Core 0.16; docs/writers.md lists those that are supported.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any
 
 import torch
 
-from shardferry.checkpoint.catalog import Catalog, KeyPath, SavedObject
-from shardferry.checkpoint.item_format import KnownValue
+from shardferry.checkpoint.catalog import Catalog, KnownValue, SavedObject
+from shardferry.state_dicts import KeyPath
 
 COMMON_FILE = "common.pt"
 BUFFERS = "distributed"  # the section of `dp_reshardable` and `dp_zero_gather_scatter`, in the place of "state"
 
 _OPTIMIZER = "optimizer"
 _STATE = f"{_OPTIMIZER}.state."
-# What its optimizers keep for each parameter; `param` and `fp32_param` are the master weights.
+# State of its optimizers for each parameter; `param` and `fp32_param` are the master weights.
 _STATE_NAMES = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "fp32_param", "param", "step"})
 _AMBIGUOUS = "param"  # also a usual last component of a parameter's own name
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def megatron_entry(tail: KeyPath) -> tuple[str, str] | None:
-    """FQN and state name of ``("<name>.<fqn>",)``, a key without a recorded path; None where it is no such key.
+    """FQN and state name of ``("<name>.<fqn>",)``, a key without a recorded path; None for any other path.
 
-    Every other writer puts the name last: a key that ends in one is taken as theirs.
+    Every other writer puts the name last, so a key that ends in a name is taken as theirs.
     """
     if len(tail) != 1:
         return None
@@ -49,7 +49,10 @@ def megatron_entry(tail: KeyPath) -> tuple[str, str] | None:
 def with_common_values(catalog: Catalog, common: bytes) -> Catalog:
     """Add the objects that ``common.pt`` holds for the optimizer: a step for each FQN, and the param groups.
 
-    It is read by ``torch.load(weights_only=True)`` alone. What it refuses becomes a problem of the catalog.
+    The file is read with ``torch.load(weights_only=True)``. If that refuses it, the catalog gets a problem instead.
+
+    Args:
+        common: the bytes of ``common.pt``.
     """
     fqns = _fqns(catalog.tensors)
     if catalog.paths is not None or not fqns:
@@ -58,7 +61,7 @@ def with_common_values(catalog: Catalog, common: bytes) -> Catalog:
         with torch.serialization.safe_globals([argparse.Namespace]):  # inert; Megatron-LM's own arguments
             values = torch.load(io.BytesIO(common), map_location="cpu", weights_only=True)
         known = dict(_known_values(values, fqns))
-    except Exception as error:  # a file that isn't from torch.save, or not as Megatron fills it, raises nearly any type
+    except Exception as error:  # a file of another writer raises nearly any type
         problem = f"{COMMON_FILE}: not readable as plain values ({_reason(error)}); the optimizer's step and param groups are unknown"
         return dataclasses.replace(catalog, problems=(*catalog.problems, problem))
     if not known:
@@ -69,7 +72,7 @@ def with_common_values(catalog: Catalog, common: bytes) -> Catalog:
 
 
 def _reason(error: Exception) -> str:
-    """torch's own message is a page: the class that it stumbled over, or its first line."""
+    """The class that torch refuses, or the first line of its message, which is a page long."""
     if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
         return f"it holds a {refused[1]}"
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -82,7 +85,7 @@ def _fqns(keys: Iterable[str]) -> list[str]:
 
 def _known_values(common: Any, fqns: list[str]) -> Iterable[tuple[str, Any]]:
     optimizer = _mapping(_mapping(common).get(_OPTIMIZER))
-    optimizer = _mapping(optimizer.get(_OPTIMIZER, optimizer))  # one level deeper where there are master weights
+    optimizer = _mapping(optimizer.get(_OPTIMIZER, optimizer))  # one level deeper if there are master weights
     groups = [dict(group) for group in optimizer.get("param_groups", ())]
     steps = {float(group.pop("step")) for group in groups if "step" in group}
     step = _mapping(optimizer.get("state")).get("common_step", steps.pop() if len(steps) == 1 else None)
@@ -91,7 +94,7 @@ def _known_values(common: Any, fqns: list[str]) -> Iterable[tuple[str, Any]]:
     if not groups:
         return
     if any(group != groups[0] for group in groups[1:]):
-        _log.warning(
+        logger.warning(
             "%s: %d param groups that differ, and Megatron doesn't record which parameters are in which; "
             "the live optimizer keeps its own hyperparameters",
             COMMON_FILE,

@@ -1,7 +1,7 @@
-"""Read a DCP ``.metadata`` pickle into plain Python values, executing nothing that it names.
+"""Unpickle a DCP ``.metadata`` file into plain Python values, without executing anything that it names.
 
 The unpickler knows the few globals that torch 2.1 to 2.15, OLMo-core and Megatron-Core write, and maps each to a plain
-class or function of ours; any other global is refused by name. Format: torch/distributed/checkpoint/metadata.py,
+class or function of ours. It refuses any other global by name. Format: torch/distributed/checkpoint/metadata.py,
 filesystem.py and planner.py.
 """
 
@@ -14,32 +14,31 @@ from typing import Any
 
 import torch
 
-from shardferry._gc import paused_gc
 from shardferry.errors import CatalogError, UnsafeMetadata
 
-_BUFFER_BYTES = 1024 * 1024  # copied at a time
+_BUFFER_BYTES = 1024 * 1024  # that the unpickler reads at a time
 
 
 class _Sealed(type):
-    """A class whose attributes stay as they are: a pickle can name a class and then try to set its state."""
+    """The class of classes that a pickle can't change: a pickle can name a class and then try to set its state."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise CatalogError(f"metadata: sets {name} of the class {cls.__name__}")
 
 
 class Record(metaclass=_Sealed):
-    """Stands in for a torch dataclass: its pickled state becomes attributes.
+    """Stands in for a torch dataclass: the pickled state becomes attributes.
 
-    Nothing of it is Python code while it is unpickled: it has no ``__setstate__``.
+    It has no ``__setstate__``, so unpickling runs no Python code of it.
     """
 
 
 class Row(list[Any], metaclass=_Sealed):
-    """Stands in for a torch dataclass of which there is one a chunk: a list of one dict, its pickled state.
+    """Stands in for a torch dataclass with one instance per chunk: a list whose only entry is the pickled state, a dict.
 
-    The unpickler hands the state to ``__setstate__``, and where that is ``list.append`` a million chunks cost neither a call
-    of Python code nor a second dict each: a fifth less time and memory than a `Record`. Whatever else a pickle may put into
-    the list is for `build_catalog` to refuse. Compared by identity.
+    The unpickler passes the state to ``__setstate__``. As that is ``list.append``, a chunk costs neither a call of Python code
+    nor a second dict: a fifth less time and memory than a `Record`. A pickle may put anything else into the list;
+    `build_catalog` refuses that. Rows are compared by identity.
     """
 
     __slots__ = ()
@@ -55,7 +54,7 @@ class Metadata(Record):
     planner_data: Any = None
     storage_data: Any = None
     version: str | None = None
-    mcore_data: Any = None  # Megatron-Core up to 0.15: what it knows of each tensor, by key
+    mcore_data: Any = None  # Megatron-Core up to 0.15: its own data of each tensor, by key
 
 
 class TensorStorageMetadata(Record):
@@ -77,30 +76,30 @@ class BytesStorageMetadata(Record):
 
 
 class MetadataIndex(Row):
-    """Which box of which FQN: ``fqn`` and, but for objects, ``offset`` in elements; ``index`` is only a hint."""
+    """The key of a stored item: ``fqn`` and, except for objects, the ``offset`` of its box in elements. ``index`` is only a hint."""
 
     __slots__ = ()
 
 
 class StorageInfo(Row):
-    """Where one item lies: ``relative_path``, ``offset`` and ``length`` in bytes, perhaps ``transform_descriptors``.
+    """Where one item is stored: ``relative_path``, ``offset`` and ``length`` in bytes, perhaps ``transform_descriptors``.
 
-    ``is_raw``: the raw bytes alone; no pickle says so, only a safetensors file's header.
+    ``is_raw``: the item is a `RawItem`. No pickle has this field; the safetensors reader sets it.
     """
 
     __slots__ = ()
 
 
 class StorageMeta(Record):
-    """The writer's remarks; nothing here depends on them."""
+    """The writer's remarks. They are not used."""
 
 
 class PlanRemark(Record):
-    """A part of the save plans that Megatron-Core leaves in its metadata; nothing here depends on it."""
+    """A part of the save plans that Megatron-Core leaves in its metadata. It is not used."""
 
 
 class TensorProperties(Record):
-    """A tensor's dtype; the state is a tuple of 5, since torch 2.15 of 6 (with strides, which the item itself has too)."""
+    """A tensor's dtype. The pickled state is a tuple of 5; since torch 2.15 of 6, with strides, which the item itself has too."""
 
     dtype: torch.dtype
 
@@ -122,7 +121,7 @@ def _path(*parts: str) -> str:
 
 
 def _remark(*_values: Any) -> None:
-    """Layouts and memory formats: nothing here depends on them."""
+    """Stands in for layouts and memory formats, which are not used."""
 
 
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
@@ -178,7 +177,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _ByteView(io.RawIOBase):
-    """Bytes in memory as a file, of which `io.BytesIO` would make a copy."""
+    """Bytes in memory as a file. `io.BytesIO` would copy them."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._left = memoryview(data)
@@ -199,12 +198,11 @@ def parse_metadata(data: bytes | memoryview, *, source: str) -> Metadata:
         source: the file's name, for error messages.
 
     Raises:
-        UnsafeMetadata: a global outside the allow-list is named.
-        CatalogError: the bytes are not a whole pickle of a ``Metadata``.
+        UnsafeMetadata: the pickle names a global that is not in the allow-list.
+        CatalogError: the bytes are not a complete pickle of a ``Metadata``.
     """
     try:
-        with paused_gc():
-            metadata = _MetadataUnpickler(io.BufferedReader(_ByteView(data), _BUFFER_BYTES)).load()
+        metadata = _MetadataUnpickler(io.BufferedReader(_ByteView(data), _BUFFER_BYTES)).load()
     except CatalogError as error:
         raise type(error)(f"{source}: {error}") from None
     except Exception as error:  # damaged pickles raise nearly any type

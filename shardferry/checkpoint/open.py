@@ -1,26 +1,30 @@
-"""Open a checkpoint: read its metadata once, safely, into a catalog."""
+"""Open a checkpoint: read its metadata once, safely, into a catalog. The formats of metadata are tried in order."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from shardferry._gc import paused_gc
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
-from shardferry.checkpoint.metadata_files import MetadataFiles
-from shardferry.checkpoint.safetensors_files import (
+from shardferry.checkpoint.metadata import Metadata, parse_metadata
+from shardferry.checkpoint.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
-    is_safetensors,
-    read_safetensors,
+    open_safetensors,
     with_safetensors_positions,
 )
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
@@ -31,25 +35,29 @@ from shardferry.storage.retry import RetryPolicy
 CacheDirectory = str | os.PathLike[str] | None  # None: no catalog is kept
 
 METADATA_FILE = ".metadata"
-_RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one a rank, where the save used no collectives
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one per rank, where the save used no collectives
+_KNOWN_NAMES = (METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE)  # of a storage that can't list its files
+_PIECE_BYTES = 16 * 1024 * 1024  # of a metadata file, read in one request
+_PIECES_AT_ONCE = 8
 
 
 def open_checkpoint(
     location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheDirectory = None
 ) -> Catalog:
-    """What the checkpoint at ``location`` holds.
+    """Open the checkpoint at a location.
 
     Args:
         location: a directory, its ``file://`` URL, or the URL of an object store (``s3://bucket/run/step-1000``), of a web
             server, or of anything else that fsspec can open.
         storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
             reads.
-        cache: a directory that keeps catalogs, by the digest of their metadata (docs/scale.md); default: nothing is kept.
+        cache: a directory that keeps catalogs by the digest of their metadata (docs/scale.md). Default: no catalog is kept.
 
     Raises:
-        CheckpointNotFound: no such directory, or the save was never completed (no ``.metadata``).
+        CheckpointNotFound: there is no such directory, or the save was never completed (no ``.metadata``).
         UnsafeMetadata: the metadata names a forbidden global, or a file outside the checkpoint.
         CatalogError: the metadata is damaged.
+        StorageError: a request failed.
     """
     with closing(open_storage(location, storage_options)) as storage:
         return read_catalog(storage, cache=cache, storage_options=storage_options)
@@ -57,28 +65,42 @@ def open_checkpoint(
 
 @contextmanager
 def opened_storage(catalog: Catalog, *, retry: RetryPolicy | None = None) -> Iterator[RangeReader]:
-    """As `storage_of`, closed at the end of the ``with``."""
+    """Open a catalog's storage as `storage_of` does, and close it at the end of the ``with``."""
     with closing(storage_of(catalog, retry=retry)) as storage:
         yield storage
 
 
 def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeReader:
-    """The storage that a catalog is of; its files must be those that the catalog was made of.
+    """Open the storage of a catalog. Reading a file that was written again since the catalog was read is an error.
 
-    Raises CheckpointNotFound where it is gone.
+    Args:
+        retry: as for `open_storage`.
+
+    Raises:
+        CheckpointNotFound: the directory is gone.
     """
     storage = open_storage(catalog.location, catalog.storage_options, retry=retry)
     storage.expect(catalog.file_versions)
     return storage
 
 
+@paused_gc()
 def read_catalog(
     storage: RangeReader, *, cache: CacheDirectory = None, storage_options: Mapping[str, Any] | None = None
 ) -> Catalog:
-    """The catalog of an opened storage; see `open_checkpoint`."""
+    """The catalog of an open storage.
+
+    Args:
+        cache: as for `open_checkpoint`.
+        storage_options: those that the storage was opened with; they go with the catalog.
+
+    Raises:
+        CheckpointNotFound, UnsafeMetadata, CatalogError, StorageError: as for `open_checkpoint`.
+    """
     listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
     versions = storage.versions()
-    catalog = _of_metadata(storage, list(listing), cache)
+    kept = None if cache is None else CatalogCache(Path(cache).expanduser())
+    catalog = _read_metadata(storage, list(listing), kept)
     catalog = dataclasses.replace(
         catalog,
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
@@ -90,65 +112,112 @@ def read_catalog(
     return catalog
 
 
-def _of_metadata(storage: RangeReader, names: list[str], cache: CacheDirectory) -> Catalog:
-    sources = _metadata_files(storage.location, names)
-    if not sources and is_safetensors(names):
-        return build_catalog([(storage.location, read_safetensors(storage, names))], location=storage.location)
-    if not sources:
-        raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
-    files = MetadataFiles.read(storage, sources)
-    return with_safetensors_positions(_cached(files, storage.location, cache), storage)
+# Reads the metadata of one format: storage, names of its files, cache -> catalog; None if the files have another format.
+MetadataReader = Callable[[RangeReader, Sequence[str], CatalogCache | None], Catalog | None]
 
 
-def _cached(files: MetadataFiles, location: str, directory: CacheDirectory) -> Catalog:
-    """The catalog of the metadata files alone: only that is kept."""
-    if directory is None:
-        return build_catalog(files.parsed(location), location=location)
-    cache, digest = CatalogCache(Path(directory).expanduser()), files.digest()
-    catalog = cache.get(digest, location=location)
+def _read_metadata(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog:
+    for read in _FORMATS:
+        if (catalog := read(storage, names, cache)) is not None:
+            return catalog
+    raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
+
+
+def _read_dcp(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog | None:
+    """``.metadata``, which the coordinator of a save writes."""
+    return _read_pickles(storage, [METADATA_FILE], cache) if METADATA_FILE in names else None
+
+
+def _read_rank_metadata(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog | None:
+    """``__0.metadata``, ``__1.metadata``, ...: each rank of a save without collectives writes its own."""
+    files = {int(found[1]): name for name in names if (found := _RANK_METADATA.fullmatch(name))}
+    _check_ranks(storage.location, files)
+    return _read_pickles(storage, [files[rank] for rank in sorted(files)], cache) if files else None
+
+
+def _read_safetensors(storage: RangeReader, names: Sequence[str], _cache: CatalogCache | None) -> Catalog | None:
+    """The headers of all safetensors files."""
+    return open_safetensors(storage, names)
+
+
+_FORMATS: tuple[MetadataReader, ...] = (_read_dcp, _read_rank_metadata, _read_safetensors)
+
+
+def _read_pickles(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog:
+    """The catalog of some pickles of DCP. Only what follows from these files alone is cached."""
+    files = _MetadataFiles.read(storage, names)
+    location, digest = storage.location, b"" if cache is None else files.digest()
+    catalog = None if cache is None else cache.get(digest, location=location)
     if catalog is None:
         catalog = build_catalog(files.parsed(location), location=location)
-        cache.put(digest, catalog)
-    return catalog
+        if cache is not None:
+            cache.put(digest, catalog)
+    return with_safetensors_positions(catalog, storage)
+
+
+@dataclass(frozen=True, slots=True)
+class _MetadataFiles:
+    """Metadata files in memory, as they are stored."""
+
+    names: Sequence[str]
+    contents: Sequence[memoryview]
+
+    @classmethod
+    def read(cls, storage: RangeReader, names: Sequence[str]) -> _MetadataFiles:
+        """Read the files, in several requests at once. Raises StorageError where a file is missing or short."""
+        contents = [np.empty(storage.size(name), dtype=np.uint8).data for name in names]
+        pieces = [
+            (name, start, content[start : start + _PIECE_BYTES])
+            for name, content in zip(names, contents, strict=True)
+            for start in range(0, len(content), _PIECE_BYTES)
+        ]
+        with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="shardferry-metadata") as pool:
+            list(pool.map(lambda piece: storage.read_into(*piece), pieces))
+        return cls(names, contents)
+
+    def digest(self) -> bytes:
+        """SHA-256 of all names and contents."""
+        whole = hashlib.sha256()
+        for name, content in zip(self.names, self.contents, strict=True):
+            whole.update(f"{name!a} {len(content)} ".encode())
+            whole.update(content)
+        return whole.digest()
+
+    def parsed(self, location: str) -> Iterator[tuple[str, Metadata]]:
+        """Name, for error messages, and content of each file. Raises UnsafeMetadata, CatalogError."""
+        for name, content in zip(self.names, self.contents, strict=True):
+            source = f"{location}/{name}"
+            yield source, parse_metadata(content, source=source)
 
 
 def _known_files(storage: RangeReader) -> dict[str, int | None]:
-    """The files of a storage that can't list, as far as their names are known: those that a checkpoint begins with."""
-    names = sorted((METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE))
+    """Size in bytes of the files of a storage that can't list them, by name: of those that a checkpoint begins with."""
 
     def size_of(name: str) -> int | None:
         with suppress(MissingFile):
             return storage.size(name)
         return None
 
-    with ThreadPoolExecutor(len(names), thread_name_prefix="shardferry-open") as pool:
-        found = zip(names, pool.map(size_of, names), strict=True)
+    with ThreadPoolExecutor(len(_KNOWN_NAMES), thread_name_prefix="shardferry-open") as pool:
+        found = zip(_KNOWN_NAMES, pool.map(size_of, _KNOWN_NAMES), strict=True)
         return {name: size for name, size in found if size is not None}
 
 
-def _metadata_files(location: str, names: list[str]) -> list[str]:
-    if METADATA_FILE in names:
-        return [METADATA_FILE]
-    parts = {int(found[1]): name for name in names if (found := _RANK_METADATA.fullmatch(name))}
-    _check_ranks(location, parts)
-    return [parts[rank] for rank in sorted(parts)]
-
-
-def _check_ranks(location: str, parts: Mapping[int, str]) -> None:
-    """Each rank wrote its own metadata: one that is missing before the last was lost. (After the last, none can know.)"""
-    last = max(parts, default=-1)
-    lost = sorted(set(range(last)) - set(parts))
+def _check_ranks(location: str, files: Mapping[int, str]) -> None:
+    """Raise CatalogError if a rank's metadata is missing before that of the last rank. (Nothing tells how many come after.)"""
+    last = max(files, default=-1)
+    lost = sorted(set(range(last)) - set(files))
     if lost:
         raise CatalogError(
-            f"{location}: {len(parts)} ranks wrote metadata of their own, up to {parts[last]}, but that of rank {lost[0]} "
+            f"{location}: {len(files)} ranks wrote metadata of their own, up to {files[last]}, but that of rank {lost[0]} "
             f"is missing ({len(lost)} of {last + 1} are); without it its share can't be found. Copy all of the checkpoint, "
             "or use another one"
         )
 
 
-def _no_checkpoint(location: str, names: list[str]) -> CheckpointNotFound:
+def _no_checkpoint(location: str, names: Sequence[str]) -> CheckpointNotFound:
     saved = sum(name.endswith(".distcp") for name in names)
-    hint = "the save was not completed" if saved else "this is no distributed checkpoint"
+    hint = "the save was not completed" if saved else "this is not a distributed checkpoint"
     return CheckpointNotFound(
         f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
     )

@@ -1,39 +1,12 @@
-"""Param groups keyed by parameter: rebuild them from a checkpoint, and fit them to a live optimizer.
-
-A saved group says which FQNs it holds. Positions are never trusted: pipeline stages, freezing and re-wrapping change them.
-"""
+"""Fit saved param groups to a live optimizer: by parameter, as positions change with pipeline stages, freezing and re-wrapping."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from shardferry.checkpoint.catalog import KeyPath
+from shardferry.checkpoint.optimizer_state import ParamGroup
 from shardferry.errors import InstallError
-from shardferry.state_dicts import nest
-
-ParamGroup = dict[str, Any]  # "params": [fqn, ...], and the hyperparameters by name
-
-
-def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
-    """Rebuild the saved param groups.
-
-    Args:
-        entries: saved values by their path below ``param_groups``: ``(0, "lr")`` for a flattened list of groups, ``()``
-            for a list saved whole, ``("<fqn>.lr",)`` where the saver had flattened the optimizer's state dict.
-    """
-    if () in entries:
-        return [dict(group) for group in entries[()]]
-    flattened: dict[str, ParamGroup] = {}
-    nested: dict[KeyPath, Any] = {}
-    for path, value in entries.items():
-        if len(path) == 1 and isinstance(path[0], str):
-            fqn, _, name = path[0].rpartition(".")
-            flattened.setdefault(fqn, {"params": [fqn]})[name] = value
-        else:
-            nested[path] = value
-    groups: list[ParamGroup] = nest(nested) or []
-    return groups + [flattened[fqn] for fqn in sorted(flattened)]
 
 
 def hyperparameters_for(fqns: Sequence[str], saved: Sequence[ParamGroup]) -> dict[str, Any]:

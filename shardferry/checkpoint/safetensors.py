@@ -1,35 +1,59 @@
-"""Turn the header of a safetensors file into its tensors: dtype, box, and where the raw bytes are.
+"""Turn the headers of safetensors files into a catalog, or into the byte positions of one.
 
 ::
 
     file     |8 bytes: length of the JSON|JSON|raw bytes of all tensors, row-major, at data_offsets from here|
 
-Where torch wrote a shard, its place in the whole tensor stands in the JSON, under ``__metadata__``. Nothing is believed:
-every length and position is held against the file. Format: https://huggingface.co/docs/safetensors and
+Two of torch's writers leave such files:
+
+* ``HuggingFaceStorageWriter``, like everything else of Hugging Face, leaves no ``.metadata``. The headers of all files together
+  say what was saved (`open_safetensors`). Where torch wrote a shard, the JSON has the shard's offsets under ``__metadata__``.
+* ``FileSystemWriter`` with ``SerializationFormat.SAFETENSORS`` leaves a ``.metadata`` whose byte positions are wrong. Its files are
+  complete only if they hold nothing but tensors (`with_safetensors_positions`).
+
+Every length and position is compared with the file. Format: https://huggingface.co/docs/safetensors and
 torch/distributed/checkpoint/_hf_utils.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
+from shardferry.checkpoint.build import build_catalog
+from shardferry.checkpoint.catalog import NO_FILE, Catalog, RawItem, SavedTensor, ZipItem
+from shardferry.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from shardferry.errors import CatalogError
-from shardferry.storage.base import RangeReader
+from shardferry.storage.base import RangeReader, read_file
 
-MAX_HEADER_BYTES = 100_000_000  # as the safetensors package has it
+SUFFIX = ".safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # which file holds which tensor; not every writer leaves one
+SINGLE_FILE = "model.safetensors"  # the name of a model in one file
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+SHARDING_REMARK, OFFSETS_REMARK = "DCP_SHARDING_INFO", "saved_offsets"  # where torch records a shard's offsets
 
-SHARDING_REMARK, OFFSETS_REMARK = "DCP_SHARDING_INFO", "saved_offsets"  # torch's remarks on where a shard belongs
-
+_HEADERS_AT_ONCE = 16
 _LENGTH_BYTES = 8
 _USUAL_HEADER_BYTES = 64 * 1024  # one read of this size holds nearly every header
 _ZIP_MAGIC = b"PK\x03\x04"
+_DAMAGE = (AttributeError, KeyError, TypeError, ValueError, RecursionError)  # raised by JSON that is not as expected
 
 _DTYPES = {
     "F64": torch.float64,
@@ -54,17 +78,167 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RawTensor:
-    """One tensor of a file: a box of a saved tensor, or the whole of it."""
+    """One tensor of a file: a shard of a saved tensor, or the whole of it."""
 
     key: str
-    path: str
+    path: str  # of the file
     dtype: torch.dtype
-    offsets: tuple[int, ...]  # in the whole tensor, elements; zeros where the file doesn't tell
-    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]  # in the whole tensor, elements; zeros where the file does not record them
+    sizes: tuple[int, ...]  # elements
     byte_offset: int  # in the file
     nbytes: int
+
+
+def open_safetensors(storage: RangeReader, names: Sequence[str]) -> Catalog | None:
+    """The catalog of all safetensors files of a directory; None if there are none. Each whole tensor ends where its last shard ends.
+
+    Args:
+        names: the files of the directory, as far as they are known.
+
+    Raises:
+        StorageError: a file that the index names is missing.
+        CatalogError: a file is damaged, or two files contradict each other.
+    """
+    if not any(name.endswith(SUFFIX) for name in names):
+        return None
+    paths = _paths(storage, names)
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE, thread_name_prefix="shardferry-headers") as pool:
+        headers = list(pool.map(lambda path: read_header(storage, path), paths))
+    shards: dict[str, dict[tuple[int, ...], RawTensor]] = {}
+    for tensor in (tensor for header in headers for tensor in header):
+        others = shards.setdefault(tensor.key, {})
+        if (other := others.setdefault(tensor.offsets, tensor)) is not tensor:
+            raise CatalogError(
+                f"{storage.location}: {tensor.key}: {other.path} and {tensor.path} both hold it from {tensor.offsets} on; which "
+                "one is right can't be known. Remove the one that is not of this checkpoint."
+            )
+    metadata = _metadata({key: list(boxes.values()) for key, boxes in shards.items()}, storage.location)
+    return build_catalog([(storage.location, metadata)], location=storage.location)
+
+
+def _paths(storage: RangeReader, names: Sequence[str]) -> list[str]:
+    """The files that the index names, otherwise all: beside a model's files there may be the same weights once more."""
+    if INDEX_FILE not in names:
+        return [name for name in names if name.endswith(SUFFIX)]
+    try:
+        paths = json.loads(read_file(storage, INDEX_FILE))["weight_map"].values()
+        return sorted(set(map(str, paths)))
+    except _DAMAGE as error:
+        raise CatalogError(f"{storage.location}/{INDEX_FILE}: is damaged ({type(error).__name__}: {error})") from error
+
+
+def _metadata(shards: Mapping[str, Sequence[RawTensor]], location: str) -> Metadata:
+    """The metadata that a DCP writer would have left."""
+    metadata = Metadata()
+    metadata.state_dict_metadata = {key: _tensor_metadata(boxes, location) for key, boxes in shards.items()}
+    metadata.storage_data = {_index(box): _storage_info(box) for boxes in shards.values() for box in boxes}
+    metadata.version = "safetensors"
+    return metadata
+
+
+def _tensor_metadata(boxes: Sequence[RawTensor], location: str) -> TensorStorageMetadata:
+    first = boxes[0]
+    for other in boxes:
+        if (other.dtype, len(other.sizes)) != (first.dtype, len(first.sizes)):
+            raise CatalogError(
+                f"{location}: {first.key}: is {first.dtype} of shape {first.sizes} in {first.path}, "
+                f"{other.dtype} of shape {other.sizes} in {other.path}"
+            )
+    tensor = TensorStorageMetadata()
+    tensor.properties = TensorProperties()
+    tensor.properties.dtype = first.dtype
+    ends = [tuple(o + s for o, s in zip(box.offsets, box.sizes, strict=True)) for box in boxes]
+    tensor.size = tuple(map(max, *ends)) if len(ends) > 1 else ends[0]
+    tensor.chunks = [ChunkStorageMetadata([{"offsets": box.offsets, "sizes": box.sizes}]) for box in boxes]
+    return tensor
+
+
+def _index(box: RawTensor) -> MetadataIndex:
+    return MetadataIndex([{"fqn": box.key, "offset": box.offsets}])
+
+
+def _storage_info(box: RawTensor) -> StorageInfo:
+    return StorageInfo([{"relative_path": box.path, "offset": box.byte_offset, "length": box.nbytes, "is_raw": True}])
+
+
+def with_safetensors_positions(catalog: Catalog, storage: RangeReader) -> Catalog:
+    """The catalog with the byte positions that the headers give, for tensors that are in safetensors files.
+
+    The metadata shows which files these are: the item of a tensor has exactly the bytes of its elements, and a zip has more.
+
+    Raises:
+        StorageError: a file is missing.
+        CatalogError: a file also holds Python objects, or lacks a tensor: both happen when torch writes this format.
+    """
+    tensors = _TensorOfChunk(catalog)
+    files = [file for file, chunk in _first_chunks(catalog) if _is_bare(catalog, tensors[chunk], chunk)]
+    if not files:
+        return catalog
+    byte_offset, chunk_format = catalog.chunk_byte_offset.copy(), catalog.chunk_format.copy()
+    for file in files:
+        for chunk, tensor in _positions(catalog, tensors, file, storage):
+            byte_offset[chunk], chunk_format[chunk] = tensor.byte_offset, len(catalog.formats)
+    return dataclasses.replace(
+        catalog, chunk_byte_offset=byte_offset, chunk_format=chunk_format, formats=(*catalog.formats, RawItem())
+    )
+
+
+class _TensorOfChunk:
+    """The tensor of each chunk, by the chunk's row in the catalog."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._tensors = list(catalog.tensors.values())
+        self._starts = [tensor.chunks.start for tensor in self._tensors]
+
+    def __getitem__(self, chunk: int) -> SavedTensor:
+        return self._tensors[bisect_right(self._starts, chunk) - 1]
+
+
+def _first_chunks(catalog: Catalog) -> Iterable[tuple[int, int]]:
+    """Each file that holds chunks, and one of its chunks: a writer writes all of a file in one format."""
+    files, chunks = np.unique(catalog.chunk_file, return_index=True)
+    return [(file, chunk) for file, chunk in zip(files.tolist(), chunks.tolist(), strict=True) if file != NO_FILE]
+
+
+def _is_bare(catalog: Catalog, saved: SavedTensor, chunk: int) -> bool:
+    if not isinstance(catalog.formats[catalog.chunk_format[chunk]], ZipItem):
+        return False
+    return int(catalog.chunk_byte_length[chunk]) == catalog.region(saved, chunk).numel * saved.dtype.itemsize
+
+
+def _positions(
+    catalog: Catalog, tensors: _TensorOfChunk, file: int, storage: RangeReader
+) -> list[tuple[int, RawTensor]]:
+    """The chunks of one file, each with its tensor in the file's header."""
+    path, chunks = catalog.files[file], np.flatnonzero(catalog.chunk_file == file).tolist()
+    try:
+        header = {tensor.key: tensor for tensor in read_header(storage, path)}
+    except CatalogError as error:
+        why = f"{error}. Torch writes Python objects and tensors over each other in this format"
+        raise _unusable(tensors[chunks[0]].key, why) from error
+    positions = []
+    for chunk in chunks:
+        saved = tensors[chunk]
+        region, tensor = catalog.region(saved, chunk), header.get(saved.key)
+        wanted = (saved.dtype, region.offsets, region.sizes)
+        if tensor is None or (tensor.dtype, tensor.offsets, tensor.sizes) != wanted:
+            found = "no such tensor" if tensor is None else _describe(tensor.dtype, tensor.offsets, tensor.sizes)
+            raise _unusable(saved.key, f"{storage.location}/{path} holds {found}, not {_describe(*wanted)}")
+        positions.append((chunk, tensor))
+    return positions
+
+
+def _describe(dtype: torch.dtype, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    return f"{dtype} of shape {sizes} from {offsets} on"
+
+
+def _unusable(key: str, why: str) -> CatalogError:
+    return CatalogError(
+        f"{key}: was saved with SerializationFormat.SAFETENSORS, which keeps only tensors and one shard of each in a file: "
+        f"{why}. Save again with FileSystemWriter's default format, or with HuggingFaceStorageWriter."
+    )
 
 
 def read_header(storage: RangeReader, path: str) -> list[RawTensor]:
@@ -72,7 +246,7 @@ def read_header(storage: RangeReader, path: str) -> list[RawTensor]:
 
     Raises:
         StorageError: the file is missing.
-        CatalogError: it is no safetensors file, or is damaged.
+        CatalogError: it is not a safetensors file, or is damaged.
     """
     where, file_bytes = f"{storage.location}/{path}", storage.size(path)
     start = bytearray(min(file_bytes, _USUAL_HEADER_BYTES))
@@ -94,16 +268,22 @@ def _header_bytes(start: bytes, file_bytes: int, where: str) -> int:
     length = int.from_bytes(start, "little")
     if len(start) < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
         raise CatalogError(
-            f"{where}: has {file_bytes} bytes, and its header would have {length}; it is cut, or no safetensors file"
+            f"{where}: has {file_bytes} bytes, and its header would have {length}; it is cut, or not a safetensors file"
         )
     return length
 
 
 def parse_header(header: bytes, *, path: str, file_bytes: int, where: str) -> list[RawTensor]:
-    """Parse the JSON of a header; see `read_header`.
+    """Parse the JSON of a header.
 
     Args:
+        header: the JSON.
+        path: of the file, in the checkpoint.
+        file_bytes: size of the file.
         where: the file, for error messages.
+
+    Raises:
+        CatalogError: it is damaged, or contradicts the file's size.
     """
     data_start = _LENGTH_BYTES + len(header)
     try:
@@ -112,7 +292,7 @@ def parse_header(header: bytes, *, path: str, file_bytes: int, where: str) -> li
         tensors = [_raw_tensor(key, entry, offsets, path, data_start) for key, entry in entries.items()]
     except CatalogError as error:
         raise CatalogError(f"{where}: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except _DAMAGE as error:
         raise CatalogError(f"{where}: its header is damaged ({type(error).__name__}: {error})") from error
     tensors.sort(key=lambda tensor: (tensor.byte_offset, tensor.nbytes))
     _check_positions(tensors, file_bytes, where)
@@ -122,12 +302,12 @@ def parse_header(header: bytes, *, path: str, file_bytes: int, where: str) -> li
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in it")
+        raise ValueError("it has one name twice")
     return found
 
 
 def _saved_offsets(remarks: Mapping[str, str]) -> dict[str, tuple[int, ...]] | None:
-    """Where each tensor of a file begins in its whole; None where the file says nothing about it."""
+    """The offsets of each tensor of a file in its whole tensor; None where the file does not record them."""
     sharding = remarks.get(SHARDING_REMARK)
     if sharding is None:
         return None
@@ -137,13 +317,10 @@ def _saved_offsets(remarks: Mapping[str, str]) -> dict[str, tuple[int, ...]] | N
 def _raw_tensor(
     key: str, entry: Any, offsets: Mapping[str, tuple[int, ...]] | None, path: str, data_start: int
 ) -> RawTensor:
-    dtype, sizes, (start, stop) = (
-        _DTYPES.get(entry["dtype"]),
-        _integers(entry["shape"]),
-        _integers(entry["data_offsets"]),
-    )
+    dtype, sizes = _DTYPES.get(entry["dtype"]), _integers(entry["shape"])
+    start, stop = _integers(entry["data_offsets"])
     if dtype is None:
-        raise CatalogError(f"{key}: its dtype {entry['dtype']!r} is none of those that torch has: {', '.join(_DTYPES)}")
+        raise CatalogError(f"{key}: its dtype {entry['dtype']!r} is not one that torch has: {', '.join(_DTYPES)}")
     if stop - start != math.prod(sizes) * dtype.itemsize:
         raise CatalogError(
             f"{key}: has {stop - start} bytes, but {dtype} of shape {sizes} takes {math.prod(sizes) * dtype.itemsize}"
@@ -151,12 +328,20 @@ def _raw_tensor(
     begin = (0,) * len(sizes) if offsets is None else offsets[key]
     if len(begin) != len(sizes):
         raise CatalogError(f"{key}: has shape {sizes}, and would begin at {begin} of the whole")
-    return RawTensor(key, path, dtype, begin, sizes, data_start + start, stop - start)
+    return RawTensor(
+        key=key,
+        path=path,
+        dtype=dtype,
+        offsets=begin,
+        sizes=sizes,
+        byte_offset=data_start + start,
+        nbytes=stop - start,
+    )
 
 
 def _integers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
-        raise ValueError(f"{values!r} is no list of sizes")
+        raise ValueError(f"{values!r} is not a list of sizes")
     return tuple(values)
 
 

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from shardferry.checkpoint.catalog import KeyPath
 from shardferry.dcp.cover import check_cover
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
@@ -21,6 +20,7 @@ from shardferry.dcp.reader_with_offset import ReaderWithOffset
 from shardferry.dcp.targets import SavedState, Target, targets_of
 from shardferry.errors import CatalogError, CheckpointNotFound, PlanError, RankError, ShardferryError
 from shardferry.exchange.agreement import Agreement
+from shardferry.state_dicts import KeyPath
 
 _OBJECT = "<bytes_io>"  # stands where a planner puts a Python object
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shardferry.checkpoint.catalog import KeyPath
 from shardferry.errors import PlanError
-from shardferry.state_dicts import nest
+from shardferry.state_dicts import KeyPath, nest
 
 
 def optimizer_paths(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import StorageReader
 
 from shardferry.arena import allocate_arena
-from shardferry.checkpoint.catalog import Catalog, KeyPath
+from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import read_catalog
 from shardferry.dcp.groups import device_of
 from shardferry.dcp.key_paths import nest_optimizer, optimizer_paths
@@ -19,6 +19,7 @@ from shardferry.dcp.targets import SavedState, Target, targets_of
 from shardferry.exchange.agreement import Agreement
 from shardferry.plan.planner import plan_tensors
 from shardferry.read.execute import Counters, ReadOptions, read_object, read_plan
+from shardferry.state_dicts import KeyPath
 from shardferry.storage.base import RangeReader
 
 

@@ -16,8 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
-from shardferry.checkpoint.catalog import KeyPath
-from shardferry.checkpoint.optimizer_index import SCALAR_STATE
+from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.dcp.helpers import create_colwise_spec, inner, is_nested_tensor, only_shard
 from shardferry.dcp.key_paths import fqn_and_name
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, is_here, region_of, sharded_tensor, size_of
@@ -25,6 +24,7 @@ from shardferry.errors import LayoutError
 from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout, replicated, single_box
 from shardferry.region import Region, row_major_strides
+from shardferry.state_dicts import KeyPath
 
 # What torch's own optimizers keep in their parameter's shape, always: another shape is another model's.
 _AS_PARAMETER = frozenset(

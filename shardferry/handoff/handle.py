@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from shardferry.arena import Arena, HostArena, open_memory_file, view_bytes
-from shardferry.checkpoint.param_groups import ParamGroup
+from shardferry.checkpoint.optimizer_state import ParamGroup
 from shardferry.errors import HandoffError
 from shardferry.layout.placing import torch_placements
 from shardferry.optimizer import install

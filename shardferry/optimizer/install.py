@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
-from shardferry.checkpoint.optimizer_index import SCALAR_STATE
+from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.checkpoint.param_groups import hyperparameters_for
 from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import layout_of_tensor

@@ -14,7 +14,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from shardferry.checkpoint.optimizer_index import SCALAR_STATE
+from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.errors import InstallError, LayoutError
 from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.live import LiveEntry, LiveLayout

@@ -24,8 +24,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import TransformedItem
+from shardferry.checkpoint.catalog import Catalog, TransformedItem
 from shardferry.plan.planner import LoadPlan, PlannedTensor, ReadItem
 from shardferry.plan.rank_layouts import Want, Wants
 from shardferry.plan.split import Cut, Cutter, Delivery, SlabLimits, deliveries_of, ranks_of

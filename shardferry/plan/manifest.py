@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from shardferry.checkpoint.catalog import KeyPath
-from shardferry.checkpoint.param_groups import ParamGroup
+from shardferry.checkpoint.optimizer_state import ParamGroup
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.state_dicts import KeyPath
 
 Section = Literal["state", "model"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from shardferry.checkpoint.saved_optimizer import SavedOptimizer
+from shardferry.checkpoint.optimizer_state import SavedOptimizer
 from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.tensor_layout import RankLayout

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import NO_FILE, Catalog, KeyPath, SavedTensor
-from shardferry.checkpoint.optimizer_index import (
+from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedTensor
+from shardferry.checkpoint.optimizer_state import (
     SCALAR_STATE,
     OptimizerIndex,
+    ParamGroup,
+    SavedOptimizer,
     index_optimizer,
     index_weights,
     top_level_keys,
 )
-from shardferry.checkpoint.param_groups import ParamGroup
-from shardferry.checkpoint.saved_optimizer import SavedOptimizer
 from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
@@ -32,6 +32,7 @@ from shardferry.plan.manifest import Section
 from shardferry.plan.match_keys import Claims, Found, check_globs, find_state, find_weights, mismatch_error
 from shardferry.plan.state_layout import StateShapes
 from shardferry.region import Region, first_overlap, tile, uncovered
+from shardferry.state_dicts import KeyPath
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
@@ -141,7 +142,7 @@ def _plan(
     planner: _Planner, catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None
 ) -> LoadPlan:
     index = index_optimizer(catalog, request.optimizer_key)
-    saved = SavedOptimizer.of(index, values, request, layout.positions())
+    saved = SavedOptimizer.resolve(index, values, request, layout.positions())
     if not request.selection.is_everything:
         check_globs(request.selection, saved.names | _names_beside(catalog, index))
     found, missing = find_state(saved, layout, request)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import KnownValue, RawItem, TransformedItem
+from shardferry.checkpoint.catalog import Catalog, KnownValue, RawItem, TransformedItem
 from shardferry.plan.cooperative import SharedPlan, SharedRead
 from shardferry.plan.planner import LoadPlan, PlannedObject, ReadItem
 from shardferry.read.coalesce import JoinLimits, join, whole_items

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
-from shardferry.checkpoint.optimizer_index import SCALAR_STATE, OptimizerIndex, parameter_shape
-from shardferry.checkpoint.saved_optimizer import SavedOptimizer
+from shardferry.checkpoint.optimizer_state import SCALAR_STATE, OptimizerIndex, SavedOptimizer, parameter_shape
 from shardferry.config import LoadRequest
 from shardferry.errors import LayoutError
 from shardferry.layout.tensor_layout import RankLayout, TensorLayout, replicated

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from shardferry.checkpoint.catalog import NO_FILE, Catalog
-from shardferry.checkpoint.item_format import ItemFormat, KnownValue, RawItem, TransformedItem, ZipItem
+from shardferry.checkpoint.catalog import NO_FILE, Catalog, ItemFormat, KnownValue, RawItem, TransformedItem, ZipItem
 from shardferry.errors import DecodeError
 from shardferry.read.transforms import undo_transforms
 from shardferry.read.zip_header import HEAD_BYTES, MAX_HEAD_BYTES, HeadTooShort, ItemLayout, decode_object, parse_head

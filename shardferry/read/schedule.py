@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import RawItem
+from shardferry.checkpoint.catalog import Catalog, RawItem
 from shardferry.plan.cooperative import SharedPlan, SharedRead
 from shardferry.plan.planner import LoadPlan, ReadItem
 from shardferry.read.coalesce import Extent, JoinLimits

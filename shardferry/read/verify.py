@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.item_format import KnownValue, RawItem
+from shardferry.checkpoint.catalog import Catalog, KnownValue, RawItem
 from shardferry.errors import DecodeError, StorageError
 from shardferry.plan.planner import find_problems
 from shardferry.read.items import ItemReader, StoredItem, TensorItem, items_of

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardferry.arena import HostArena
-from shardferry.checkpoint.item_format import RawItem
+from shardferry.checkpoint.catalog import RawItem
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh, Shard

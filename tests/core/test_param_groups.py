@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardferry.checkpoint.catalog import KeyPath
-from shardferry.checkpoint.param_groups import build_param_groups, hyperparameters_for
+from shardferry.checkpoint.optimizer_state import build_param_groups
+from shardferry.checkpoint.param_groups import hyperparameters_for
 from shardferry.errors import InstallError
+from shardferry.state_dicts import KeyPath
 
 hyperparameters = st.fixed_dictionaries(
     {"lr": st.sampled_from([0.1, 0.2]), "betas": st.sampled_from([(0.9, 0.95), (0.9, 0.99)])}

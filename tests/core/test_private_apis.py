@@ -20,8 +20,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from shardferry.checkpoint.safetensors import OFFSETS_REMARK, SHARDING_REMARK
-from shardferry.checkpoint.safetensors_files import INDEX_FILE, SUFFIX
+from shardferry.checkpoint.safetensors import INDEX_FILE, OFFSETS_REMARK, SHARDING_REMARK, SUFFIX
 from shardferry.dcp.sharded_tensors import boxes_as_sharded_tensor, region_of
 from shardferry.layout.placing import strided_shard
 from shardferry.optimizer.fsdp1 import flattened_parameters
@@ -80,7 +79,7 @@ def test_transformations_that_torch_brings() -> None:
 
 
 def test_names_in_and_around_safetensors_files() -> None:
-    """shardferry/checkpoint/safetensors.py, shardferry/checkpoint/safetensors_files.py"""
+    """shardferry/checkpoint/safetensors.py"""
     assert (_hf_utils.CUSTOM_METADATA_KEY, _hf_utils.SAVED_OFFSETS_KEY) == (SHARDING_REMARK, OFFSETS_REMARK)
     assert (_hf_utils._metadata_fn, _hf_utils.SUFFIX) == (INDEX_FILE, SUFFIX)
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._extension import ZStandard
 
-from shardferry.checkpoint.item_format import TransformedItem
+from shardferry.checkpoint.catalog import TransformedItem
 from shardferry.checkpoint.open import open_checkpoint, storage_of
 from shardferry.errors import DecodeError
 from shardferry.layout.tensor_layout import single_box

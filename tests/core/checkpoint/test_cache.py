@@ -69,13 +69,13 @@ def cached_files(cache: Path) -> list[Path]:
 def unpickled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The metadata files that were unpickled."""
     seen: list[str] = []
-    parse = shardferry.checkpoint.metadata_files.parse_metadata
+    parse = shardferry.checkpoint.open.parse_metadata
 
     def noting(data: memoryview, *, source: str) -> Any:
         seen.append(source)
         return parse(data, source=source)
 
-    monkeypatch.setattr("shardferry.checkpoint.metadata_files.parse_metadata", noting)
+    monkeypatch.setattr("shardferry.checkpoint.open.parse_metadata", noting)
     return seen
 
 

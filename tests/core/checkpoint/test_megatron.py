@@ -22,7 +22,7 @@ from tests.support.models import STEP, Model, adamw, check_state, fsdp2
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
 
-ARCHIVE = Path(__file__).resolve().parent.parent / "data" / "megatron-0.16.1.tar.xz"
+ARCHIVE = Path(__file__).resolve().parent.parent.parent / "data" / "megatron-0.16.1.tar.xz"
 SHAPES = {"first.weight": (6, 4), "second.weight": (3, 6), "second.bias": (3,)}
 STACKED = {"first.weight": (6, 4), "layers.weight": (2, 3, 6), "second.bias": (3,)}
 NUM_ELEMENTS = 2 * (6 * 4 + 3 * 6 + 3)

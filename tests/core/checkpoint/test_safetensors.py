@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardferry.checkpoint.open import open_checkpoint, storage_of
-from shardferry.checkpoint.optimizer_index import index_optimizer
+from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.checkpoint.safetensors import parse_header
 from shardferry.config import LoadRequest
 from shardferry.errors import CatalogError, PlanError, StorageError
@@ -154,13 +154,13 @@ GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
             header_of({"a": {**GOOD, "data_offsets": [80, 104]}}), "a ends at byte .* it is cut", id="outside"
         ),
         pytest.param(header_of({"a": {**GOOD, "data_offsets": [24, 0]}}), "a: has -24 bytes", id="backwards"),
-        pytest.param(header_of({"a": {**GOOD, "data_offsets": [-24, 0]}}), "no list of sizes", id="negative"),
+        pytest.param(header_of({"a": {**GOOD, "data_offsets": [-24, 0]}}), "not a list of sizes", id="negative"),
         pytest.param(header_of({"a": {**GOOD, "shape": [2, 4]}}), "a: has 24 bytes, but .* takes 32", id="shape"),
-        pytest.param(header_of({"a": {**GOOD, "shape": [2.0, 3]}}), "no list of sizes", id="float"),
-        pytest.param(header_of({"a": {**GOOD, "dtype": "F4"}}), "a: its dtype 'F4' is none of those", id="dtype"),
+        pytest.param(header_of({"a": {**GOOD, "shape": [2.0, 3]}}), "not a list of sizes", id="float"),
+        pytest.param(header_of({"a": {**GOOD, "dtype": "F4"}}), "a: its dtype 'F4' is not one that torch has", id="dtype"),
         pytest.param(header_of({"a": {"dtype": "F32"}}), "damaged .KeyError", id="incomplete"),
         pytest.param(header_of({"a": 3}), "damaged .TypeError", id="no entry"),
-        pytest.param(b'{"a": {}, "a": {}}', "a name stands twice", id="twice"),
+        pytest.param(b'{"a": {}, "a": {}}', "it has one name twice", id="twice"),
         pytest.param(b"[]", "damaged", id="no dict"),
         pytest.param(b"{" * 90_000, "damaged", id="deep"),
         pytest.param(b"\xff\xfe{}", "damaged", id="no text"),

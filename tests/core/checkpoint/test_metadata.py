@@ -163,7 +163,7 @@ def test_boxes_outside_their_tensor(checkpoint: Path, offsets: tuple[int, ...], 
         chunk.offsets, chunk.sizes = torch.Size(offsets), torch.Size(sizes)
 
     damage.edit_metadata(checkpoint, edit)
-    with pytest.raises(CatalogError, match=r"state\.matrix: chunk at .* lies outside the shape \(3, 4\)"):
+    with pytest.raises(CatalogError, match=r"state\.matrix: chunk at .* is outside the shape \(3, 4\)"):
         shardferry.open_checkpoint(checkpoint)
 
 

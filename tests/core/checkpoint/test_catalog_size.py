@@ -36,9 +36,6 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import shardferry
-from shardferry.checkpoint import build as catalog_builder
-from shardferry.checkpoint import cache
-from shardferry.checkpoint import metadata_files
 
 def peak_bytes():
     status = Path("/proc/self/status").read_text()

@@ -154,7 +154,7 @@ def test_a_chunk_without_a_file_is_a_problem_of_the_catalog(saved: Path) -> None
         pytest.param(Metadata({"a": 1}, None, {}), "a: is a int, neither tensor nor bytes", id="an int"),
         pytest.param(Metadata({1: 1}, None, {}), "the key 1 is a int, not a string", id="a key that is no string"),
         pytest.param(
-            Metadata({"\ud800": 1}, None, {}), "is no text: it holds half of a character", id="half a character"
+            Metadata({"\ud800": 1}, None, {}), "is not text: it holds half of a character", id="half a character"
         ),
     ],
 )
@@ -180,7 +180,7 @@ def negative_length(metadata: Metadata) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (outside_box, "chunk at (0, 0) of sizes (7, 4) lies outside the shape (6, 4)"),
+        (outside_box, "chunk at (0, 0) of sizes (7, 4) is outside the shape (6, 4)"),
         (no_dtype, "incomplete tensor metadata"),
         (negative_length, "with -1 bytes"),
     ],

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.catalog import NO_FILE, Catalog
+from shardferry.checkpoint.columns import RaggedArray
 from shardferry.checkpoint.metadata import parse_metadata
-from shardferry.checkpoint.ragged import Ragged
 from shardferry.errors import CatalogError
 from tests.support.synthetic_metadata import SyntheticSave
 
@@ -151,8 +151,8 @@ def of_one(offsets: Any = (0,), sizes: Any = (4,), size: Any = (4,), **info: Any
         pytest.param(of_one(offsets=(None,)), "x: bad: incomplete tensor metadata (int() argument", id="None"),
         pytest.param(of_one(offsets=7), "x: bad: incomplete tensor metadata (object of type 'int'", id="no row"),
         pytest.param(of_one(sizes=(2**70,)), "x: bad: incomplete tensor metadata (Python int too large", id="2**70"),
-        pytest.param(of_one(sizes=()), "x: bad: chunk at (0,) of sizes () lies outside the shape (4,)", id="no size"),
-        pytest.param(of_one(sizes=(2**63 - 1,)), f"of sizes ({2**63 - 1},) lies outside the shape (4,)", id="2**63"),
+        pytest.param(of_one(sizes=()), "x: bad: chunk at (0,) of sizes () is outside the shape (4,)", id="no size"),
+        pytest.param(of_one(sizes=(2**63 - 1,)), f"of sizes ({2**63 - 1},) is outside the shape (4,)", id="2**63"),
         pytest.param(of_one(size=(2**40, 2**40)), "x: bad: no tensor has the shape (1099511627776, ", id="2**80"),
         pytest.param(of_one(size=(-4,)), "x: bad: no tensor has the shape (-4,)", id="negative"),
         pytest.param(
@@ -210,12 +210,12 @@ ROWS = st.lists(st.lists(st.integers(-(2**60), 2**60), max_size=3).map(tuple), m
 @given(ROWS, st.data())
 @settings(deadline=None)
 def test_ragged_rows(rows: list[tuple[int, ...]], data: st.DataObject) -> None:
-    ragged = Ragged.of(rows)
+    ragged = RaggedArray.from_rows(rows)
     assert [ragged.row(index) for index in range(len(ragged))] == rows
     assert ragged.sums().tolist() == [sum(row) for row in rows]
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1))) if rows else []
     taken = ragged.take(np.array(chosen, dtype=np.int64))
     assert [taken.row(index) for index in range(len(taken))] == [rows[index] for index in chosen]
     assert ragged.any_of(ragged.flat > 0).tolist() == [any(value > 0 for value in row) for row in rows]
-    joined = Ragged.joined([ragged, taken])
+    joined = RaggedArray.concatenate([ragged, taken])
     assert joined.flat.tolist() == [value for row in [*rows, *(rows[index] for index in chosen)] for value in row]
