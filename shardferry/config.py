@@ -19,7 +19,7 @@ from shardferry.errors import SpecError
 
 
 class DtypePolicy(StrEnum):
-    """What to do with state that was saved in another dtype than is wanted."""
+    """What happens to state that was saved in another dtype than is wanted."""
 
     ERROR = "error"
     CAST = "cast"
@@ -30,11 +30,11 @@ def dtype_policy(name: str) -> DtypePolicy:
     try:
         return DtypePolicy(name)
     except ValueError:
-        raise SpecError(f"dtype: {name!r} is no policy; there are {', '.join(DtypePolicy)}") from None
+        raise SpecError(f"dtype: {name!r} is not one of {', '.join(DtypePolicy)}") from None
 
 
 def can_convert(saved: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a cast keeps what numbers mean: between floating-point dtypes, or integer ones, or complex ones."""
+    """Whether a cast keeps the numbers: between floating-point dtypes, between integer ones, or between complex ones."""
 
     def kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
         return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
@@ -44,7 +44,7 @@ def can_convert(saved: torch.dtype, wanted: torch.dtype) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class KeyPolicy:
-    """What may not fit: by default nothing (strict)."""
+    """Which key mismatches are tolerated; none by default (strict)."""
 
     allow_missing: bool = False  # wanted, not saved: the live state and hyperparameters stay as they are
     ignore_unexpected: bool = False  # saved, wanted by no rank: left where it is
@@ -55,7 +55,7 @@ class KeyPolicy:
         given = {names} if isinstance(names, str) else set(names)
         known = {"strict", "allow_missing", "ignore_unexpected"}
         if unknown := sorted(given - known):
-            raise SpecError(f"keys: {unknown[0]!r} is no policy; there are {', '.join(sorted(known))}")
+            raise SpecError(f"keys: {unknown[0]!r} is not one of {', '.join(sorted(known))}")
         if "strict" in given and len(given) > 1:
             raise SpecError(f"keys: strict goes with no other policy (found {', '.join(sorted(given))})")
         return cls("allow_missing" in given, "ignore_unexpected" in given)
@@ -63,7 +63,7 @@ class KeyPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """``_orig_mod.*`` to ``*``: what a star stands for in the saved name, the star in the wanted name stands for."""
+    """A rule that renames FQNs, such as ``_orig_mod.*`` to ``*``: each star of the wanted name is replaced by that of the saved one."""
 
     saved: str
     wanted: str
@@ -75,10 +75,10 @@ class Renaming:
                 "each star of the saved name must have its place in the wanted one"
             )
         if not (self.saved and self.wanted):
-            raise SpecError(f"rename: {self.saved!r} to {self.wanted!r}: an empty name is the name of no parameter")
+            raise SpecError(f"rename: {self.saved!r} to {self.wanted!r}: no parameter has an empty name")
 
     def apply(self, fqn: str) -> str | None:
-        """The wanted name; None where the saved one is another."""
+        """The wanted name; None if the rule doesn't match."""
         pattern = "(.*)".join(map(re.escape, self.saved.split("*")))
         found = re.fullmatch(pattern, fqn, flags=re.DOTALL)
         if found is None:
@@ -89,7 +89,7 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which parameters are meant, and how they are called here."""
+    """Which parameters are loaded, and their FQNs here."""
 
     rename: tuple[Renaming, ...] = ()  # saved FQN to wanted FQN; the first that fits
     include: tuple[str, ...] = ()  # shell globs over wanted FQNs; none: all
@@ -108,25 +108,25 @@ class Selection:
 
     @property
     def is_everything(self) -> bool:
-        """Whether all parameters are meant, as they were called when they were saved."""
+        """Whether all parameters are loaded under their saved FQNs."""
         return not (self.rename or self.include or self.exclude)
 
     def wanted_name(self, saved_fqn: str) -> str:
-        """What a saved FQN is called here."""
+        """The FQN here of a saved FQN."""
         if not self.rename:
             return saved_fqn
         names = (renaming.apply(saved_fqn) for renaming in self.rename)
         return next((name for name in names if name is not None), saved_fqn)
 
     def selects(self, fqn: str) -> bool:
-        """Whether a wanted FQN is meant."""
+        """Whether a parameter is loaded, by its FQN here."""
         included = not self.include or any(fnmatchcase(fqn, glob) for glob in self.include)
         return included and not any(fnmatchcase(fqn, glob) for glob in self.exclude)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """What one load wants of a checkpoint."""
+    """What one load takes from a checkpoint."""
 
     optimizer_key: str = "optim"  # in the state dict that was saved; dots lead into nested ones
     model_key: str | None = None  # of the weights, where they are wanted too
@@ -136,7 +136,7 @@ class LoadRequest:
     wanted_dtypes: tuple[tuple[str, torch.dtype], ...] = ()  # glob over state names; what live state has comes first
 
     def wanted_dtype(self, name: str) -> torch.dtype | None:
-        """The dtype that is asked for a state entry by name; None where any will do."""
+        """The dtype asked for a state entry, by name; None: any."""
         return next((dtype for glob, dtype in self.wanted_dtypes if fnmatchcase(name, glob)), None)
 
 

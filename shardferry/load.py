@@ -41,7 +41,7 @@ from shardferry.storage.retry import RetryPolicy
 
 @dataclass
 class LoadedShard:
-    """One rank's filled arena, and what is known of it."""
+    """One rank's filled arena, with its plan and its counters."""
 
     plan: LoadPlan
     manifest: Manifest
@@ -113,14 +113,22 @@ def load_rank(
             values = agreement.from_rank0("reading the param groups", lambda: _read_values(job, counters))
     with ExitStack() as opened, paused_gc():
         with clock.phase("agree"):
-            open_files = lambda: storage or opened.enter_context(_opened(job))  # noqa: E731
-            ready, ranks = _prepare(job, agreement, values, arena, clock, open_files)
+            ready, ranks = _prepare(
+                job,
+                agreement,
+                values,
+                clock,
+                arena=arena,
+                open_files=lambda: storage or opened.enter_context(_opened(job)),
+            )
             unexpected = _check_unexpected(ready.plan, job, ranks)
             announce(ready.plan)
             check_room(ranks)
             strategy = _choose_strategy(job, ready, ranks, agreement)
         with clock.phase("read"):
-            agreement.all_or_raise("reading", lambda: _read(job, ready, ranks, strategy, agreement, counters))
+            agreement.all_or_raise(
+                "reading", lambda: _read(job, ready, ranks, strategy, agreement=agreement, counters=counters)
+            )
     return LoadedShard(
         plan=ready.plan,
         manifest=ready.plan.manifest(),
@@ -146,8 +154,9 @@ def _prepare(
     job: LoadJob,
     agreement: Agreement,
     values: Mapping[str, Any],
-    arena: Arena | None,
     clock: PhaseClock,
+    *,
+    arena: Arena | None,
     open_files: Callable[[], RangeReader],
 ) -> tuple[_Ready, list[RankInfo]]:
     """This rank's plan, arena and storage, and what every rank tells once it has them."""
@@ -189,6 +198,7 @@ def _read(
     ready: _Ready,
     ranks: Sequence[RankInfo],
     strategy: ChosenStrategy,
+    *,
     agreement: Agreement,
     counters: Counters,
 ) -> None:
@@ -198,7 +208,7 @@ def _read(
         if job.stays_here and ready.is_new and isinstance(ready.arena, HostArena):
             ready.arena.close()
             ready.arena = HostArena.private(plan.arena_bytes)
-        read_plan(plan, job.catalog, ready.storage, ready.arena, job.read, counters, ranks_on_node=ranks_on_node)
+        _read_plan(job, ready, counters, None, ranks_on_node)
         return
     group = agreement.host_group
     delivery = open_delivery(
@@ -213,16 +223,22 @@ def _read(
         limits=job.messages,
     )
     with delivery as way:
-        read_plan(
-            plan,
-            job.catalog,
-            ready.storage,
-            ready.arena,
-            job.read,
-            counters,
-            Cooperation(strategy.plan, way),
-            ranks_on_node=ranks_on_node,
-        )
+        _read_plan(job, ready, counters, Cooperation(strategy.plan, way), ranks_on_node)
+
+
+def _read_plan(
+    job: LoadJob, ready: _Ready, counters: Counters, cooperation: Cooperation | None, ranks_on_node: int
+) -> None:
+    read_plan(
+        ready.plan,
+        job.catalog,
+        ready.storage,
+        ready.arena,
+        options=job.read,
+        counters=counters,
+        cooperation=cooperation,
+        ranks_on_node=ranks_on_node,
+    )
 
 
 def _addresses(ranks: Sequence[RankInfo], memory_group: str) -> dict[int, ArenaAddress]:
@@ -266,7 +282,7 @@ def _read_whole(
     wanted = [(key, replicated(catalog.tensors[key].shape)) for key in keys]
     plan = plan_tensors(catalog, wanted, world_rank=0, world_size=1)
     arena = HostArena(plan.arena_bytes)
-    read_plan(plan, catalog, storage, arena, options, counters)
+    read_plan(plan, catalog, storage, arena, options=options, counters=counters)
     return {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
@@ -364,7 +380,9 @@ def load_optimizer_state(
     request, layout, options, storage = agreement.all_or_raise("reading the model's layout", prepare)
     with closing(storage):
         counters = Counters()
-        catalog, values = open_for_all(storage, agreement, request, options, counters, storage_options)
+        catalog, values = open_for_all(
+            storage, agreement, request, options=options, counters=counters, storage_options=storage_options
+        )
         job = LoadJob(catalog, layout, request, live.device, options, stays_here=True)
         loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
     install = agreement.all_or_raise("fitting the state to the optimizer", lambda: fit(loaded.state(), live))

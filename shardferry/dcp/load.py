@@ -152,7 +152,7 @@ def _read(
     wanted = [(target.key, layout) for target in plan.targets for layout in target.layouts]
     load_plan = plan_tensors(catalog, wanted, world_rank=agreement.rank, world_size=agreement.size)
     arena, counters = allocate_arena(load_plan.arena_bytes, device), Counters()
-    read_plan(load_plan, catalog, storage, arena, ReadOptions(), counters)
+    read_plan(load_plan, catalog, storage, arena, options=ReadOptions(), counters=counters)
     local = iter([arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype) for t in load_plan.tensors])
     values = {target.key: target.result([next(local) for _ in target.layouts]) for target in plan.targets}
     objects = [key for key in plan.paths if key in catalog.objects]

@@ -8,7 +8,7 @@ reader where a request takes long (an object store), so that they are one reques
     windows   |------ A ------|------ B ------| ...   each rank reads about as many bytes as it wants
 
 Ranks that write into each other's arenas form a memory group (the ranks of a node; a rank with its arena on a GPU is a group by
-itself). A part goes to another memory group once, as the smallest box that holds what is wanted there. One rank of that group,
+itself). A part goes to another memory group once, as the smallest box around everything that is wanted there. One rank of that group,
 the relay, receives it and gives the others their boxes.
 
 Pure and deterministic: every rank computes the same assignment without communication.

@@ -37,7 +37,7 @@ from shardferry.plan.load_plan import (
     Section,
 )
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
-from shardferry.plan.state_layout import StateShapes
+from shardferry.plan.state_layout import StateLayouts
 from shardferry.region import BoxCopy
 from shardferry.state_dicts import KeyPath
 
@@ -124,14 +124,14 @@ def _weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> d
     weights = {fqn: key for fqn, key in found.items() if key not in of_optimizer}
     if not weights:
         raise PlanError(
-            f"{catalog.location}: under model_key {request.model_key!r} lies nothing but the optimizer's own state; "
+            f"{catalog.location}: under model_key {request.model_key!r} there is nothing but the optimizer's own state; "
             f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
         )
     return weights
 
 
 def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
-    """Keys of what is read whole, once a job: every Python object of the request, and hyperparameters that are tensors."""
+    """Keys that are read whole, once per job: the request's Python objects, and hyperparameters that are tensors."""
     index = index_optimizer(catalog, request.optimizer_key)
     weights = [] if request.model_key is None else list(_weights(catalog, request, index).values())
     objects = [key for key in (*index.all_keys(), *weights) if key in catalog.objects]
@@ -151,7 +151,7 @@ def _item_bytes(catalog: Catalog, key: str) -> int:
 def plan_tensors(
     catalog: Catalog, wanted: Sequence[tuple[str, TensorLayout]], *, world_rank: int, world_size: int
 ) -> LoadPlan:
-    """Plan the load of some tensors of one rank, each by its key and where it lies; no optimizer is looked for.
+    """Plan one rank's load of single tensors, each by its key and its layout; no optimizer is looked up.
 
     Raises:
         PlanError: a hole or an overlap.
@@ -211,7 +211,7 @@ class _Planner:
 
     def add_state(self, saved: SavedOptimizer, found: Sequence[MatchedParam], index: OptimizerIndex) -> None:
         """The state of the wanted parameters that are saved."""
-        shapes = StateShapes(self._catalog, saved, found, self._layout, self._request, index)
+        layouts = StateLayouts(self._catalog, saved, found, layout=self._layout, request=self._request, index=index)
         for parameter in found:
             for name, entry in saved.state.get(parameter.saved, {}).items():
                 tensor = self._catalog.tensors.get(entry.key)
@@ -219,7 +219,7 @@ class _Planner:
                     self._add_value(entry.key, parameter.fqn, entry.path, "state")
                     continue
                 try:
-                    layout, follows = shapes.lies(parameter.fqn, name, tensor)
+                    layout, follows = layouts.layout_for(parameter.fqn, name, tensor)
                     cast = self._cast(parameter.fqn, name, tensor)
                 except LayoutError as error:
                     self._mismatched.append(error)
@@ -297,11 +297,11 @@ class _Planner:
             ]
 
     def _copies(self, saved: SavedTensor, layout: TensorLayout) -> list[_ChunkCopy]:
-        alike = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
-        copies = self._known_copies.get(alike)
+        same = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
+        copies = self._known_copies.get(same)
         if copies is None:
             copies = [copy for box in layout.boxes for copy in self._copies_of(saved, layout, box)]
-            self._known_copies[alike] = copies
+            self._known_copies[same] = copies
         return copies
 
     def _stored(self, saved: SavedTensor) -> bytes:

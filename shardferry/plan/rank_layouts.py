@@ -51,11 +51,11 @@ class LayoutsFromSpec:
     def _kind(self, tensor: PlannedTensor) -> _Kind:
         shape, placements = tensor.layout.global_shape, self._placements(tensor)
         kept_to = self._spec.holder_coordinates(tensor.fqn)
-        alike = (shape, placements, tensor.section, tensor.sharded_like_param, kept_to)
-        if alike not in self._kinds:
+        same = (shape, placements, tensor.section, tensor.sharded_like_param, kept_to)
+        if same not in self._kinds:
             ranks = ranks_at(self._spec.mesh, self._world_ranks, kept_to)
-            self._kinds[alike] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
-        return self._kinds[alike]
+            self._kinds[same] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
+        return self._kinds[same]
 
     def _rank(self, world_rank: int) -> RankLayout:
         if world_rank not in self._ranks:

@@ -1,7 +1,7 @@
-"""Tell state that lies as its parameter does from state that doesn't: moments follow, factors and statistics don't.
+"""Give each saved state tensor its layout: moments follow their parameter, factors and statistics don't.
 
-Only state of its parameter's shape can follow the parameter. That is not enough: the statistics of a square matrix are square
-too. So a name that has another shape than its parameter anywhere is never cut as a parameter anywhere.
+Only state with its parameter's shape can follow the parameter. That is not enough: the statistics of a square matrix are square
+too. So a state name that has another shape than its parameter once follows no parameter.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class ParameterRule:
         )
 
 
-class StateShapes:
-    """Knows the parameters' shapes: from the live model, from the weights beside the optimizer, or from the state itself."""
+class StateLayouts:
+    """Gives state tensors their layouts. A parameter's shape comes from the live model, the saved weights, or the state itself."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class StateShapes:
         self._weights = _weight_shapes(catalog, request, index)
         self._rule = ParameterRule(self._tensors, self._known_shape)
 
-    def lies(self, fqn: str, name: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
-        """How one state tensor lies on this rank, and whether that is as its parameter does.
+    def layout_for(self, fqn: str, name: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
+        """The layout of one state tensor on this rank, and whether it is the parameter's own.
 
         Raises:
-            LayoutError: the state can't be of this model's parameter, or the parameter can't lie so.
+            LayoutError: the state can't belong to this model's parameter, or the parameter can't have this layout.
         """
         own = self._layout.entry(fqn, name, saved.shape)
         if own is not None:
@@ -105,7 +105,7 @@ class StateShapes:
 
 
 def _may_be_factor(shape: Shape, parameter: Shape) -> bool:
-    """Whether a shape is what is left of a parameter's when dimensions are reduced, to 1 or to nothing."""
+    """Whether a parameter's shape becomes this one when dimensions are reduced, to 1 or away."""
     if len(shape) == len(parameter):
         return all(size in (1, whole) for size, whole in zip(shape, parameter, strict=True))
     rest = iter(parameter)
@@ -118,7 +118,7 @@ def _tensors(catalog: Catalog, saved: SavedOptimizer, parameter: MatchedParam) -
 
 
 def _weight_shapes(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, Shape]:
-    """Shapes of all that was saved beside the optimizer, by what it is called below its top-level key."""
+    """Shapes of the tensors that were saved beside the optimizer, by FQN below their top-level key."""
     shapes: dict[str, Shape] = {}
     of_optimizer = set(index.all_keys())
     for key, saved in catalog.tensors.items():

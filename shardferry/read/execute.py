@@ -88,7 +88,14 @@ def read_plan(
     reserved_bytes = 0 if cooperation is None else cooperation.delivery.message_bytes
     buffers = BufferPool(options.memory_budget - reserved_bytes, timeout_s=options.load_s)
     delivery = None if cooperation is None else cooperation.delivery
-    executor = Executor(storage, destination_of(arena, counters.busy), requests, buffers, counters, delivery)
+    executor = Executor(
+        storage,
+        destination_of(arena, counters.busy),
+        requests,
+        buffers=buffers,
+        counters=counters,
+        delivery=delivery,
+    )
     num_threads = num_read_threads(
         concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=ranks_on_node
     )

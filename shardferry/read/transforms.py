@@ -26,7 +26,7 @@ def undo_transforms(data: bytes | bytearray, descriptors: Sequence[str]) -> byte
         name, _, version = descriptor.partition("/")
         if name != ZSTANDARD or version.partition(".")[0] != "1":
             raise DecodeError(
-                f"it was transformed by {descriptor!r}, of which only the writer knows how to undo it ({ZSTANDARD}/1 is known "
+                f"it was transformed by {descriptor!r}, which only its writer can undo ({ZSTANDARD}/1 is known "
                 "here); save without this extension"
             )
         data = _decompressed(data)

@@ -118,7 +118,7 @@ def _check_sums(item: StoredItem, file: IO[bytes]) -> None:
             damaged = archive.testzip()
     except StorageError:
         raise
-    except Exception as error:  # zipfile has many kinds for bytes that are no zip
-        raise item.damaged(f"it is no whole zip ({type(error).__name__}: {error})") from error
+    except Exception as error:  # zipfile raises many kinds for damaged bytes
+        raise item.damaged(f"it is not a whole zip ({type(error).__name__}: {error})") from error
     if damaged is not None:
         raise item.damaged(f"the checksum of its record {damaged} is wrong")
