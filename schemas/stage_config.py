@@ -60,8 +60,7 @@ class CheckpointSpec(Spec):
     )
     optimizer_key: str = Field(
         "optim",
-        description="key of the optimizer in the saved state dict; dots separate nested keys; `"
-        "`: the optimizer is the whole checkpoint",
+        description="key of the optimizer in the saved state dict; dots separate nested keys; '': the whole checkpoint",
     )
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
     cache: bool | Annotated[str, Field(min_length=1)] = Field(
