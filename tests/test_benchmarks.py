@@ -198,12 +198,12 @@ def test_runs_that_do_not_belong_together_are_refused(
 
 def test_tables_and_summary_are_written_beside_the_readme(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    readme.write_text("before\n<!-- results -->\nlast run\n<!-- end of results -->\nafter\n")
     write_results(record_of(*StoreKind), tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n<!-- results -->\n")
     assert text.endswith("<!-- end of results -->\nafter\n")
-    assert "old" not in text
+    assert "last run" not in text
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {CASES[0].title} |"))
     assert len(row.strip("| ").split(" | ")) == 1 + 3 * len(StoreKind)
     for kind in StoreKind:
