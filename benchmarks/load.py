@@ -26,7 +26,7 @@ from benchmarks.ranks import RankFailed, RankPool
 from benchmarks.record import Record
 from benchmarks.run import Figures, run_case, summarize
 from benchmarks.stores import Store, StoreKind, object_store, warm_page_cache
-from benchmarks.table import Table, markdown, show, tables
+from benchmarks.table import markdown, show, summary_table, tables, tables_of_store
 from benchmarks.task import OwnFormat
 
 _MODEL_SHARE = 1.5  # a checkpoint holds the weights too: half as much as two moments
@@ -37,7 +37,7 @@ examples:
   python -m benchmarks.load --store warm --cases 4-4,1-4         two of the cases with a warm page cache, full size
   python -m benchmarks.load --store throttled --throttled-megabytes 1000 --ours    large, without the others
   python -m benchmarks.load --rounds 9 --json load.json          all samples and figures in a file
-  python -m benchmarks.load --readme                             all, into benchmarks/README.md and benchmarks/results.svg
+  python -m benchmarks.load --readme                             all, into benchmarks/results/, the table of benchmarks/README.md and the plot
   python -m benchmarks.load --of warm.json --of cold.json --readme    the same of runs that are over, a store each
 """
 
@@ -60,8 +60,8 @@ class Sizes:
 _FULL, _QUICK = Sizes(400, 200, 80), Sizes(60, 40, 10)
 _QUICK_CASES = ("4-4", "rows-columns-4", "hsdp-2x2")
 _ROUNDS, _QUICK_ROUNDS = 5, 2
-_README = Path(__file__).with_name("README.md")
-_BEGIN, _END = "<!-- results -->\n", "<!-- end of results -->\n"
+_HERE = Path(__file__).parent
+_BEGIN, _END = "<!-- results -->\n", "<!-- end of results -->\n"  # in README.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, help="draw times and bytes into this file (.svg); needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument(
-        "--readme", action="store_true", help=f"write the tables into {_README.name} and the plot beside it"
+        "--readme",
+        action="store_true",
+        help="write the tables of each store into benchmarks/results/, the summary into benchmarks/README.md, and the plot",
     )
     parser.add_argument(
         "--of",
@@ -153,7 +155,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         sizes,
         given.directory,
         given.json,
-        given.plot or (_README.with_name("results.svg") if given.readme else None),
+        given.plot or (_HERE / "results.svg" if given.readme else None),
         given.markdown,
         given.readme,
         given.of or [],
@@ -230,13 +232,20 @@ def needed_bytes(options: Options) -> int:
     return sum(formats.values())
 
 
-def write_readme(measured: str, found: Sequence[Table]) -> None:
-    """Put the tables where the last ones were."""
-    text = _README.read_text()
+def write_results(record: Record, directory: Path) -> None:
+    """Write every table of each store into ``results/<store>.md``, and the summary where the last one was in ``README.md``."""
+    facts = "\n".join(f"> {line}  " for line in record.facts().splitlines())
+    for kind, cases in record.results.items():
+        body = "\n".join(markdown(table) for table in tables_of_store(kind, cases))
+        page = directory / "results" / f"{kind.value}.md"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(
+            f"# {kind.title}\n\n`scripts/bench --store {kind.value}` ([method](../README.md)):\n\n{facts}\n\n{body}"
+        )
+    readme = directory / "README.md"
+    text = readme.read_text()
     before, after = text.partition(_BEGIN)[0], text.partition(_END)[2]
-    lines = "\n".join(f"> {line}  " for line in measured.splitlines())
-    body = "\n".join(markdown(table) for table in found)
-    _README.write_text(f"{before}{_BEGIN}\n{lines}\n\n{body}\n{_END}{after}")
+    readme.write_text(f"{before}{_BEGIN}\n{facts}\n\n{markdown(summary_table(record.results))}\n{_END}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         record.write(options.json)
     if options.readme:
-        write_readme(record.facts(), found)
+        write_results(record, _HERE)
     if options.plot:
         from benchmarks.plot import draw
 

@@ -10,7 +10,7 @@ from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.floor import Floor
 from benchmarks.limits import verdicts
-from benchmarks.ours import Shardferry
+from benchmarks.ours import Cooperative, Shardferry
 from benchmarks.run import Figures
 from benchmarks.stock import StockLoad
 from benchmarks.stores import StoreKind
@@ -29,13 +29,39 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """All tables of a run."""
-    found = []
-    for kind, cases in results.items():
-        found += [limits_table(kind, cases), time_table(kind, cases)]
-        if kind is StoreKind.WARM:
-            found.append(fresh_table(kind, cases))
-        found += [reading_table(kind, cases), costs_table(kind, cases), phases_table(kind, cases)]
-    return found
+    return [table for kind, cases in results.items() for table in tables_of_store(kind, cases)]
+
+
+def tables_of_store(kind: StoreKind, cases: CaseResults) -> list[Table]:
+    """All tables of one store."""
+    found = [limits_table(kind, cases), time_table(kind, cases)]
+    if kind is StoreKind.WARM:
+        found.append(fresh_table(kind, cases))
+    return [*found, reading_table(kind, cases), costs_table(kind, cases), phases_table(kind, cases)]
+
+
+def summary_table(results: Results) -> Table:
+    """One row per case: for each store, Shardferry's time over the floor, stock's time over Shardferry's, and bytes read."""
+    header = ["case"]
+    for kind in results:
+        header += [f"{kind.value}: x floor", f"{kind.value}: stock/ours", f"{kind.value}: bytes"]
+    titles = dict.fromkeys(case for cases in results.values() for case in cases)
+    rows = []
+    for case in titles:
+        row = [case.title]
+        for cases in results.values():
+            row += _summary_cells(cases[case]) if case in cases else ["-"] * 3
+        rows.append(row)
+    return Table("Times, and bytes of cooperative reads over the unique needed ones", header, rows)
+
+
+def _summary_cells(figures: Mapping[str, Figures]) -> list[str]:
+    ours, stock = figures[Shardferry.name], figures.get(StockLoad.name)
+    return [
+        f"{ours.wall_s / figures[Floor.name].wall_s:.2f}",
+        "-" if stock is None else f"{stock.wall_s / ours.wall_s:.2f}",
+        f"{figures[Cooperative.name].bytes_ratio:.3f}",
+    ]
 
 
 def limits_table(kind: StoreKind, cases: CaseResults) -> Table:

@@ -14,7 +14,7 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.checkpoint import disk_directory
 from benchmarks.limits import verdicts
-from benchmarks.load import main
+from benchmarks.load import main, write_results
 from benchmarks.models import fill_box, state_bytes
 from benchmarks.record import Record
 from benchmarks.run import Figures
@@ -194,3 +194,19 @@ def test_runs_that_do_not_belong_together_are_refused(
     complaint = capsys.readouterr().err
     assert f"{other}: " in complaint
     assert words in complaint
+
+
+def test_tables_and_summary_are_written_beside_the_readme(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nlast run\n<!-- end of results -->\nafter\n")
+    write_results(record_of(*StoreKind), tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n")
+    assert text.endswith("<!-- end of results -->\nafter\n")
+    assert "last run" not in text
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {CASES[0].title} |"))
+    assert len(row.strip("| ").split(" | ")) == 1 + 3 * len(StoreKind)
+    for kind in StoreKind:
+        page = (tmp_path / "results" / f"{kind.value}.md").read_text()
+        assert f"Shardferry against its limits: {kind.title}" in page
+        assert f"scripts/bench --store {kind.value}" in page

@@ -58,30 +58,43 @@ class Spec(BaseModel):
 
 
 class CheckpointSpec(Spec):
-    """The checkpoint, the optimizer in it, and the selected state."""
+    """Which checkpoint is read, and what of it is loaded."""
 
-    location: str | None = Field(None, description="directory or URL of the checkpoint; None: the caller gives it")
+    location: str | None = Field(
+        None, description="directory or URL of the checkpoint; null: the caller of `run` or `submit` gives it"
+    )
     optimizer_key: str = Field(
         _REQUEST.optimizer_key,
-        description="the optimizer's key in the saved state dict; dots lead into nested ones, '' is all of it",
+        description="key of the optimizer in the saved state dict; dots separate nested keys; '': the whole checkpoint",
     )
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
     cache: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="directory that keeps catalogs, so that large metadata is read once; see docs/scale.md"
     )
     model_key: str | None = Field(
-        _REQUEST.model_key, description="the model's key in the saved state dict, to load weights and buffers too"
+        _REQUEST.model_key,
+        description="key of the model in the saved state dict; '': weights on the top level; null: weights are not loaded",
     )
-    rename: dict[str, str] = Field({}, description="glob over saved FQNs: the target FQN; the first match wins")
-    include: tuple[str, ...] = Field(_REQUEST.selection.include, description="globs over target FQNs; empty: all")
-    exclude: tuple[str, ...] = Field(_REQUEST.selection.exclude, description="globs over target FQNs")
+    rename: dict[str, str] = Field(
+        {}, description="saved FQN to wanted FQN; `*` stands for the same text in both; the first match wins"
+    )
+    include: tuple[str, ...] = Field(
+        _REQUEST.selection.include, description="globs over wanted FQNs: only these are loaded; empty: all"
+    )
+    exclude: tuple[str, ...] = Field(
+        _REQUEST.selection.exclude, description="globs over wanted FQNs: these are not loaded"
+    )
     keys: tuple[KeyPolicyName, ...] = Field(
-        ("strict",), description="tolerated key mismatches: allow_missing, ignore_unexpected, or both; strict: none"
+        ("strict",),
+        description="which key mismatches are tolerated: one policy or a list; strict: none; see docs/strict.md",
     )
     dtype: DtypePolicy = Field(
-        _REQUEST.dtype, description="where the saved dtype and the target dtype differ: error or cast"
+        _REQUEST.dtype, description="if the saved and the wanted dtype differ: raise an error, or cast"
     )
-    wanted_dtypes: dict[str, str] = Field({}, description="glob over state names: dtype, such as float32")
+    wanted_dtypes: dict[str, str] = Field(
+        {},
+        description="glob over state names to the wanted dtype, such as `float32`; the dtype of live state takes precedence",
+    )
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -119,30 +132,39 @@ class RuleSpec(Spec):
     """Placements for the parameters whose FQN matches."""
 
     match: str = Field(min_length=1, description="shell glob over parameter FQNs")
-    placements: dict[str, str] = Field(description="mesh axis: 'Shard(<dim>)' or 'Replicate'")
+    placements: dict[str, str] = Field(
+        description="mesh axis to `Shard(<dim>)` or `Replicate`; axes that are not named replicate"
+    )
     state: str | None = Field(
         None,
         min_length=1,
-        description="glob over state names: the rule is for these entries only, whatever their shape",
+        description="glob over state names: the rule applies to these entries only, whatever their shape; null: to the parameter "
+        "and all state of its shape",
     )
 
 
 class HeldBySpec(Spec):
-    """Parameters that only some coordinates hold: the layers of a pipeline stage, the experts of a rank."""
+    """Parameters that only some ranks have: the layers of a pipeline stage, the experts of a rank."""
 
     match: str = Field(min_length=1, description="shell glob over parameter FQNs")
-    ranks: dict[str, tuple[int, ...]] = Field(min_length=1, description="mesh axis: its coordinates")
+    ranks: dict[str, tuple[int, ...]] = Field(
+        min_length=1, description="mesh axis to the coordinates on it that have the parameters"
+    )
 
 
 class TopologySpec(Spec):
-    """The target mesh, and each parameter's placements on it."""
+    """The target mesh and the placements of each parameter on it."""
 
-    mesh: dict[str, PositiveInt] = Field(min_length=1, description="axis name: size, outermost first")
-    rules: tuple[RuleSpec, ...] = Field((), description="the first match wins")
-    default: dict[str, str] = Field({}, description="placements where no rule matches; axes not named replicate")
+    mesh: dict[str, PositiveInt] = Field(min_length=1, description="axis name to size, outermost axis first")
+    rules: tuple[RuleSpec, ...] = Field(
+        (), description="placements by FQN; the first match wins; a rule that matches nothing is an error"
+    )
+    default: dict[str, str] = Field(
+        {}, description="placements where no rule matches; axes that are not named replicate"
+    )
     held_by: tuple[HeldBySpec, ...] = Field(
         (),
-        description="which coordinates hold which parameters; for each axis the first match wins, without a match all hold them",
+        description="which ranks have which parameters; per axis the first match wins; other parameters are on all ranks",
     )
 
     @field_validator("mesh")
@@ -180,15 +202,18 @@ class ActorsSpec(Spec):
     """The loader actors: one per rank, each in its own bundle of a placement group."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where arenas are; auto: the GPU where there is one"
+        "auto", description="memory that the state is loaded into; auto: the GPU if Ray assigned one, else host memory"
     )
     gpus_per_actor: float = Field(
-        1, ge=0, allow_inf_nan=False, description="GPUs of a bundle; 0 on clusters without any"
+        1, ge=0, allow_inf_nan=False, description="GPUs per loader actor; 0 on clusters without GPUs"
     )
-    cpus_per_actor: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a bundle")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    cpus_per_actor: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs per loader actor")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="strategy of Ray's placement group"
+    )
     autoscaling: bool = Field(
-        False, description="wait up to timeouts.start_s for GPUs that the cluster doesn't have yet"
+        False,
+        description="wait up to timeouts.start_s for resources that the cluster does not have yet; false: raise an error at once",
     )
 
     @field_validator("gpus_per_actor")
@@ -208,35 +233,38 @@ class ReadSpec(Spec):
 
     strategy: Strategy = Field(
         _READ.strategy,
-        description="direct: each rank reads the bytes that it needs; cooperative: ranks read for each other, each byte once; "
-        "auto: direct from local files on one node, else cooperative",
+        description="direct: each rank reads the bytes it wants; cooperative: ranks read for each other, each byte once; "
+        "auto: direct from local files on one node, else cooperative; see docs/cooperation.md",
     )
-    concurrency: int = Field(_READ.concurrency, ge=1, le=1024, description="requests in flight, per rank")
+    concurrency: int = Field(
+        _READ.concurrency, ge=1, le=1024, description="largest number of requests in flight per rank"
+    )
     memory_budget: ByteSize = Field(
         ByteSize(_READ.memory_budget),
-        description="bytes of buffers beside the arena, per rank; reads straight into the arena take none",
+        description="largest size of all read buffers of a rank, beside the loaded state; reads in place take no buffer",
     )
     max_gap: ByteSize | None = Field(
         _as_bytes(_READ.max_gap),
-        description="bytes between two byte ranges of one request; default: by the kind of storage",
+        description="largest gap between two byte ranges that are fetched in one request; null: by the kind of storage",
     )
     max_request: ByteSize | None = Field(
-        _as_bytes(_READ.max_request), gt=0, description="bytes of one request; default: by the kind of storage"
+        _as_bytes(_READ.max_request), gt=0, description="largest size of one request; null: by the kind of storage"
     )
     max_attempts: int = Field(
         _READ.max_attempts,
         ge=1,
         le=100,
-        description="of a request that fails with a transient error: a timeout, a 503",
+        description="attempts per request, if it fails with a transient error such as a timeout or HTTP 503",
     )
     storage_bandwidth: ByteSize | None = Field(
-        None, description="bytes per second from the storage to the whole job, for the lower bound in reports"
+        None,
+        description="bandwidth of the storage to the whole job, for the lower bound in reports; it does not limit reads",
     )
     node_bandwidth: ByteSize | None = Field(
-        None, gt=0, description="bytes per second from the storage to one node, for the lower bound in reports"
+        None, gt=0, description="bandwidth of the storage to one node, for the lower bound in reports"
     )
     exchange_bandwidth: ByteSize | None = Field(
-        None, gt=0, description="bytes per second that a rank can send to other nodes, for the lower bound in reports"
+        None, gt=0, description="bandwidth from one rank to other nodes, for the lower bound in reports"
     )
 
     @field_validator("memory_budget")
@@ -282,22 +310,26 @@ TransportName = Annotated[str, BeforeValidator(_check_transport), Field(json_sch
 class HandoffSpec(Spec):
     """How a loaded shard reaches its trainer."""
 
-    transport: TransportName = AUTO
+    transport: TransportName = Field(
+        AUTO, description="auto: shared memory on the loader's node, else the object store; see docs/handoff.md"
+    )
 
 
 class TimeoutsSpec(Spec):
-    """Deadlines, in seconds."""
+    """Deadlines of every wait."""
 
-    start_s: Seconds = Field(120, description="placement, start of the actors, process group")
-    load_s: Seconds = Field(LOAD_TIMEOUT_S, description="planning and reading")
-    handoff_s: Seconds = Field(600, description="delivery to the trainers")
+    start_s: Seconds = Field(
+        120, description="deadline for placing and starting the actors, and for joining their process group"
+    )
+    load_s: Seconds = Field(LOAD_TIMEOUT_S, description="deadline for planning and reading")
+    handoff_s: Seconds = Field(600, description="deadline for the handoff to the trainers")
 
 
 class StageConfig(Spec):
-    """The whole spec of a stage."""
+    """The spec of a stage."""
 
     checkpoint: CheckpointSpec = CheckpointSpec()
-    topology: TopologySpec | None = Field(None, description="None: the layouts of the trainers")
+    topology: TopologySpec | None = Field(None, description="the topology to load for; null: the trainers are asked")
     actors: ActorsSpec = ActorsSpec()
     read: ReadSpec = ReadSpec()
     handoff: HandoffSpec = HandoffSpec()
