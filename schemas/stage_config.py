@@ -119,12 +119,12 @@ class CheckpointSpec(Spec):
     def request(self) -> LoadRequest:
         """The same as the core's `LoadRequest`. Raises ValueError: a renaming or a key policy that is not valid."""
         return LoadRequest(
-            self.optimizer_key,
-            self.model_key,
-            Selection.of(self.rename, self.include, self.exclude),
-            KeyPolicy.of(self.keys),
-            self.dtype,
-            tuple((glob, getattr(torch, name)) for glob, name in self.wanted_dtypes.items()),
+            optimizer_key=self.optimizer_key,
+            model_key=self.model_key,
+            selection=Selection.of(self.rename, self.include, self.exclude),
+            keys=KeyPolicy.of(self.keys),
+            dtype=self.dtype,
+            wanted_dtypes=tuple((glob, getattr(torch, name)) for glob, name in self.wanted_dtypes.items()),
         )
 
 
