@@ -196,7 +196,9 @@ class _Assignment:
         if not part.fits_window:
             return part.ranks[(part.turn + chunk % num_holders) % len(part.ranks)]
         file, start = int(self._catalog.chunk_file[chunk]), int(self._catalog.chunk_byte_offset[chunk])
-        return self._windows[part.ranks].reader((file, start // self._limits.window_bytes), part)
+        # In the usual case rank k of n reads the k-th part of the files anyway: then its requests take these parts along.
+        first = file * len(part.ranks) // len(self._catalog.files)
+        return self._windows[part.ranks].reader((file, start // self._limits.window_bytes), part, first=first)
 
     def _memory_group_of(self, world_rank: int) -> str:
         return "" if self._memory_groups is None else self._memory_groups[world_rank]
@@ -335,13 +337,16 @@ class _WindowReaders:
         self._readers: dict[tuple[int, int], int] = {}  # file and window: position in the ranks
         self._balance: list[int] = []  # elements wanted so far, less those that the rank reads; by position
 
-    def reader(self, window: tuple[int, int], part: _SharedPart) -> int:
-        """The world rank that reads a window, of which ``part`` is the next part."""
+    def reader(self, window: tuple[int, int], part: _SharedPart, *, first: int) -> int:
+        """The world rank that reads a window, with ``part`` as its next part; the ``first`` of the ranks wins ties."""
         balance = self._balance = self._balance or [0] * len(part.ranks)
         for position, numel in enumerate(part.numel_by_rank):
             balance[position] += numel
         if window not in self._readers:
-            self._readers[window] = balance.index(max(balance))
+            num_ranks = len(part.ranks)
+            self._readers[window] = (
+                max(range(first, first + num_ranks), key=lambda p: balance[p % num_ranks]) % num_ranks
+            )
         chosen = self._readers[window]
         balance[chosen] -= part.numel_wanted
         return part.ranks[chosen]

@@ -133,7 +133,9 @@ def test_renamings_that_mean_nothing(saved: str) -> None:
             {"include": ["frist.*"]}, r"include: 'frist\.\*' fits none of .* nearest are first\.", id="include"
         ),
         pytest.param({"exclude": ["*"]}, r"exclude \['\*'\] leave none of the 6 saved names", id="exclude"),
-        pytest.param({"model_key": "optim"}, r"model_key 'optim' lies nothing but the optimizer's own", id="model_key"),
+        pytest.param(
+            {"model_key": "optim"}, r"model_key 'optim' there is nothing but the optimizer's own", id="model_key"
+        ),
     ],
 )
 def test_what_is_about_nothing_saved_is_refused(saved: str, asked: dict[str, Any], message: str) -> None:

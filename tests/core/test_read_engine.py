@@ -41,16 +41,12 @@ class Counted(LocalReader):
 
     def __init__(self, directory: Path, traits: StorageTraits, *, latency_s: float = 0.0) -> None:
         super().__init__(directory)
-        self._traits = traits
+        self.traits = traits
         self.asked: list[tuple[int, int]] = []  # start and stop
         self.most_in_flight = 0
         self._latency_s = latency_s
         self._in_flight = 0
         self._count = threading.Lock()
-
-    @property
-    def traits(self) -> StorageTraits:
-        return self._traits
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         with self._count:

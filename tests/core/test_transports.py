@@ -37,9 +37,7 @@ def host_arena() -> HostArena:
 
 
 def private_arena() -> HostArena:
-    arena = HostArena(64)
-    arena.keep_to_itself()
-    return arena
+    return HostArena.private(64)
 
 
 def device_arena() -> DeviceArena:
