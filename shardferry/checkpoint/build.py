@@ -113,6 +113,7 @@ class _CatalogBuilder:
         self._problems: list[str] = []
 
     def add(self, source: str, metadata: Metadata) -> None:
+        """Add the tensors, objects and items of one metadata file, whose content is used up. Raises CatalogError."""
         items = ItemColumns.take_from(source, metadata, self._names)
         self._versions.add(str(metadata.version) if metadata.version else "unversioned")
         if metadata.planner_data is not None:
@@ -210,6 +211,7 @@ class _CatalogBuilder:
         )
 
     def finish(self) -> Catalog:
+        """The catalog of all files that were added. Raises UnsafeMetadata."""
         keys = list(self._tensors)
         chunks = ChunkColumns.concatenate(self._chunks).without_replicas()
         files = _Files(self._location)

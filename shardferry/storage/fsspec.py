@@ -21,7 +21,7 @@ _VERSION_FIELDS = ("ETag", "etag", "generation", "mtime")
 
 
 class FsspecRangeReader:
-    """Files of a directory of an fsspec filesystem.
+    """Files of a directory of an fsspec filesystem. For the methods see `RangeReader`.
 
     The version of a file is compared when the file is first read, where the backend tells versions.
 

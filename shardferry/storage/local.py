@@ -78,7 +78,7 @@ class _File:
 
 
 class LocalReader:
-    """Files of a directory. Each file is opened once and stays open until ``close``.
+    """Files of a directory. Each file is opened once and stays open until ``close``. For the methods see `RangeReader`.
 
     Raises:
         CheckpointNotFound: there is no such directory.

@@ -49,7 +49,7 @@ class _FileInfo:
 
 
 class ObstoreReader:
-    """Files of a directory of an object store or a web server.
+    """Files of a directory of an object store or a web server. For the methods see `RangeReader`.
 
     Args:
         store: one of ``obstore.store``, whose root is the directory.

@@ -63,7 +63,7 @@ class Clock:
 class RetryingReader:
     """A storage whose requests are tried up to ``policy.max_attempts`` times where they raise TransientStorageError.
 
-    All other errors (a missing file, a refusal, a short read) are raised at once.
+    All other errors (a missing file, a refusal, a short read) are raised at once. For the methods see `RangeReader`.
 
     Args:
         storage: makes the requests.
