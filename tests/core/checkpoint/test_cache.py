@@ -80,12 +80,12 @@ def unpickled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_second_opening_unpickles_nothing(saved: Path, cache: Path, unpickled: list[str]) -> None:
-    anew, first, second = opened(saved, None), opened(saved, cache), opened(saved, cache)
+    built, first, second = opened(saved, None), opened(saved, cache), opened(saved, cache)
     assert unpickled == [f"{saved}/.metadata"] * 2
-    assert plain(anew) == plain(first) == plain(second)
-    assert list(second.tensors) == list(anew.tensors)
+    assert plain(built) == plain(first) == plain(second)
+    assert list(second.tensors) == list(built.tensors)
     assert {key: bits(value) for key, value in load_whole(second).items()} == {
-        key: bits(value) for key, value in load_whole(anew).items()
+        key: bits(value) for key, value in load_whole(built).items()
     }
 
 
@@ -162,8 +162,8 @@ def test_other_metadata_is_another_catalog(saved: Path, cache: Path, unpickled: 
     assert len(unpickled) == len(cached_files(cache)) == 2
 
 
-def test_files_are_asked_for_anew(saved: Path, cache: Path, unpickled: list[str]) -> None:
-    """Lengths, versions and the place of a checkpoint are not the cache's; what is read is what is there now."""
+def test_files_are_looked_up_at_each_opening(saved: Path, cache: Path, unpickled: list[str]) -> None:
+    """Lengths, versions and the location of a checkpoint come from the storage, not from the cache."""
     before = opened(saved, cache)
     elsewhere = Path(shutil.copytree(saved, saved.parent / "moved"))
     with (elsewhere / before.files[0]).open("ab") as file:

@@ -152,7 +152,7 @@ def test_a_chunk_without_a_file_is_a_problem_of_the_catalog(saved: Path) -> None
         pytest.param(Metadata({}), "holds no table of stored items", id="no storage table"),
         pytest.param(Metadata({}, None, {"a": 1}), "keyed by str, not MetadataIndex", id="other keys"),
         pytest.param(Metadata({"a": 1}, None, {}), "a: is a int, neither tensor nor bytes", id="an int"),
-        pytest.param(Metadata({1: 1}, None, {}), "the key 1 is a int, not a string", id="a key that is no string"),
+        pytest.param(Metadata({1: 1}, None, {}), "the key 1 is a int, not a string", id="a key that is not a string"),
         pytest.param(
             Metadata({"\ud800": 1}, None, {}), "is not text: it holds half of a character", id="half a character"
         ),
