@@ -27,12 +27,6 @@ hypothesis.settings.load_profile(os.environ.get("SHARDFERRY_EXAMPLES", "fast"))
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Also of the processes that tests start: no catalog of a test is left in anybody's home."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
-
-
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Up to 8 real processes with gloo."""
