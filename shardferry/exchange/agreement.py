@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from shardferry.errors import RankError, ShardferryError
-from shardferry.exchange.messages import broadcast_object, gather_objects
 
 T = TypeVar("T")
 
@@ -59,7 +58,9 @@ class Agreement:
         value, error = _attempt(work) if self.rank == 0 else (None, None)
         outcome = _Outcome(value, None if error is None else _message(error))
         if self._group is not None:
-            outcome = broadcast_object(outcome, self._group, _collective_device(self._group))
+            outcomes = [outcome]
+            dist.broadcast_object_list(outcomes, group=self._group, group_src=0)
+            (outcome,) = outcomes
         _raise_failures(step, [outcome], error)
         return cast(T, outcome.value)
 
@@ -72,7 +73,9 @@ class Agreement:
     def _gather(self, value: T) -> list[T]:
         if self._group is None:
             return [value]
-        return gather_objects(value, self._group, _collective_device(self._group))
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
 @dataclass(frozen=True, slots=True)
