@@ -22,9 +22,8 @@ _SLACK_BYTES = 128 * 2**20  # of each rank's memory, beyond the shard and the bu
 
 
 def max_peak_bytes() -> int:
-    """Resident beyond the shard, of each rank: the reads' budget, where they have one, and some slack."""
-    budget: int | None = getattr(ReadOptions(), "memory_budget_bytes", None)
-    return (budget or 0) + _SLACK_BYTES
+    """Resident beyond the shard, per rank: the memory budget of the reads, and some slack."""
+    return ReadOptions().memory_budget + _SLACK_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from shardferry.arena import HostArena
 from shardferry.checkpoint.open import METADATA_FILE, open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions, Strategy
 from shardferry.exchange.agreement import Agreement
-from shardferry.load import LoadJob, PhaseClock, arena_for, load_rank, open_for_all
+from shardferry.load import LoadJob, arena_for, load_rank, open_for_all
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load
 from shardferry.state_dicts import ParamGroup
-from shardferry.stats import Counters
+from shardferry.stats import Counters, PhaseClock
 from shardferry.storage.open import open_storage
 
 _REQUEST = LoadRequest(OPTIMIZER_KEY)
