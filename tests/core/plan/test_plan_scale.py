@@ -163,4 +163,4 @@ def test_two_processes_make_the_same_plan(capfd: pytest.CaptureFixture[str]) -> 
     theirs = capfd.readouterr().out
     exec(_PRINT_PLAN, {})
     assert theirs == capfd.readouterr().out
-    assert theirs.startswith("LoadPlan(world_rank=5,")
+    assert theirs.startswith("CooperativePlan(own=")

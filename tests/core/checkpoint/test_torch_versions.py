@@ -15,7 +15,7 @@ from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.conformance(17)
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 SHAPES = {"first.weight": (6, 4), "second.weight": (3, 6), "second.bias": (3,)}
 NUM_ELEMENTS = 2 * (6 * 4 + 3 * 6 + 3)
 
