@@ -75,7 +75,7 @@ class Renaming:
                 "each star of the saved name must have its place in the wanted one"
             )
         if not (self.saved and self.wanted):
-            raise SpecError(f"rename: {self.saved!r} to {self.wanted!r}: no parameter has an empty name")
+            raise SpecError(f"rename: {self.saved!r} to {self.wanted!r}: an empty name")
 
     def apply(self, fqn: str) -> str | None:
         """The wanted name; None if the rule doesn't match."""

@@ -1,7 +1,8 @@
 """Undo what wrappers do: prefixes in parameters' names, and objects that stand in for torch's own optimizers.
 
-To support one more wrapper of modules, add its prefix to `_PREFIXES`. To support one more wrapper of optimizers, let
-`torch_optimizers` find the optimizers inside.
+To support one more wrapper of modules, add its prefix to `_PREFIXES`, unless a model may use it as a name of its own:
+then find the wrapper by its class, as `FqnCleaner.for_model` does for DDP. To support one more wrapper of optimizers,
+let `torch_optimizers` find the optimizers inside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decide which byte ranges of a file are fetched in one request. Every such decision of the read engine is made here.
+"""Decide which byte ranges of a file are fetched in one request. The only place with that rule.
 
 Ranges are coalesced if the gap between them is at most ``max_gap_bytes``, the request stays within ``max_request_bytes``, and its
 unwanted bytes stay below ``max_over_read`` times the wanted ones. Gaps below ``free_gap_bytes`` count as wanted::
