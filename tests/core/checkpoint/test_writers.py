@@ -215,7 +215,7 @@ def an_array(metadata: Metadata) -> None:
         pytest.param(
             lambda m: setattr(m, "planner_data", PlannerData()),
             UnsafeMetadata,
-            r"global tests\.core\.test_writers\.PlannerData, which no known writer .*planner_data of its own by None",
+            r"global tests\.core\.checkpoint\.test_writers\.PlannerData, which no known writer .*planner_data of its own by None",
             id="own class",
         ),
         pytest.param(an_array, UnsafeMetadata, r"global numpy\..*nothing was executed", id="numpy"),
