@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import threading
 import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from benchmarks.range_server import LoopbackServer, RangeHandler, etag_of
 
 ASKED_PATH = "/.asked"  # answers what was served so far; not throttled, not counted
 _SLICE_BYTES = 256 * 1024  # sent at once, before the bandwidth is asked for more
@@ -53,69 +55,34 @@ class Line:
             time.sleep(wait_s)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that goes away is no news."""
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits for the acknowledgement of its headers: 40 ms
-
+class _Handler(RangeHandler):
     def __init__(self, line: Line, *args: Any, **kwargs: Any) -> None:
         self._line = line
         super().__init__(*args, **kwargs)
 
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
     def do_GET(self) -> None:
         if self.path == ASKED_PATH:
             text = json.dumps(self._line.asked()).encode()
-            self._start(200, len(text))
+            self.begin(0, len(text), len(text))
             self.end_headers()
             self.wfile.write(text)
         else:
-            self._answer(body=True)
+            super().do_GET()
 
-    def _answer(self, *, body: bool) -> None:
-        path = Path(self.translate_path(self.path))
-        if path.is_dir():
-            super().do_GET() if body else super().do_HEAD()
-            return
-        if not path.is_file():
-            self._refuse(404)
-            return
+    def answer_file(self, path: Path, status: os.stat_result, *, body: bool) -> None:
         self._line.add_request()
-        status = path.stat()
-        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
-        if self.headers.get("If-Match", etag) != etag:
-            self._refuse(412)
+        start, stop = self.asked_range(status.st_size)
+        refusal = self.refusal(start, status)
+        if refusal is not None:
+            self.refuse(refusal)
             return
-        start, stop = self._range(status.st_size)
-        if start >= status.st_size and "Range" in self.headers:
-            self._refuse(416)
-            return
-        self._describe(start, stop, status.st_size, etag)
+        stop = min(stop, status.st_size)
+        self.begin(start, stop, status.st_size)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", etag_of(status))
+        self.end_headers()
         if body:
             self._send_body(path, start, stop)
-
-    def _range(self, size: int) -> tuple[int, int]:
-        if "Range" not in self.headers:
-            return 0, size
-        start, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-        return int(start), min(int(last) + 1, size) if last else size
-
-    def _describe(self, start: int, stop: int, size: int, etag: str) -> None:
-        self._start(206 if "Range" in self.headers else 200, stop - start)
-        if "Range" in self.headers:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", etag)
-        self.end_headers()
 
     def _send_body(self, path: Path, start: int, stop: int) -> None:
         with path.open("rb") as file:
@@ -123,17 +90,6 @@ class _Handler(SimpleHTTPRequestHandler):
                 count = min(_SLICE_BYTES, stop - place)
                 self._line.send(count)
                 self.connection.sendfile(file, place, count)
-
-    def _refuse(self, status: int) -> None:
-        self._start(status, 0)
-        self.end_headers()
-
-    def _start(self, status: int, length: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(length))
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
 
 
 def main() -> None:
@@ -144,7 +100,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds a request")
     given = parser.parse_args()
     handler = functools.partial(_Handler, Line(given.bandwidth, given.latency), directory=str(given.directory))
-    server = _Server(("127.0.0.1", 0), handler)
+    server = LoopbackServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     print(f"http://127.0.0.1:{server.server_port}", flush=True)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import ray
 
+from benchmarks.synthetic_save import SyntheticSave
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.metadata import parse_metadata
-from tests.support.synthetic_metadata import SyntheticSave
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

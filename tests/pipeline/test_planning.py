@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
+from benchmarks.large import TransformerSize
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import PlanError, SpecError
@@ -28,7 +29,7 @@ from shardferry.pipeline.preflight import target_layout
 from shardferry.region import Region
 from shardferry.schemas.stage_config import StageConfig
 from tests.support.commands import Command
-from tests.support.transformers import TransformerSize, write_metadata
+from tests.support.transformers import write_metadata
 
 SIZE = TransformerSize(layers=2, hidden=64, ffn=160, kv=16, vocab=96)
 SAVED = SpecLayout(Mesh((("dp_shard", 16),)), (), {"dp_shard": Shard(0)})

@@ -18,9 +18,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.range_server import LoopbackServer, RangeHandler, etag_of
 
 
 class Fault(Enum):
@@ -63,7 +64,7 @@ class RangeServer:
         self.latency_s = latency_s  # of each request, before its first byte
         self._lock = threading.Lock()
         handler = functools.partial(_Handler, self, directory=str(directory))
-        self._server = _Server(("127.0.0.1", 0), handler)
+        self._server = LoopbackServer(("127.0.0.1", 0), handler)
 
     @property
     def url(self) -> str:
@@ -91,73 +92,36 @@ class RangeServer:
         return fault
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that goes away is no news."""
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits for the acknowledgement of its headers: 40 ms
-
+class _Handler(RangeHandler):
     def __init__(self, served: RangeServer, *args: Any, **kwargs: Any) -> None:
         self._served = served
         super().__init__(*args, **kwargs)
 
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
+    def asks_for_range(self) -> bool:
+        return self._served.serves_ranges and super().asks_for_range()
 
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        path = Path(self.translate_path(self.path))
-        if path.is_dir():
-            super().do_GET() if body else super().do_HEAD()
-            return
-        if not path.is_file():
-            self._refuse(404)
-            return
-        status = path.stat()
-        start, stop = self._range(status.st_size)
+    def answer_file(self, path: Path, status: os.stat_result, *, body: bool) -> None:
+        start, stop = self.asked_range(status.st_size)
         fault = self._served.note("GET" if body else "HEAD", path.name, start, stop)
         time.sleep(self._served.latency_s)
-        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
-        if fault is not None and isinstance(fault.value, int):
-            self._refuse(fault.value)
-        elif fault is Fault.RESET:
+        if fault is Fault.RESET:
             self._reset()
-        elif self.headers.get("If-Match", etag) != etag:
-            self._refuse(412)
-        elif start >= status.st_size and self._asks_for_range():
-            self._refuse(416)
+            return
+        refusal = fault.value if fault is not None and isinstance(fault.value, int) else self.refusal(start, status)
+        if refusal is not None:
+            self.refuse(refusal)
         else:
-            self._send(path, start, min(stop, status.st_size), status.st_size, etag, fault, body=body)
-
-    def _asks_for_range(self) -> bool:
-        return self._served.serves_ranges and "Range" in self.headers
-
-    def _range(self, size: int) -> tuple[int, int]:
-        if not self._asks_for_range():
-            return 0, size
-        start, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-        return int(start), int(last) + 1 if last else size
+            self._send(path, start, min(stop, status.st_size), status, fault, body=body)
 
     def _send(
-        self, path: Path, start: int, stop: int, size: int, etag: str, fault: Fault | None, *, body: bool
+        self, path: Path, start: int, stop: int, status: os.stat_result, fault: Fault | None, *, body: bool
     ) -> None:
         middle = start + (stop - start) // 2
         stop = middle if fault is Fault.SHORT else stop
-        self.send_response(206 if self._asks_for_range() else 200)
-        if self._asks_for_range():
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.begin(start, stop, status.st_size)
         self.send_header("Accept-Ranges", "bytes" if self._served.serves_ranges else "none")
-        self.send_header("Content-Length", str(stop - start))
         if self._served.tells_versions:
-            self.send_header("ETag", etag)
+            self.send_header("ETag", etag_of(status))
         self.end_headers()
         if body:
             self._send_body(path, start, middle if fault is Fault.CUT else stop)
@@ -169,19 +133,11 @@ class _Handler(SimpleHTTPRequestHandler):
             with path.open("rb") as file:
                 self.connection.sendfile(file, start, stop - start)
 
-    def _refuse(self, status: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
     def _reset(self) -> None:
         self.close_connection = True
         # No time to linger: what closes the connection resets it.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: tests read what they want to know from `RangeServer.log`."""
 
 
 @contextmanager

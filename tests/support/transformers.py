@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,59 +17,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import Placement, Shard
 
+from benchmarks.large import HYPERPARAMETERS, STATES, TransformerSize
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.metadata import parse_metadata
-from shardferry.layout.mesh import Mesh
-from shardferry.layout.spec import Rule, SpecLayout
+from shardferry.layout.spec import SpecLayout
 from shardferry.region import Region
 
-STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # of AdamW with amsgrad
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 _OVERHEAD_BYTES = 1024  # of a saved item beside its data, about
-
-
-@dataclass(frozen=True, slots=True)
-class TransformerSize:
-    """A decoder with grouped-query attention and a gated feed-forward layer."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    kv: int
-    vocab: int
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameters by FQN: nine a layer, and three."""
-        hidden, ffn, kv = self.hidden, self.ffn, self.kv
-        layer = {
-            "attention.wq.weight": (hidden, hidden),
-            "attention.wk.weight": (kv, hidden),
-            "attention.wv.weight": (kv, hidden),
-            "attention.wo.weight": (hidden, hidden),
-            "feed_forward.w1.weight": (ffn, hidden),
-            "feed_forward.w2.weight": (hidden, ffn),
-            "feed_forward.w3.weight": (ffn, hidden),
-            "attention_norm.weight": (hidden,),
-            "ffn_norm.weight": (hidden,),
-        }
-        layers = {f"layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
-        ends = {"norm.weight": (hidden,), "output.weight": (self.vocab, hidden)}
-        return {"tok_embeddings.weight": (self.vocab, hidden), **layers, **ends}
-
-
-def tp_fsdp(mesh: Mesh) -> SpecLayout:
-    """Tensor parallel as Llama's usual plan has it, FSDP2 over rows within, whatever else the mesh has replicates."""
-    rows, columns = {"dp_shard": Shard(0), "tp": Shard(0)}, {"dp_shard": Shard(0), "tp": Shard(1)}
-    rules = [("*.w[qkv].weight", rows), ("*.w[13].weight", rows), ("*.wo.weight", columns), ("*.w2.weight", columns)]
-    rules += [("tok_embeddings.weight", columns), ("output.weight", rows)]
-
-    def known(cut: Mapping[str, Placement]) -> dict[str, Placement]:
-        return {axis: placement for axis, placement in cut.items() if axis in mesh.names}
-
-    return SpecLayout(mesh, tuple(Rule(glob, known(cut)) for glob, cut in rules), known({"dp_shard": Shard(0)}))
 
 
 def synthetic_metadata(size: TransformerSize, saved: SpecLayout, *, states: Sequence[str] = STATES) -> Metadata:

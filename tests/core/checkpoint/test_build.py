@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from benchmarks.synthetic_save import SyntheticSave
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.catalog import NO_FILE, Catalog
 from shardferry.checkpoint.columns import RaggedArray
 from shardferry.checkpoint.metadata import parse_metadata
 from shardferry.errors import CatalogError
-from tests.support.synthetic_metadata import SyntheticSave
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 Place = tuple[str, int, int]  # file, byte offset, byte length

@@ -22,12 +22,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._extension import ZStandard
 
 import shardferry
+from benchmarks.synthetic_save import SyntheticSave
 from shardferry.checkpoint.cache import CatalogCache, decode_catalog, encode_catalog
 from shardferry.checkpoint.catalog import Catalog
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
 from tests.support.loads import bits, load_whole
-from tests.support.synthetic_metadata import SyntheticSave
 
 TENSORS = {
     "matrix": torch.arange(12.0).view(3, 4),

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.synthetic_save import SyntheticSave
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint
-from tests.support.synthetic_metadata import SyntheticSave
 
 SAVE = SyntheticSave(num_parameters=113, grid=(42, 7), num_files=128)  # 99,666 chunks, a tenth of a large model's
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from torch.distributed.tensor import Shard
 
+from benchmarks.large import TransformerSize, tp_fsdp
 from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
 from shardferry.layout.mesh import Mesh
@@ -27,7 +28,7 @@ from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.region import Region
 from tests.support.commands import REPOSITORY
 from tests.support.simulation import simulate
-from tests.support.transformers import TransformerSize, synthetic_catalog, tp_fsdp
+from tests.support.transformers import synthetic_catalog
 
 REQUEST = LoadRequest("optim")
 SMALL = TransformerSize(layers=3, hidden=32, ffn=80, kv=8, vocab=48)
@@ -145,7 +146,8 @@ from shardferry.layout.spec import SpecLayout
 from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import LayoutsFromSpec
-from tests.support.transformers import TransformerSize, synthetic_catalog, tp_fsdp
+from benchmarks.large import TransformerSize, tp_fsdp
+from tests.support.transformers import synthetic_catalog
 saved = SpecLayout(Mesh((("dp_shard", 16),)), (), {"dp_shard": Shard(0)})
 catalog = synthetic_catalog(TransformerSize(layers=3, hidden=32, ffn=80, kv=8, vocab=48), saved)
 spec = tp_fsdp(Mesh((("dp_replicate", 2), ("dp_shard", 4), ("tp", 2))))
