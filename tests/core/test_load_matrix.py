@@ -15,13 +15,13 @@ from tests.support.models import (
     SHAPES,
     Model,
     adamw,
-    check_groups,
     check_state,
     distributed,
     fill_state,
     fsdp1,
     fsdp2,
     load_fsdp2,
+    load_plain,
     save,
     save_one_group,
 )
@@ -118,14 +118,6 @@ def test_fsdp2_to_fsdp1(ranks: RankPool, tmp_path: Path, target: int, use_orig_p
     ranks.run(4, save_one_group, str(tmp_path / "ckpt"))
     compared = ranks.run(target, load_fsdp1, str(tmp_path / "ckpt"), use_orig_params)
     assert sum(compared) == 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
-
-
-def load_plain(path: str) -> int:
-    model = Model()
-    optimizer = adamw(model, OTHER)
-    shardferry.load_optimizer_state(model, optimizer, path)
-    check_groups(optimizer)
-    return check_state(model, optimizer)
 
 
 @pytest.mark.parametrize("target", [1, 3])

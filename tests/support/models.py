@@ -153,6 +153,15 @@ def load_fsdp2(path: str) -> int:
     return check_state(model, optimizer)
 
 
+def load_plain(path: str | Path) -> int:
+    """Load into a model that nothing wraps and compare; returns how many elements."""
+    model = Model()
+    optimizer = adamw(model, OTHER)
+    shardferry.load_optimizer_state(model, optimizer, path)
+    check_groups(optimizer)
+    return check_state(model, optimizer)
+
+
 def check_groups(optimizer: torch.optim.Optimizer) -> None:
     """Hyperparameters are those that were saved."""
     for group, expected in zip(optimizer.param_groups, HYPERPARAMETERS, strict=True):

@@ -21,7 +21,15 @@ import shardferry
 from shardferry.errors import CatalogError, PlanError, UnsafeMetadata
 from tests.support.alone import save_alone
 from tests.support.damage import edit_metadata
-from tests.support.models import OTHER, SHAPES, Model, adamw, check_groups, check_state, fill_state, fsdp2, load_fsdp2
+from tests.support.models import (
+    SHAPES,
+    Model,
+    adamw,
+    fill_state,
+    fsdp2,
+    load_fsdp2,
+    load_plain,
+)
 from tests.support.ranks import RankPool
 
 NUM_ELEMENTS = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
@@ -82,14 +90,6 @@ def of_each_rank(ranks: RankPool, tmp_path: Path) -> Path:
     ranks.run(3, save_with, str(tmp_path), {}, {"use_collectives": False})
     assert sorted(path.name for path in tmp_path.glob("*.metadata")) == [f"__{rank}.metadata" for rank in range(3)]
     return tmp_path
-
-
-def load_plain(path: Path) -> int:
-    model = Model()
-    optimizer = adamw(model, OTHER)
-    shardferry.load_optimizer_state(model, optimizer, path)
-    check_groups(optimizer)
-    return check_state(model, optimizer)
 
 
 @pytest.mark.conformance(16)

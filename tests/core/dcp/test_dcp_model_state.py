@@ -225,6 +225,7 @@ def test_a_square_matrixs_statistics_are_whole_too(ranks: RankPool, tmp_path: Pa
 def load_zero_elements(path: str, planner: Any) -> None:
     state = load(path, {}, planner)["state"]["none.weight"]
     assert state["exp_avg"].size() == (0, 4)
+    assert state["step"] == 7.0
 
 
 @pytest.mark.conformance(3)
