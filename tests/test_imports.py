@@ -1,4 +1,7 @@
-"""Tests import no tests and no benchmarks, benchmarks import no tests: each can be changed without the others."""
+"""Tests import no other tests, and benchmarks import no tests: each can be changed without the others.
+
+Tests do import the benchmarks' makers of large models and saves, so that these are written once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from tests.support.commands import REPOSITORY
 
 # In text, so that programs which a test runs in another process count too.
 _ANOTHER_TEST = re.compile(r"\b(?:from|import)\s+tests\.(?:\w+\.)*test_\w+")
-_BENCHMARKS = re.compile(r"\b(?:from|import)\s+benchmarks\b|-m\W+benchmarks\b")
 _TESTS = re.compile(r"\b(?:from|import)\s+tests\b|-m\W+tests\b")
 
 
@@ -22,8 +24,8 @@ def sources(folder: str) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
-    [("tests", _ANOTHER_TEST), ("tests", _BENCHMARKS), ("benchmarks", _TESTS)],
-    ids=["tests import no tests", "tests import no benchmarks", "benchmarks import no tests"],
+    [("tests", _ANOTHER_TEST), ("benchmarks", _TESTS)],
+    ids=["tests import no tests", "benchmarks import no tests"],
 )
 def test_imports(folder: str, forbidden: re.Pattern[str]) -> None:
     files = sources(folder)
