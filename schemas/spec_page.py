@@ -23,7 +23,7 @@ This page is generated from `schemas/stage_config.py` by `scripts/spec`; do not 
 A spec is a YAML or JSON file, or a `shardferry.schemas.StageConfig` in Python. Every section may be left out; without `topology` the trainers
 are asked for their layout. An unknown field is an error (`SpecError`) that names the field's path and the fields that exist.
 
-`load_optimizer_state` has keywords of the same names and defaults: the fields of `checkpoint` but `cache` and `wanted_dtypes`, the fields of `read` but the
+`load_optimizer_state` has keywords of the same names and defaults: the fields of `checkpoint` but `cache`, the fields of `read` but the
 three bandwidths, and `load_s`. With them an unknown name is a `SpecError` too.
 
 - **FQN**: the name of a parameter, such as `layers.0.wq.weight`. A *saved* FQN is the name in the checkpoint; a *wanted* FQN is the name in the

@@ -30,6 +30,7 @@ from shardferry.config import (
     LOAD_TIMEOUT_S,
     MIN_MEMORY_BUDGET_BYTES,
     DtypePolicy,
+    HyperparameterPolicy,
     KeyPolicy,
     LoadRequest,
     ReadOptions,
@@ -57,15 +58,22 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LiveHyperparametersSpec(Spec):
+    """Hyperparameters that stay as the live optimizer has them."""
+
+    live: tuple[str, ...] = Field(min_length=1, description="names, such as `lr`")
+
+
 class CheckpointSpec(Spec):
     """Which checkpoint is read, and what of it is loaded."""
 
     location: str | None = Field(
         None, description="directory or URL of the checkpoint; null: the caller of `run` or `submit` gives it"
     )
-    optimizer_key: str = Field(
+    optimizer_key: str | None = Field(
         _REQUEST.optimizer_key,
-        description="key of the optimizer in the saved state dict; dots separate nested keys; '': the whole checkpoint",
+        description="key of the optimizer in the saved state dict; dots separate nested keys; '': the whole checkpoint; null: no "
+        "optimizer is loaded",
     )
     storage_options: dict[str, Any] = Field({}, description="credentials, an endpoint; see docs/storage.md")
     cache: Annotated[str, Field(min_length=1)] | None = Field(
@@ -94,6 +102,11 @@ class CheckpointSpec(Spec):
     wanted_dtypes: dict[str, str] = Field(
         {},
         description="glob over state names to the wanted dtype, such as `float32`; the dtype of live state takes precedence",
+    )
+
+    hyperparameters: Literal["saved", "live"] | LiveHyperparametersSpec = Field(
+        "saved",
+        description="whose hyperparameters hold after the load: the saved ones, the live ones, or the live ones of some names",
     )
 
     @field_validator("keys", mode="before")
@@ -125,6 +138,9 @@ class CheckpointSpec(Spec):
             keys=KeyPolicy.of(self.keys),
             dtype=self.dtype,
             wanted_dtypes=tuple((glob, getattr(torch, name)) for glob, name in self.wanted_dtypes.items()),
+            hyperparameters=HyperparameterPolicy.of(
+                self.hyperparameters if isinstance(self.hyperparameters, str) else {"live": self.hyperparameters.live}
+            ),
         )
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "Shard",
     "ShardHandle",
     "ShardferryError",
+    "load_model_state",
     "load_optimizer_state",
     "open_checkpoint",
 ]
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from shardferry.checkpoint.open import open_checkpoint
     from shardferry.handoff.handle import Shard, ShardHandle
     from shardferry.handoff.receiver import OptimizerReceiver
-    from shardferry.load import load_optimizer_state
+    from shardferry.load_live import load_model_state, load_optimizer_state
     from shardferry.plan.match_keys import KeyReport
     from shardferry.region import Region
 else:
@@ -38,7 +39,7 @@ else:
             "shardferry.checkpoint.open": ["open_checkpoint"],
             "shardferry.handoff.handle": ["Shard", "ShardHandle"],
             "shardferry.handoff.receiver": ["OptimizerReceiver"],
-            "shardferry.load": ["load_optimizer_state"],
+            "shardferry.load_live": ["load_model_state", "load_optimizer_state"],
             "shardferry.plan.match_keys": ["KeyReport"],
             "shardferry.region": ["Region"],
         },

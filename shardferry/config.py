@@ -125,15 +125,40 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class HyperparameterPolicy:
+    """Which hyperparameters stay as the live optimizer has them; all others become the saved ones."""
+
+    live: tuple[str, ...] | None = ()  # names; None: all of them
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, Sequence[str]]) -> HyperparameterPolicy:
+        """From ``"saved"``, ``"live"``, or ``{"live": ["lr", ...]}``. Raises SpecError."""
+        if given == "saved":
+            return cls()
+        if given == "live":
+            return cls(None)
+        if isinstance(given, Mapping) and list(given) == ["live"] and not isinstance(given["live"], str):
+            return cls(tuple(given["live"]))
+        raise SpecError(f"hyperparameters: {given!r} is neither 'saved' nor 'live' nor {{'live': [names]}}")
+
+    def keeps(self, name: str) -> bool:
+        """Whether a hyperparameter stays as it is."""
+        return self.live is None or name in self.live
+
+
+@dataclass(frozen=True, slots=True)
 class LoadRequest:
     """What one load takes from a checkpoint."""
 
-    optimizer_key: str = "optim"  # in the state dict that was saved; dots lead into nested ones
+    optimizer_key: str | None = (
+        "optim"  # in the state dict that was saved; dots lead into nested ones; None: no optimizer
+    )
     model_key: str | None = None  # of the weights, where they are wanted too
     selection: Selection = Selection()
     keys: KeyPolicy = KeyPolicy()
     dtype: DtypePolicy = DtypePolicy.ERROR
     wanted_dtypes: tuple[tuple[str, torch.dtype], ...] = ()  # glob over state names; what live state has comes first
+    hyperparameters: HyperparameterPolicy = HyperparameterPolicy()
 
     def wanted_dtype(self, name: str) -> torch.dtype | None:
         """The dtype asked for a state entry, by name; None: any."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.nn import Module
-from torch.optim import Optimizer
 
 from shardferry._gc import paused_gc
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage, read_catalog
-from shardferry.config import KeyPolicy, LoadRequest, MessageLimits, ReadKeywords, ReadOptions, Selection, dtype_policy
+from shardferry.config import (
+    LoadRequest,
+    MessageLimits,
+    ReadOptions,
+)
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.delivery import open_delivery
 from shardferry.exchange.peer_memory import ArenaAddress
@@ -26,16 +26,13 @@ from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken
 from shardferry.exchange.strategy import ChosenStrategy, choose_strategy, plan_cooperation
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import replicated
-from shardferry.optimizer.install import fit
-from shardferry.optimizer.live import LiveModel, live_layout
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan, Manifest
-from shardferry.plan.match_keys import KeyReport, unexpected_keys
+from shardferry.plan.match_keys import unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Cooperation, read_objects, read_plan
 from shardferry.stats import Counters, PhaseClock
 from shardferry.storage.base import RangeReader
-from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryPolicy
 
 
@@ -93,6 +90,7 @@ def load_rank(
     arena: Arena | None = None,
     values: Mapping[str, Any] | None = None,
     storage: RangeReader | None = None,
+    check_plan: Callable[[LoadPlan], None] = lambda _: None,
 ) -> LoadedShard:
     """Load one rank's share. All ranks of the agreement must call it; where one fails, all raise.
 
@@ -102,6 +100,7 @@ def load_rank(
         arena: to be filled, with room for the plan (see `arena_for`); default: a new one.
         values: the saved Python values where one rank has read them for all, see `open_for_all`.
         storage: of the checkpoint, open already; default: opened here, and closed.
+        check_plan: called once with the plan, before anything is read or allocated; where it raises, all ranks raise.
 
     Raises:
         ShardferryError: this rank's own failure.
@@ -120,6 +119,7 @@ def load_rank(
                 clock,
                 arena=arena,
                 open_files=lambda: storage or opened.enter_context(_opened(job)),
+                check_plan=check_plan,
             )
             unexpected = _check_unexpected(ready.plan, job, ranks)
             announce(ready.plan)
@@ -158,6 +158,7 @@ def _prepare(
     *,
     arena: Arena | None,
     open_files: Callable[[], RangeReader],
+    check_plan: Callable[[LoadPlan], None],
 ) -> tuple[_Ready, list[RankInfo]]:
     """This rank's plan, arena and storage, and what every rank tells once it has them."""
     made: list[_Ready] = []
@@ -165,6 +166,7 @@ def _prepare(
     def prepare() -> RankInfo:
         with clock.phase("plan"):
             plan = plan_load(job.catalog, job.layout, job.request, values)
+            check_plan(plan)
         with clock.phase("allocate"):
             to_fill = _allocate(job, plan, arena)
         storage = open_files()
@@ -315,79 +317,6 @@ def _allocate(job: LoadJob, plan: LoadPlan, arena: Arena | None) -> Arena:
         for tensor in plan.tensors:
             arena.directory[rows[tensor.key]] = tensor.arena_offset
     return arena
-
-
-def load_optimizer_state(
-    model: Module | Sequence[Module],
-    optimizer: Optimizer | Sequence[Optimizer],
-    location: str | Path,
-    *,
-    optimizer_key: str = "optim",
-    model_key: str | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    keys: str | Sequence[str] = "strict",
-    rename: Mapping[str, str] | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    dtype: str = "error",
-    **read: Unpack[ReadKeywords],
-) -> KeyReport:
-    """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
-
-    Call it on all ranks of the process group, after the model is wrapped and the optimizer is made; neither needs to
-    have taken a step. Only this rank's bytes are read.
-
-    Args:
-        model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
-        optimizer: of that model; several where the state of several was saved as one.
-        location: the checkpoint's directory, or any URL that fsspec can open.
-        optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones.
-        model_key: the model's key in the state dict that was saved, to load its weights and buffers too.
-        storage_options: of a URL: credentials, an endpoint.
-        process_group: default: the whole job where torch.distributed is initialised, else this process alone.
-        keys: ``strict``; or ``allow_missing``, which leaves live state of parameters that were not saved as it is;
-            ``ignore_unexpected``, which leaves saved state that no rank wants; or a list of both.
-        rename: glob over saved FQNs to their names here, ``{"_orig_mod.*": "*"}``; the first that matches.
-        include, exclude: globs over the FQNs here; the state of other parameters stays as it is.
-        dtype: ``error`` or ``cast``, where live state (or with ``model_key`` a weight) has another dtype than was saved.
-        **read: the options of the spec's ``read`` section, and ``load_s``; see `shardferry.config.ReadOptions`. With
-            ``strategy="cooperative"`` ranks read for each other, so that each byte leaves storage once; with ``"direct"`` each
-            rank reads for itself; ``"auto"`` reads directly from local files on one node, else cooperatively.
-
-    Returns:
-        The keys that were missing or unexpected and that ``keys`` tolerated.
-
-    Raises:
-        ShardferryError: nothing of the optimizer has been changed. Where one rank fails, all raise.
-    """
-    if process_group is None and dist.is_initialized():
-        process_group = dist.group.WORLD
-    agreement = Agreement(process_group)
-    live = LiveModel.of(model, optimizer)
-
-    def prepare() -> tuple[LoadRequest, RankLayout, ReadOptions, RangeReader]:
-        request = LoadRequest(
-            optimizer_key=optimizer_key,
-            model_key=model_key,
-            selection=Selection.of(rename, include, exclude),
-            keys=KeyPolicy.of(keys),
-            dtype=dtype_policy(dtype),
-        )
-        layout = live_layout(live, world_rank=agreement.rank, world_size=agreement.size)
-        return request, layout, ReadOptions.of(read), open_storage(location, storage_options)
-
-    request, layout, options, storage = agreement.all_or_raise("reading the model's layout", prepare)
-    with closing(storage):
-        counters = Counters()
-        catalog, values = open_for_all(
-            storage, agreement, request, options=options, counters=counters, storage_options=storage_options
-        )
-        job = LoadJob(catalog, layout, request, live.device, options, stays_here=True)
-        loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
-    install = agreement.all_or_raise("fitting the state to the optimizer", lambda: fit(loaded.state(), live))
-    agreement.all_or_raise("installing the state", install)
-    return KeyReport(loaded.plan.missing, loaded.unexpected)
 
 
 def open_for_all(

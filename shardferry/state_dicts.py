@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 KeyPath = tuple[str | int, ...]  # of a value in nested dicts (by string) and lists (by integer)
@@ -45,3 +45,39 @@ def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
         return
     for key, value in children:
         yield from _leaves(f"{prefix}.{key}" if prefix else str(key), value)
+
+
+def with_keys_of(form: Any, tree: Any) -> Any:
+    """A tree with the keys and tuples of another one of the same names: savers turn every key of a dict into a string.
+
+    Args:
+        form: ``{"a": {0.5: x}, "b": (x, x)}``, for one.
+        tree: ``{"a": {"0.5": y}, "b": [y, y]}``, which becomes ``{"a": {0.5: y}, "b": (y, y)}``.
+    """
+    if isinstance(tree, dict) and isinstance(form, Mapping):
+        keys = {str(key): key for key in form}
+        return {keys.get(name, name): with_keys_of(form.get(keys.get(name)), value) for name, value in tree.items()}
+    if isinstance(tree, list) and isinstance(form, list | tuple):
+        forms = [*form, *[None] * (len(tree) - len(form))]
+        values = [with_keys_of(there, value) for there, value in zip(forms, tree, strict=False)]
+        return values if isinstance(form, list) else _tuple_like(form, values)
+    return tree
+
+
+def _tuple_like(form: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
+    return type(form)(*values) if hasattr(form, "_fields") else tuple(values)
+
+
+def map_leaves(tree: Any, change: Callable[[str, Any], Any], prefix: str = "") -> Any:
+    """The same tree with each leaf changed, dicts and lists in place. ``change`` gets a leaf's dotted name and the leaf."""
+    if isinstance(tree, dict):
+        for key in tree:
+            tree[key] = map_leaves(tree[key], change, f"{prefix}.{key}" if prefix else str(key))
+        return tree
+    if isinstance(tree, list | tuple):
+        values = [map_leaves(value, change, f"{prefix}.{i}" if prefix else str(i)) for i, value in enumerate(tree)]
+        if isinstance(tree, list):
+            tree[:] = values
+            return tree
+        return _tuple_like(tree, values)
+    return change(prefix, tree)

@@ -58,17 +58,19 @@ class OptimizerIndex:
         )
 
 
-def index_optimizer(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
+def index_optimizer(catalog: Catalog, optimizer_key: str | None) -> OptimizerIndex:
     """Look up an optimizer.
 
     Args:
         optimizer_key: its key in the state dict that was saved, such as ``optim``; ``app.optim`` where that was nested, and
-            empty where the optimizer's own state dict was saved.
+            empty where the optimizer's own state dict was saved. None: no optimizer is wanted.
 
     Raises:
         PlanError: nothing was saved under this key, or something else than an optimizer; the message names the keys that are
             there.
     """
+    if optimizer_key is None:
+        return OptimizerIndex("", {}, {}, {})
     if optimizer_key in catalog.objects:
         raise PlanError(
             f"{catalog.location}: {optimizer_key!r} is one Python object, its tensors in it: it was saved nested and with "

@@ -14,10 +14,11 @@ from shardferry.layout.tensor_layout import TensorLayout, replicated
 
 @dataclass(frozen=True, slots=True)
 class LiveEntry:
-    """One state entry that a live optimizer has already."""
+    """One state entry that a live optimizer has, or will have after a step."""
 
     layout: TensorLayout | None  # None: as its parameter
     dtype: torch.dtype
+    is_foretold: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LiveLayout:
     buffers: Mapping[str, TensorLayout] = field(default_factory=dict)  # by FQN
     untrained: Mapping[str, TensorLayout] = field(default_factory=dict)  # by FQN: parameters of no optimizer
     extras: frozenset[str] = frozenset()  # FQNs of modules' extra states
+    own_weights: Mapping[str, TensorLayout] = field(default_factory=dict)  # by FQN: as modules' own code saves them
+    within_own: frozenset[str] = frozenset()  # FQNs of the parameters, buffers and extra states of these modules
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # by FQN, of parameters and buffers
 
     def fqns(self) -> Sequence[str]:
@@ -61,9 +64,14 @@ class LiveLayout:
             LayoutError: the saved entry has another global shape.
         """
         known = self.entries.get((fqn, name))
-        if known is None or known.layout is None:
+        if known is None:
+            return None
+        if known.layout is None:
+            self._same_shape(fqn, self.parameters[fqn], shape, f" ({name!r})")
             return None
         if known.layout.global_shape != shape:
+            if known.is_foretold:  # state whose shape changes as the optimizer goes on
+                return None
             raise LayoutError(
                 f"{fqn}: the live optimizer's {name!r} has the shape {known.layout.global_shape}, the saved one {shape}; "
                 "this checkpoint belongs to another optimizer"
@@ -79,7 +87,8 @@ class LiveLayout:
 
     def weights(self) -> Sequence[str]:
         """All parameters, buffers and extra states of the model."""
-        return (*self.parameters, *self.untrained, *self.buffers, *sorted(self.extras))
+        names = (*self.parameters, *self.untrained, *self.buffers, *sorted(self.extras))
+        return (*(name for name in names if name not in self.within_own), *self.own_weights)
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
         """The layout of a live parameter or buffer; extra states are whole on every rank.
@@ -89,7 +98,7 @@ class LiveLayout:
         """
         if fqn in self.extras:
             return replicated(shape)
-        layout = self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
+        layout = self.own_weights.get(fqn) or self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
         return self._same_shape(fqn, layout, shape)
 
     def aliases(self, fqn: str) -> Sequence[str]:
@@ -105,10 +114,10 @@ class LiveLayout:
         return fqn in self.frozen
 
     @staticmethod
-    def _same_shape(fqn: str, layout: TensorLayout, shape: tuple[int, ...]) -> TensorLayout:
+    def _same_shape(fqn: str, layout: TensorLayout, shape: tuple[int, ...], what: str = "") -> TensorLayout:
         if layout.global_shape != shape:
             raise LayoutError(
-                f"{fqn}: the model's parameter has the shape {layout.global_shape}, the saved one {shape}; "
+                f"{fqn}: the model's parameter has the shape {layout.global_shape}, the saved one {shape}{what}; "
                 "this checkpoint belongs to another model"
             )
         return layout

@@ -1,9 +1,12 @@
-"""Install loaded state into a live model and its optimizers: state tensors and hyperparameters by FQN, weights in place."""
+"""Install loaded state into a live model and its optimizers, through the optimizers' own `load_state_dict`.
+
+A load is tried on a shadow of each optimizer first. Only then are the live ones changed, and they can be put back.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,75 +16,211 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.errors import InstallError
-from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
-from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.layout.from_tensor import dtensor_placements
+from shardferry.optimizer.hyperparameters import GroupValues, group_values, overwritten
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
-from shardferry.optimizer.loaded_state import LoadedState
+from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
+from shardferry.optimizer.replace import Replacement
+from shardferry.optimizer.trial import Entries, SavedParam, compare_entries, try_load
+from shardferry.optimizer.weights import WeightStep, weight_steps
 from shardferry.plan.load_plan import Entry, PlannedTensor, PlannedValue
-from shardferry.state_dicts import ParamGroup, nest
+from shardferry.plan.match_keys import Overwritten
+from shardferry.state_dicts import nest, with_keys_of
 
 
 def load_into(loaded: LoadedState, live: LiveModel) -> None:
-    """Replace the optimizers' state and hyperparameters by loaded ones, and the weights where they were loaded too.
+    """Load state and hyperparameters into the optimizers, and the weights where they were loaded too.
 
-    State on the device of its parameter is used as it is, without a copy; other state is copied to that device. Everything is
-    checked before anything is replaced. Parameters that the load was not for (missing and allowed, or not selected) keep
+    State that the live optimizer has already, of the same shape, dtype and device, is filled in place. Everything is checked
+    and tried before anything is changed. Parameters that the load was not for (missing and allowed, or not selected) keep
     their state.
 
     Raises:
-        InstallError: the state was loaded for other regions than the model's parameters hold, or lacks one of them.
+        InstallError: the state was loaded for other regions than the model's parameters hold, or lacks one of them, or it
+            is another optimizer's. Nothing has been changed.
         LayoutError: the layout of a parameter is not supported.
     """
-    fit(loaded, live)()
+    installation = fit(loaded, live)
+    try:
+        installation.apply()
+    except BaseException:
+        installation.undo()
+        raise
+    installation.finish()
 
 
-def fit(loaded: LoadedState, live: LiveModel) -> Callable[[], None]:
-    """Check everything that `load_into` checks, and return the function that replaces.
+@dataclass(frozen=True)
+class Installation:
+    """A load that was checked, in three steps, so that several ranks change all or nothing.
 
-    Several ranks call that function once all of them have checked, so that either all are changed or none.
+    `apply` may raise; `undo` then puts back what it has changed. `finish` follows once all ranks have applied; it can't fail.
+    """
+
+    steps: Sequence[Replacement | WeightStep]
+
+    def apply(self) -> None:
+        """Load the optimizers, and the modules whose own code takes part. Raises InstallError."""
+        for step in self.steps:
+            step.apply()
+
+    def undo(self) -> None:
+        """Put back what `apply` has changed."""
+        with torch.no_grad():
+            for step in reversed(self.steps):
+                step.undo()
+
+    def finish(self) -> None:
+        """Fill state and weights in place."""
+        with torch.no_grad():
+            for step in self.steps:
+                step.finish()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a load will change beside state and weights, and what of it the request tolerates."""
+
+    entries: Sequence[Entries] = ()  # by optimizer
+    overwritten: tuple[Overwritten, ...] = ()  # hyperparameters
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def missing_entries(self) -> tuple[str, ...]:
+        """State entries that the optimizer makes and that were not saved, ``<fqn>.<name>``."""
+        return tuple(f"{param.fqn}.{name}" for entries in self.entries for param, name in entries.missing)
+
+    @property
+    def unexpected_entries(self) -> tuple[str, ...]:
+        """State entries that were saved and that the optimizer has no use for, ``<fqn>.<name>``."""
+        return tuple(f"{param.fqn}.{name}" for entries in self.entries for param, name in entries.unexpected)
+
+    def report(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Overwritten, ...], tuple[str, ...]]:
+        """Missing entries, unexpected entries, overwritten hyperparameters, warnings."""
+        return self.missing_entries, self.unexpected_entries, self.overwritten, self.warnings
+
+
+def check(loaded: LoadedState, live: LiveModel) -> Checked:
+    """Check and try a load. Nothing of it needs to have been read but the values.
+
+    Args:
+        loaded: over a manifest alone will do.
 
     Raises:
         InstallError, LayoutError: as `load_into`.
     """
-    updates = [_group_update(loaded, group) for group in live.groups]
-    copies = _WeightCopies(loaded, live).prepare() if loaded.has_weights else []
-
-    def install() -> None:
-        for update in updates:
-            update.apply()
-        for optimizer in live.optimizers:
-            # torch's own load_state_dict ends with this call: optimizers fill in defaults of older checkpoints here.
-            optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
-        with torch.no_grad():
-            for copy_weight in copies:
-                copy_weight()
-
-    return install
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupUpdate:
-    """New hyperparameters and state of one param group."""
-
-    live: LiveGroup
-    hyperparameters: Mapping[str, Any]
-    state: Sequence[tuple[torch.Tensor, dict[str, Any]]]  # of each parameter that the load is for
-
-    def apply(self) -> None:
-        self.live.group.update(self.hyperparameters)
-        for tensor, entries in self.state:
-            self.live.optimizer.state.pop(tensor, None)
-            if entries:
-                self.live.optimizer.state[tensor] = entries
+    found: list[Entries] = []
+    changes: list[Overwritten] = []
+    warnings: list[str] = []
+    for index, form in enumerate(live.forms):
+        update = _OptimizerUpdate.of(loaded, live, index)
+        entries = compare_entries(
+            form.optimizer, update.saved_params(loaded), update.hyperparameters(), loaded.request.keys
+        )
+        try_load(
+            form.optimizer,
+            update.state_dict(_Source(loaded, without_memory=True), entries),
+            steps=not entries.unknown,
+        )
+        found.append(entries)
+        changes += update.overwritten
+        warnings += [new.warning for new in update.values if new.warning]
+        if entries.unknown:
+            warnings.append(f"{type(form.optimizer).__name__}: its state can't be foretold ({entries.unknown})")
+    return Checked(found, tuple(changes), tuple(warnings))
 
 
-def _group_update(loaded: LoadedState, live: LiveGroup) -> _GroupUpdate:
-    parameters = [parameter for parameter in live.parameters if _is_covered(loaded, parameter)]
-    saved = [_saved_name(loaded, part) for parameter in parameters for part in parameter.parts]
-    values = hyperparameters_for(saved, loaded.param_groups) if loaded.param_groups and saved else {}
-    new = {**live.group, **values}
-    builder = _StateBuilder(loaded, scalars_on_device=bool(new.get("fused") or new.get("capturable")))
-    return _GroupUpdate(live, copy.deepcopy(values), [(p.tensor, builder.state_of(p)) for p in parameters])
+def fit(loaded: LoadedState, live: LiveModel, checked: Checked | None = None) -> Installation:
+    """Prepare a load that was read.
+
+    Args:
+        checked: what `check` has found; None: it is called.
+
+    Raises:
+        InstallError, LayoutError: as `load_into`.
+    """
+    checked, source = checked or check(loaded, live), _Source(loaded)
+    steps: list[Replacement | WeightStep] = [
+        Replacement(form.optimizer, _OptimizerUpdate.of(loaded, live, index).state_dict(source, checked.entries[index]))
+        for index, form in enumerate(live.forms)
+    ]
+    return Installation([*steps, *(weight_steps(loaded, live) if loaded.has_weights else ())])
+
+
+@dataclass(frozen=True)
+class _OptimizerUpdate:
+    """New hyperparameters of one optimizer, and the parameters that get new state."""
+
+    groups: Sequence[LiveGroup]
+    values: Sequence[GroupValues]  # by group
+    params: Sequence[Sequence[LiveParameter]]  # by group: those that the load is for
+    overwritten: Sequence[Overwritten]
+
+    @classmethod
+    def of(cls, loaded: LoadedState, live: LiveModel, index: int) -> _OptimizerUpdate:
+        """Of the optimizer at an index. Raises InstallError."""
+        form = live.forms[index]
+        groups = [group for group in live.groups if group.form is form]
+        params = [[p for p in group.parameters if _is_covered(loaded, p)] for group in groups]
+        known = {"lr", *form.optimizer.defaults}
+        values = [
+            group_values(
+                [_saved_name(loaded, part) for p in there for part in p.parts],
+                loaded.param_groups,
+                group.group,
+                known=known,
+                policy=loaded.request.hyperparameters,
+            )
+            for group, there in zip(groups, params, strict=True)
+        ]
+        first = next((number for number, group in enumerate(live.groups) if group.form is form), 0)
+        changes = [
+            change
+            for group, new in zip(groups, values, strict=True)
+            for change in overwritten(first + group.index, group.group, new.values)
+        ]
+        return cls(groups, values, params, changes)
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """By group, all that it will have."""
+        return [
+            {**{name: value for name, value in group.group.items() if name != "params"}, **new.values}
+            for group, new in zip(self.groups, self.values, strict=True)
+        ]
+
+    def saved_params(self, loaded: LoadedState) -> list[SavedParam]:
+        """The parameters that the load is for, with the names of their saved entries."""
+        found = []
+        for group, there in zip(self.groups, self.params, strict=True):
+            positions = {id(parameter): position for position, parameter in enumerate(group.parameters)}
+            for parameter in there:
+                entries = loaded.entries(*parameter.parts[0].names).values()
+                saved = {str(e.path[0]) for e in entries if not isinstance(e, PlannedValue) or e.value is not None}
+                found.append(SavedParam(parameter, group.index, positions[id(parameter)], saved))
+        return found
+
+    def state_dict(self, source: _Source, entries: Entries) -> dict[str, Any]:
+        """What `load_state_dict` gets: the optimizer's own state dict, with the loaded entries and hyperparameters in it.
+
+        Args:
+            entries: those that only one side has.
+        """
+        form = self.groups[0].form
+        state = dict(form.state_dict["state"])
+        for group, hyperparameters, there in zip(self.groups, self.hyperparameters(), self.params, strict=True):
+            keys = dict(zip((id(p.tensor) for p in group.parameters), form.keys[group.index], strict=True))
+            on_device = bool(hyperparameters.get("fused") or hyperparameters.get("capturable"))
+            builder = _StateBuilder(source, scalars_on_device=on_device)
+            for parameter in there:
+                key, dropped, kept = keys[id(parameter.tensor)], entries.dropped(parameter), entries.kept(parameter)
+                before = state.pop(key, {})
+                new = {name: value for name, value in builder.state_of(parameter).items() if str(name) not in dropped}
+                if new:
+                    state[key] = {name: value for name, value in before.items() if str(name) in kept} | new
+        groups = [
+            {**packed, **copy.deepcopy(dict(new.values))}
+            for packed, new in zip(form.state_dict["param_groups"], self.values, strict=True)
+        ]
+        return {**form.state_dict, "state": state, "param_groups": groups}
 
 
 def _is_covered(loaded: LoadedState, parameter: LiveParameter) -> bool:
@@ -112,103 +251,106 @@ def _saved_name(loaded: LoadedState, part: Part) -> str:
     return next((name for name in part.names if name in loaded.grouped), part.fqn)
 
 
-def hyperparameters_for(fqns: Sequence[str], saved: Sequence[ParamGroup]) -> dict[str, Any]:
-    """The saved hyperparameters for the parameters of one live param group.
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Gives planned tensors: loaded ones, or such without memory for a trial."""
 
-    Args:
-        fqns: of the parameters.
-        saved: the saved param groups.
+    loaded: LoadedState
+    without_memory: bool = False
 
-    Raises:
-        InstallError: a parameter is in no saved group, or the parameters come from groups that differ.
-    """
-    owners = {fqn: index for index, group in enumerate(saved) for fqn in group.get("params", ())}
-    missing = [fqn for fqn in fqns if fqn not in owners]
-    if missing:
-        raise InstallError(
-            f"{missing[0]}: in none of the {len(saved)} saved param groups ({len(missing)} of the live group's {len(fqns)} "
-            "parameters are missing there); the checkpoint was saved for another model"
-        )
-    found = [_without_params(saved[index]) for index in sorted({owners[fqn] for fqn in fqns})]
-    for other in found[1:]:
-        differing = sorted(name for name in {*found[0], *other} if not _same(found[0].get(name), other.get(name)))
-        if differing:
-            name = differing[0]
-            raise InstallError(
-                f"one live param group joins saved groups that differ in {name!r} "
-                f"({found[0].get(name)!r} and {other.get(name)!r}); split the live group as it was saved"
-            )
-    return found[0] if found else {}
+    def local_tensor(self, tensor: PlannedTensor, device: torch.device) -> torch.Tensor:
+        """The local tensor, on a device. For a trial a single number is one on the CPU, as optimizers look at these."""
+        if not self.without_memory:
+            return self.loaded.local_tensor(tensor).to(device)
+        shape, dtype = tensor.layout.local_shape, tensor.cast or tensor.dtype
+        return torch.empty(shape, dtype=dtype, device="meta") if shape else torch.ones(shape, dtype=dtype)
 
-
-def _without_params(group: ParamGroup) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(type(one) is type(other) and one == other)
+    def device(self, device: torch.device) -> torch.device:
+        """Where a tensor is put together."""
+        return torch.device("meta") if self.without_memory else device
 
 
 @dataclass(frozen=True, slots=True)
 class _StateBuilder:
     """Builds the state of parameters in the form that their optimizer wants."""
 
-    loaded: LoadedState
+    source: _Source
     scalars_on_device: bool  # fused and capturable optimizers keep ``step`` on the device
 
-    def state_of(self, parameter: LiveParameter) -> dict[str, Any]:
-        """All entries of one parameter, nested as they were saved."""
+    def state_of(self, parameter: LiveParameter) -> dict[Any, Any]:
+        """All entries of one parameter, nested as the optimizer's state dict has them."""
         if not parameter.has_state:
             return {}
         found: dict[str, list[tuple[Part, Entry]]] = {}
         for part in parameter.parts:
-            for name, entry in self.loaded.entries(*part.names).items():
+            for name, entry in self.source.loaded.entries(*part.names).items():
                 found.setdefault(name, []).append((part, entry))
         entries = {pairs[0][1].path: self._value(parameter, name, pairs) for name, pairs in sorted(found.items())}
-        nested: dict[str, Any] = nest(entries)
+        nested: dict[Any, Any] = with_keys_of(parameter.form, nest(entries))
         return nested
 
     def _value(self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]]) -> Any:
         _, first = found[0]
-        existing = parameter.state.get(name)
+        expected = parameter.expected(name)
         if isinstance(first, PlannedValue):
-            return _converted(copy.deepcopy(first.value), existing)
-        if name in SCALAR_STATE or not first.layout.global_shape:
-            return _converted(self._scalar(parameter, name, first), existing)
+            value = _converted(copy.deepcopy(first.value), expected)
+            return self._step(parameter, value) if name in SCALAR_STATE else value
+        if name in SCALAR_STATE:
+            device = parameter.local.device if self.scalars_on_device else torch.device("cpu")
+            value = _converted(self.source.local_tensor(first, device), expected)
+            return self._step(parameter, value)
+        device = self._device(parameter, name)
+        if not first.layout.global_shape:
+            value = self.source.local_tensor(first, device)
+            return _converted(self._factor(parameter, first, value, expected), expected)
         if not first.sharded_like_param:
-            return self._factor(parameter, first, existing)
-        return self._moment(parameter, name, found)
+            return self._factor(parameter, first, self.source.local_tensor(first, device), expected)
+        return self._moment(parameter, name, found, device)
 
-    def _scalar(self, parameter: LiveParameter, name: str, tensor: PlannedTensor) -> torch.Tensor:
-        """``step`` stays on the CPU, where optimizers that are not fused or capturable want it."""
-        value = self.loaded.local_tensor(tensor)
-        on_cpu = name in SCALAR_STATE and not self.scalars_on_device
-        return value if on_cpu else value.to(parameter.local.device)
+    def _step(self, parameter: LiveParameter, value: Any) -> Any:
+        """``step`` is counted in float32, whatever it was saved as, and stays on the CPU where the optimizer wants it there."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        device = parameter.local.device if self.scalars_on_device and not self.source.without_memory else value.device
+        return value.to(device=device, dtype=torch.float32 if value.is_floating_point() else value.dtype)
 
-    def _factor(self, parameter: LiveParameter, tensor: PlannedTensor, existing: Any) -> torch.Tensor:
-        """State with a layout of its own. Beside a DTensor it must be a DTensor: torch doesn't compute with a mix of them."""
-        local, live = self.loaded.local_tensor(tensor).to(parameter.local.device), parameter.tensor
-        if isinstance(existing, DTensor):
-            return _like(local, existing)
-        if existing is not None or not isinstance(live, DTensor):
+    @staticmethod
+    def _device(parameter: LiveParameter, name: str) -> torch.device:
+        """State that the live optimizer keeps elsewhere than its parameter, on the CPU for one, stays there."""
+        live = parameter.state.get(name)
+        return live.device if isinstance(live, torch.Tensor) else parameter.local.device
+
+    def _factor(
+        self, parameter: LiveParameter, tensor: PlannedTensor, local: torch.Tensor, expected: Any
+    ) -> torch.Tensor:
+        """State with a layout of its own: a DTensor where the optimizer makes one.
+
+        Where that isn't known, it is one beside a DTensor: torch doesn't compute with a mix of them.
+        """
+        live, shape = parameter.tensor, tensor.layout.global_shape
+        if isinstance(expected, DTensor):
+            return _like(local, expected)
+        if expected is not None or not isinstance(live, DTensor) or not shape:
             return local
-        mesh, shape = live.device_mesh, tensor.layout.global_shape
+        mesh = live.device_mesh
         placed = tensor.layout.placements is not None and len(tensor.layout.placements) == mesh.ndim
         placements = dtensor_placements(tensor.layout, mesh) if placed else [TorchReplicate()] * mesh.ndim
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
-    def _moment(self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]]) -> torch.Tensor:
+    def _moment(
+        self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]], device: torch.device
+    ) -> torch.Tensor:
         """State with the shape and the layout of its parameter."""
-        existing = parameter.state.get(name)
+        expected = parameter.expected(name)
         pieces = self._pieces(parameter, name, found)
         (part, tensor), live = pieces[0], parameter.local
         if len(pieces) == 1 and part.position == 0 and part.layout.local_numel == live.numel():
-            local = self.loaded.local_tensor(tensor).to(live.device)
+            local = self.source.local_tensor(tensor, device)
         else:
-            local = self._concatenated(live, pieces)
+            local = self._concatenated(live, pieces, device)
         local = local.view(live.shape)
-        wants_local = isinstance(existing, torch.Tensor) and existing.ndim and not isinstance(existing, DTensor)
+        wants_local = isinstance(expected, torch.Tensor) and expected.ndim and not isinstance(expected, DTensor)
         return local if wants_local else _like(local, parameter.tensor)
 
     def _pieces(
@@ -218,25 +360,30 @@ class _StateBuilder:
         if len(found) < len(parameter.parts):
             lacking = next(p.fqn for p in parameter.parts if p not in [there for there, _ in found])
             raise InstallError(f"{lacking}: has no {name!r}, which the other parameters of its flat parameter have")
-        return [(part, _checked_tensor(part, entry)) for part, entry in found]
+        return [(part, checked_tensor(part.fqn, entry, part.layout)) for part, entry in found]
 
-    def _concatenated(self, live: torch.Tensor, pieces: list[tuple[Part, PlannedTensor]]) -> torch.Tensor:
+    def _concatenated(
+        self, live: torch.Tensor, pieces: list[tuple[Part, PlannedTensor]], device: torch.device
+    ) -> torch.Tensor:
         """The state of a flat parameter, from the slices of the parameters in it; its padding stays zero."""
-        sources = [(part, self.loaded.local_tensor(tensor)) for part, tensor in pieces]
-        flat = torch.zeros(live.numel(), dtype=sources[0][1].dtype, device=live.device)
+        sources = [(part, self.source.local_tensor(tensor, device)) for part, tensor in pieces]
+        flat = torch.zeros(live.numel(), dtype=sources[0][1].dtype, device=self.source.device(device))
         for part, source in sources:
             flat[part.position : part.position + source.numel()].copy_(source.view(-1))
         return flat
 
 
-def _converted(value: Any, existing: Any) -> Any:
-    """A number as a tensor, or a tensor as a number, where the live optimizer has it so."""
-    if isinstance(existing, torch.Tensor) and not isinstance(value, torch.Tensor):
-        return value if value is None else torch.full_like(existing, value)
-    if isinstance(existing, torch.Tensor) and value.numel() == existing.numel():
-        return value.view(existing.shape)
-    if isinstance(existing, int | float) and isinstance(value, torch.Tensor) and value.numel() == 1:
-        return type(existing)(value.item())
+def _converted(value: Any, expected: Any) -> Any:
+    """A number as a tensor, or a tensor as a number, where the optimizer has it so."""
+    if isinstance(expected, torch.Tensor) and not isinstance(value, torch.Tensor):
+        if not isinstance(value, bool | int | float):
+            return value
+        device = "cpu" if expected.is_meta else expected.device
+        return torch.full(expected.shape, value, dtype=expected.dtype, device=device)
+    if isinstance(expected, torch.Tensor) and not isinstance(expected, DTensor) and value.numel() == expected.numel():
+        return value.view(expected.shape)
+    if isinstance(expected, int | float) and isinstance(value, torch.Tensor) and value.numel() == 1:
+        return type(expected)(value.item())
     return value
 
 
@@ -247,71 +394,3 @@ def _like(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
     )
-
-
-def _checked_tensor(part: Part, entry: Entry) -> PlannedTensor:
-    """The entry, proven to hold the same regions as the live tensor.
-
-    Raises:
-        InstallError: it holds others, or was not saved as a tensor.
-    """
-    if isinstance(entry, PlannedValue):
-        raise InstallError(f"{entry.fqn}: {entry.name!r} was saved as a {type(entry.value).__name__}, not as a tensor")
-    wanted, loaded = part.layout, entry.layout
-    if not _holds_the_same(wanted, loaded):
-        what = repr(entry.name) if entry.name else "the weight"
-        raise InstallError(
-            f"{entry.fqn}: {what} was loaded for {_regions(loaded)}, but the model's parameter holds {_regions(wanted)} of the "
-            f"shape {wanted.global_shape} on this rank; load with the trainer's own topology"
-        )
-    return entry
-
-
-def _holds_the_same(one: TensorLayout, other: TensorLayout) -> bool:
-    return (one.global_shape, one.local_numel, one.boxes) == (other.global_shape, other.local_numel, other.boxes)
-
-
-def _regions(layout: TensorLayout) -> str:
-    return " and ".join(str(box.region) for box in layout.boxes) or "nothing"
-
-
-@dataclass(frozen=True, slots=True)
-class _WeightCopies:
-    """Finds the live tensor that each loaded weight goes to."""
-
-    loaded: LoadedState
-    live: LiveModel
-
-    def prepare(self) -> list[Callable[[], None]]:
-        """The copies to make once everything is checked. Raises InstallError."""
-        parts = [(part, p.local) for p in self.live.parameters for part in p.parts if part.layout.local_numel]
-        buffers = [(Part(fqn, layout_of_tensor(buffer, name=fqn)), buffer) for fqn, buffer in self.live.buffers.items()]
-        found = (self._copy(part, local) for part, local in (*parts, *buffers))
-        copies = [copy_weight for copy_weight in found if copy_weight is not None]
-        for fqn, module in self.live.extra_states.items():
-            if (entry := self.loaded.weight(fqn)) is not None:
-                copies.append(_setter(module, self.loaded.value_of(entry)))
-        return copies
-
-    def _copy(self, part: Part, local: torch.Tensor) -> Callable[[], None] | None:
-        """The copy of one weight; None where it was not loaded, and may be missing."""
-        entry = self.loaded.weight(*part.names)
-        if entry is None:
-            if self.loaded.may_lack(part.fqn):
-                return None
-            raise InstallError(f"{part.fqn}: the shard has no weights of this name; set keys: allow_missing to go on")
-        source = self.loaded.local_tensor(_checked_tensor(part, entry))
-        memory = local.to_local() if isinstance(local, DTensor) else local
-
-        def copy_slice() -> None:
-            destination = memory.detach().view(-1)[part.position : part.position + source.numel()]
-            destination.copy_(source.reshape(-1))
-
-        def copy_whole() -> None:
-            memory.detach().copy_(source.view(memory.shape))
-
-        return copy_slice if source.numel() < memory.numel() else copy_whole
-
-
-def _setter(module: torch.nn.Module, value: Any) -> Callable[[], None]:
-    return lambda: module.set_extra_state(value)

@@ -19,6 +19,8 @@ from shardferry.layout.from_tensor import layout_of_tensor
 from shardferry.layout.live import LiveEntry, LiveLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.optimizer import fsdp1
+from shardferry.optimizer.forms import OptimizerForm
+from shardferry.optimizer.module_form import ModuleForm
 from shardferry.optimizer.wrappers import FqnCleaner, torch_optimizers
 from shardferry.state_dicts import flat_entries
 
@@ -49,7 +51,9 @@ class LiveParameter:
     tensor: torch.Tensor  # as the optimizer knows it: the key of its state
     parts: tuple[Part, ...]  # one; several where FSDP1 has flattened several parameters into this tensor
     flattened: bool = False  # by FSDP1
-    state: Mapping[str, Any] = field(default_factory=dict)  # in its optimizer, by dotted name
+    state: Mapping[str, Any] = field(default_factory=dict)  # that its optimizer has now, by dotted name
+    foretold: Mapping[str, Any] = field(default_factory=dict)  # after a step: tensors without memory, by dotted name
+    form: Mapping[Any, Any] = field(default_factory=dict)  # both, nested as in the optimizer's state dict
 
     @property
     def local(self) -> torch.Tensor:
@@ -64,14 +68,24 @@ class LiveParameter:
         """
         return not self.flattened or self.tensor.numel() > 0
 
+    def expected(self, name: str) -> Any:
+        """A state entry that the optimizer has, or will have; None if nothing is known of it."""
+        return self.state[name] if self.state.get(name) is not None else self.foretold.get(name)
+
 
 @dataclass(frozen=True)
 class LiveGroup:
     """One param group of one optimizer."""
 
-    optimizer: Optimizer
-    group: dict[str, Any]
+    form: OptimizerForm
+    index: int  # of the group, in its optimizer
     parameters: tuple[LiveParameter, ...]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The hyperparameters, and the tensors under ``"params"``."""
+        found: dict[str, Any] = self.form.optimizer.param_groups[self.index]
+        return found
 
 
 def as_tuple(one_or_many: T | Sequence[T]) -> tuple[T, ...]:
@@ -106,10 +120,17 @@ class LiveModel:
         return torch.device("cpu") if parameter is None else parameter.device
 
     @cached_property
+    def forms(self) -> tuple[OptimizerForm, ...]:
+        """The form of each optimizer's state dict. Raises InstallError."""
+        return tuple(map(OptimizerForm.of, self.optimizers))
+
+    @cached_property
     def parameters(self) -> tuple[LiveParameter, ...]:
-        """All parameters, with the state that the optimizers have. Raises LayoutError."""
-        states = {id(p): state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-        return tuple(p for module in self.modules for p in _parameters_of(module, states))
+        """All parameters, with the state that the optimizers have. Raises LayoutError, InstallError."""
+        states = {id(p): (now, later) for form in self.forms for p, now, later in form.entries()}
+        found = tuple(p for module in self.modules for p in _parameters_of(module, states))
+        _refuse_equal_names(found)
+        return found
 
     @cached_property
     def groups(self) -> tuple[LiveGroup, ...]:
@@ -121,9 +142,9 @@ class LiveModel:
         """
         known = {id(parameter.tensor): parameter for parameter in self.parameters}
         return tuple(
-            LiveGroup(optimizer, group, tuple(_members(group, index, known)))
-            for optimizer in self.optimizers
-            for index, group in enumerate(optimizer.param_groups)
+            LiveGroup(form, index, tuple(_members(group, index, known)))
+            for form in self.forms
+            for index, group in enumerate(form.optimizer.param_groups)
         )
 
     @cached_property
@@ -135,6 +156,11 @@ class LiveModel:
     def extra_states(self) -> dict[str, Module]:
         """The modules that put an extra state into their state dict, by its FQN."""
         return {fqn: module for root in self.modules for fqn, module in _extra_states_of(root)}
+
+    @cached_property
+    def own_forms(self) -> tuple[ModuleForm, ...]:
+        """The model parts whose own code takes part in their state dict."""
+        return tuple(form for form in map(ModuleForm.of, self.modules) if form is not None)
 
 
 def _members(group: dict[str, Any], index: int, known: Mapping[int, LiveParameter]) -> Iterator[LiveParameter]:
@@ -148,16 +174,18 @@ def _members(group: dict[str, Any], index: int, known: Mapping[int, LiveParamete
         yield found
 
 
-def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LiveParameter]:
-    """The parameters of one model part. ``states`` has optimizers' state by the id of the parameter."""
+_States = Mapping[int, tuple[Mapping[Any, Any], Mapping[Any, Any]]]  # by the tensor's id: what is there now, and later
+
+
+def _parameters_of(root: Module, states: _States) -> Iterator[LiveParameter]:
+    """The parameters of one model part."""
     _refuse_meshes_out_of_order(root)
     fqns = FqnCleaner.for_model(root)
     flattened: set[int] = set()
     for flat in fsdp1.flattened_parameters(root):
         flattened.add(id(flat.tensor))
         parts = tuple(_part_of(flat_part, fqns) for flat_part in flat.parts)
-        state = flat_entries(states.get(id(flat.tensor), {}))
-        yield LiveParameter(flat.tensor, parts, flattened=True, state=state)
+        yield _parameter(flat.tensor, parts, states, flattened=True)
     names: dict[int, dict[str, None]] = {}  # of each tensor, each once: two wrappers of one may show it twice
     tensors: dict[int, torch.Tensor] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -166,7 +194,27 @@ def _parameters_of(root: Module, states: Mapping[int, Any]) -> Iterator[LivePara
             names.setdefault(id(parameter), {})[fqns.clean(name)] = None
     for key, (fqn, *aliases) in names.items():
         part = Part(fqn, layout_of_tensor(tensors[key], name=fqn), aliases=tuple(aliases))
-        yield LiveParameter(tensors[key], (part,), state=flat_entries(states.get(key, {})))
+        yield _parameter(tensors[key], (part,), states)
+
+
+def _parameter(
+    tensor: torch.Tensor, parts: tuple[Part, ...], states: _States, *, flattened: bool = False
+) -> LiveParameter:
+    now, later = states.get(id(tensor), ({}, {}))
+    return LiveParameter(
+        tensor, parts, flattened, state=flat_entries(now), foretold=flat_entries(later), form={**later, **now}
+    )
+
+
+def _refuse_equal_names(parameters: Sequence[LiveParameter]) -> None:
+    owners: dict[str, torch.Tensor] = {}
+    for parameter in parameters:
+        for part in parameter.parts:
+            if owners.setdefault(part.fqn, parameter.tensor) is not parameter.tensor:
+                raise InstallError(
+                    f"{part.fqn}: two of the models given have a parameter of this name. Load each from its own key: give the "
+                    "optimizers as a dict {optimizer_key: optimizer}, or load them one by one"
+                )
 
 
 def _refuse_meshes_out_of_order(root: Module) -> None:
@@ -231,8 +279,11 @@ def live_layout(live: LiveModel, *, world_rank: int, world_size: int) -> LiveLay
         buffers={fqn: layout_of_tensor(buffer, name=fqn) for fqn, buffer in live.buffers.items()},
         untrained=_layouts([p for p in live.parameters if id(p.tensor) not in own]),
         extras=frozenset(live.extra_states),
+        own_weights={fqn: layout_of_tensor(t, name=fqn) for form in live.own_forms for fqn, t in form.tensors.items()},
+        within_own=frozenset(name for form in live.own_forms for name in form.replaced),
         dtypes={part.fqn: parameter.tensor.dtype for parameter in live.parameters for part in parameter.parts}
-        | {fqn: buffer.dtype for fqn, buffer in live.buffers.items()},
+        | {fqn: buffer.dtype for fqn, buffer in live.buffers.items()}
+        | {fqn: tensor.dtype for form in live.own_forms for fqn, tensor in form.tensors.items()},
     )
 
 
@@ -248,11 +299,12 @@ def _fqns_of(groups: Sequence[LiveGroup]) -> tuple[tuple[str, ...], ...] | None:
 
 
 def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry]]:
-    """Layout and dtype of the state tensors that the optimizer has already made."""
-    for name, value in parameter.state.items():
+    """Layout and dtype of the state tensors that the optimizer has, or will have."""
+    for name in {**parameter.foretold, **parameter.state}:
+        value, is_foretold = parameter.expected(name), parameter.state.get(name) is None
         if isinstance(value, torch.Tensor) and value.ndim and name not in SCALAR_STATE:
             for part in parameter.parts:
-                yield part, name, LiveEntry(_layout_of_entry(parameter, part, value, name), value.dtype)
+                yield part, name, LiveEntry(_layout_of_entry(parameter, part, value, name), value.dtype, is_foretold)
 
 
 def _layout_of_entry(parameter: LiveParameter, part: Part, value: torch.Tensor, name: str) -> TensorLayout | None:

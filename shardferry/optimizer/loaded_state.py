@@ -9,9 +9,11 @@ import torch
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from shardferry.arena import view_bytes
-from shardferry.errors import HandoffError
+from shardferry.config import LoadRequest
+from shardferry.errors import HandoffError, InstallError
 from shardferry.layout.from_tensor import dtensor_placements
-from shardferry.plan.load_plan import Entry, Manifest, PlannedTensor
+from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.plan.load_plan import Entry, Manifest, PlannedTensor, PlannedValue
 from shardferry.region import Region, row_major_strides
 from shardferry.state_dicts import ParamGroup, nest
 
@@ -21,12 +23,13 @@ class LoadedState:
 
     Args:
         manifest: of the arena.
-        memory: the arena's bytes, one dimension of uint8. Each tensor that is taken from here keeps them alive.
+        memory: the arena's bytes, one dimension of uint8. Each tensor that is taken from here keeps them alive. None: they
+            have not been read yet.
     """
 
-    def __init__(self, manifest: Manifest, memory: torch.Tensor) -> None:
+    def __init__(self, manifest: Manifest, memory: torch.Tensor | None) -> None:
         self._manifest = manifest
-        self._memory: torch.Tensor | None = memory
+        self._memory = memory
 
     def release(self) -> None:
         """Forget the memory; tensors that were taken before keep it alive."""
@@ -36,6 +39,11 @@ class LoadedState:
     def world_rank(self) -> int:
         """The rank whose state this is."""
         return self._manifest.world_rank
+
+    @property
+    def request(self) -> LoadRequest:
+        """What was asked for."""
+        return self._manifest.request
 
     @property
     def param_groups(self) -> tuple[ParamGroup, ...]:
@@ -175,3 +183,29 @@ class LoadedState:
         if not isinstance(entry, PlannedTensor):
             raise KeyError(f"{fqn}: no state tensor {name!r} in this shard; it has {sorted(self.entries(fqn))}")
         return entry
+
+
+def checked_tensor(fqn: str, entry: Entry, wanted: TensorLayout) -> PlannedTensor:
+    """The entry, proven to hold the same regions as a live tensor.
+
+    Raises:
+        InstallError: it holds others, or was not saved as a tensor.
+    """
+    if isinstance(entry, PlannedValue):
+        raise InstallError(f"{fqn}: {entry.name!r} was saved as a {type(entry.value).__name__}, not as a tensor")
+    loaded = entry.layout
+    if (wanted.global_shape, wanted.local_numel, wanted.boxes) != (
+        loaded.global_shape,
+        loaded.local_numel,
+        loaded.boxes,
+    ):
+        what = repr(entry.name) if entry.name else "the weight"
+        raise InstallError(
+            f"{fqn}: {what} was loaded for {_regions(loaded)}, but the model's parameter holds {_regions(wanted)} of the "
+            f"shape {wanted.global_shape} on this rank; load with the trainer's own topology"
+        )
+    return entry
+
+
+def _regions(layout: TensorLayout) -> str:
+    return " and ".join(str(box.region) for box in layout.boxes) or "nothing"

@@ -7,12 +7,15 @@ let `torch_optimizers` find the optimizers inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from shardferry.errors import InstallError
 
 # Wrappers put these into the names of parameters; the FQNs of checkpoints are without them.
 _PREFIXES = (
@@ -51,19 +54,46 @@ class FqnCleaner:
 def torch_optimizers(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     """The optimizers whose state a load replaces, in order; usually the given one alone.
 
-    Accelerate and Lightning hand out a wrapper that shows the state of its ``optimizer``. torchtitan hands out a container
-    whose ``optimizers`` train its parameters; nobody reads the container's own state. An optimizer around another one that
-    has state of its own, such as Lookahead's slow weights, is neither.
+    Accelerate and Lightning hand out a wrapper that shows the state of an optimizer in it. torchtitan hands out a container
+    whose ``optimizers`` train its parameters; nobody reads the container's own state.
+
+    Raises:
+        InstallError: it is no optimizer, or one around another that has state of its own, such as Lookahead or
+            ZeroRedundancyOptimizer: what torch's checkpoints hold of it is the outer state alone.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, Optimizer) and inner.state is optimizer.state:
-        return torch_optimizers(inner)
+    if not isinstance(optimizer, Optimizer):
+        raise InstallError(
+            f"optimizer: {type(optimizer).__module__}.{type(optimizer).__name__} is no torch.optim.Optimizer; give the "
+            "optimizer in it, a list of optimizers, or a dict of them by optimizer_key"
+        )
     members = getattr(optimizer, "optimizers", None)
-    if isinstance(members, list | tuple) and all(isinstance(member, Optimizer) for member in members):
+    if isinstance(members, list | tuple) and members and all(isinstance(member, Optimizer) for member in members):
         found = tuple(one for member in members for one in torch_optimizers(member))
         if _trained(found) == _trained([optimizer]) and not optimizer.state:
             return found
+    owned = list(_owned(optimizer))
+    for _, inner in owned:
+        if inner.state is optimizer.state:
+            return torch_optimizers(inner)
+    if owned:
+        name, inner = owned[0]
+        raise InstallError(
+            f"{type(optimizer).__name__} owns another optimizer with state of its own, {name} ({type(inner).__name__}); "
+            "torch's checkpoints hold the state of the outer one alone, and loading it would leave the inner one as it is. "
+            f"Load each by itself: optimizer.{name} under the key that it was saved under"
+        )
     return (optimizer,)
+
+
+def _owned(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """Optimizers among an optimizer's attributes, or in a list, tuple or dict there; by the attribute's name."""
+    for name, value in vars(optimizer).items():
+        many: Iterable[Any] = [value]
+        if isinstance(value, list | tuple):
+            many = value
+        elif isinstance(value, dict) and name != "state":
+            many = value.values()
+        yield from ((name, one) for one in many if isinstance(one, Optimizer) and one is not optimizer)
 
 
 def _trained(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from shardferry.checkpoint.optimizer_state import SavedOptimizer
 from shardferry.config import LoadRequest, Selection
@@ -25,11 +26,31 @@ class MatchedParam:
 
 
 @dataclass(frozen=True, slots=True)
+class Overwritten:
+    """A hyperparameter that a load has changed."""
+
+    group: int  # of the live optimizers' param groups, counted through
+    name: str
+    old: Any  # None where the group had none of this name
+    new: Any
+
+
+@dataclass(frozen=True, slots=True)
 class KeyReport:
-    """Keys that were missing or unexpected, and that the key policy tolerated."""
+    """Keys that were missing or unexpected, and that the key policy tolerated. Two with the same keys are equal.
+
+    A load into live objects tells more: state entries that only one side has, as ``<fqn>.<name>``, the hyperparameters that
+    it has changed, and warnings.
+    """
 
     missing: tuple[str, ...]  # FQNs that this rank wants and the checkpoint hasn't
     unexpected: tuple[str, ...]  # FQNs that the checkpoint has and no rank wants
+    missing_entries: tuple[str, ...] = field(default=(), compare=False)  # the optimizer makes them, they were not saved
+    unexpected_entries: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # saved, and the optimizer has no use for them
+    overwritten: tuple[Overwritten, ...] = field(default=(), compare=False)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
 def matched_keys(names: Iterable[str], found: Sequence[MatchedParam], layout: RankLayout) -> MatchedKeys:
@@ -111,7 +132,7 @@ def find_state(
     grouped = saved.grouped
     for fqn in filter(request.selection.selects, wanted):
         name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
-        if name is not None and (not saved.param_groups or name in grouped):
+        if name is not None:
             found.append(MatchedParam(fqn, name))
         elif not layout.may_lack(fqn):
             missing.append(fqn)
@@ -122,12 +143,6 @@ def find_state(
 
 def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -> str:
     first = missing[0]
-    if first in saved.state:
-        return (
-            f"{first}: its state is saved under {saved.optimizer_key!r}, but it is in none of the {len(saved.param_groups or ())} saved "
-            f"param groups ({len(missing)} of {num_wanted} wanted parameters are not); pipeline stages that save unflattened "
-            "overwrite each other's groups: save with flatten_optimizer_state_dict=True, or set keys: allow_missing"
-        )
     return (
         f"{first}: the checkpoint has no state for this parameter under {saved.optimizer_key!r} "
         f"({len(missing)} of {num_wanted} wanted parameters are missing: {shown(missing)}; {len(saved.state)} are saved); "

@@ -94,22 +94,13 @@ class StateLayouts:
         live = self._layout.parameter_shape(fqn)
         if live is None or name in SCALAR_STATE:
             return
-        weight = self._weights.get(fqn)
-        there = parameter_shape(self._tensors[fqn]) if weight is None else weight
-        if there is None or there == live or (weight is None and _may_be_factor(there, live)):
+        there = self._weights.get(fqn)
+        if there is None or there == live:
             return
         raise LayoutError(
             f"{fqn}: the model's parameter has the shape {live}, the saved one {there} ({name!r} has {saved.shape}); "
             "this checkpoint belongs to another model"
         )
-
-
-def _may_be_factor(shape: Shape, parameter: Shape) -> bool:
-    """Whether a parameter's shape becomes this one when dimensions are reduced, to 1 or away."""
-    if len(shape) == len(parameter):
-        return all(size in (1, whole) for size, whole in zip(shape, parameter, strict=True))
-    rest = iter(parameter)
-    return all(size == 1 or size in rest for size in shape)  # a subsequence
 
 
 def _tensors(catalog: Catalog, saved: SavedOptimizer, parameter: MatchedParam) -> dict[str, SavedTensor]:

@@ -350,8 +350,10 @@ def test_a_cast_that_would_lose_the_numbers(saved: str) -> None:
 
 def test_weights_have_the_dtype_of_the_model(saved: str) -> None:
     model = Net().to(torch.float16)
+    with pytest.raises(LayoutError, match=r"'exp_avg' was saved as torch\.float32 and is wanted as torch\.float16"):
+        shardferry.load_optimizer_state(model, adamw(model), saved)
     with pytest.raises(LayoutError, match=r"the weight was saved as torch\.float32 and is wanted as torch\.float16"):
-        shardferry.load_optimizer_state(model, adamw(model), saved, model_key="model")
+        shardferry.load_model_state(model, saved, model_key="model")
     shardferry.load_optimizer_state(model, adamw(model), saved, model_key="model", dtype="cast")
 
 

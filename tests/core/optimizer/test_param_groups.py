@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -9,13 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.checkpoint.optimizer_state import build_param_groups
+from shardferry.config import HyperparameterPolicy
 from shardferry.errors import InstallError
-from shardferry.optimizer.install import hyperparameters_for
+from shardferry.optimizer.hyperparameters import group_values
 from shardferry.state_dicts import KeyPath
 
 hyperparameters = st.fixed_dictionaries(
     {"lr": st.sampled_from([0.1, 0.2]), "betas": st.sampled_from([(0.9, 0.95), (0.9, 0.99)])}
 )
+
+
+def hyperparameters_for(fqns: Sequence[str], saved: Sequence[dict[str, Any]]) -> Mapping[str, Any]:
+    """The saved hyperparameters for parameters of one live group."""
+    return group_values(fqns, saved, {}, known={"lr", "betas"}, policy=HyperparameterPolicy()).values
 
 
 @st.composite
@@ -59,17 +66,22 @@ def test_any_split_finds_its_values_or_is_refused(groups: list[dict[str, Any]], 
     live = data.draw(st.lists(st.sampled_from(sorted(owner)), unique=True))
     alike = {(owner[fqn]["lr"], owner[fqn]["betas"]) for fqn in live}
     if len(alike) > 1:
-        with pytest.raises(InstallError, match="joins saved groups that differ in"):
+        with pytest.raises(InstallError, match="one live param group were saved in groups that differ in"):
             hyperparameters_for(live, groups)
     else:
         found = hyperparameters_for(live, groups)
         assert {(found["lr"], found["betas"])} == alike if live else found == {}
 
 
-def test_a_parameter_in_no_saved_group_is_named() -> None:
-    groups = [{"params": ["a"], "lr": 0.1}]
-    with pytest.raises(InstallError, match=r"b: in none of the 1 saved param groups \(1 of the live group's 2"):
-        hyperparameters_for(["a", "b"], groups)
+def test_a_parameter_in_no_saved_group_takes_what_all_of_them_agree_on() -> None:
+    assert hyperparameters_for(["a", "b"], [{"params": ["a"], "lr": 0.1}]) == {"lr": 0.1}
+
+
+def test_a_parameter_in_no_saved_group_keeps_the_live_values_where_they_differ() -> None:
+    groups = [{"params": ["a"], "lr": 0.1}, {"params": ["c"], "lr": 0.2}]
+    found = group_values(["a", "b"], groups, {"lr": 1.0}, known={"lr"}, policy=HyperparameterPolicy())
+    assert found.values == {}
+    assert found.warning.startswith("b: in none of the 2 saved param groups")
 
 
 def test_groups_beyond_the_tenth_keep_their_order() -> None:

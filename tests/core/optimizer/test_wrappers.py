@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shardferry
+from shardferry.errors import InstallError
 from shardferry.optimizer.wrappers import FqnCleaner, torch_optimizers
 from tests.support.alone import save_alone
 
@@ -84,9 +85,17 @@ def test_wrappers_are_taken_off() -> None:
     assert torch_optimizers(Wrapper(Wrapper(optimizer))) == (optimizer,)
 
 
-def test_an_optimizer_with_state_of_its_own_is_no_wrapper() -> None:
+@pytest.mark.parametrize("attribute", ["optim", "optimizer", "base", "base_optimizer", "_optimizer"])
+def test_an_optimizer_around_another_with_state_of_its_own_is_refused(attribute: str) -> None:
     outer = Lookahead(torch.optim.AdamW(parameters(1)))
-    assert torch_optimizers(outer) == (outer,)
+    setattr(outer, attribute, vars(outer).pop("optimizer"))
+    with pytest.raises(InstallError, match=rf"Lookahead owns another optimizer .*, {attribute} \(AdamW\)"):
+        torch_optimizers(outer)
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(InstallError, match=r"builtins\.dict is no torch\.optim\.Optimizer"):
+        torch_optimizers({})  # type: ignore[arg-type]
 
 
 def test_a_container_stands_for_its_members() -> None:
@@ -96,10 +105,11 @@ def test_a_container_stands_for_its_members() -> None:
     assert torch_optimizers(container) == tuple(members)
 
 
-def test_a_container_that_trains_more_than_its_members_does_not() -> None:
+def test_a_container_that_trains_more_than_its_members_is_refused() -> None:
     one, other = parameters(2)
     container = Container([one, other], [torch.optim.AdamW([one])])
-    assert torch_optimizers(container) == (container,)
+    with pytest.raises(InstallError, match="Container owns another optimizer"):
+        torch_optimizers(container)
 
 
 def test_members_of_a_container_get_their_own_state(tmp_path: Path) -> None:

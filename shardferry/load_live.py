@@ -1,0 +1,307 @@
+"""Load a checkpoint into the live models and optimizers of the calling ranks: plan, try, read, install; all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+import torch.distributed as dist
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from shardferry.config import (
+    HyperparameterPolicy,
+    KeyPolicy,
+    LoadRequest,
+    ReadKeywords,
+    ReadOptions,
+    Selection,
+    dtype_policy,
+)
+from shardferry.errors import SpecError
+from shardferry.exchange.agreement import Agreement
+from shardferry.layout.rank_layout import RankLayout
+from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
+from shardferry.optimizer.install import Checked, Installation, check, fit
+from shardferry.optimizer.live import LiveModel, as_tuple, live_layout
+from shardferry.optimizer.loaded_state import LoadedState
+from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.match_keys import KeyReport
+from shardferry.stats import Counters
+from shardferry.storage.open import open_storage
+
+Models = Module | Sequence[Module] | Mapping[str, Module]
+Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
+Keys = str | Sequence[str] | Mapping[str, str]
+
+
+def load_optimizer_state(
+    model: Models,
+    optimizer: Optimizers,
+    location: str | Path,
+    *,
+    optimizer_key: Keys = "optim",
+    model_key: Keys | None = None,
+    model_location: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    keys: str | Sequence[str] = "strict",
+    rename: Mapping[str, str] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dtype: str = "error",
+    wanted_dtypes: Mapping[str, torch.dtype] | None = None,
+    hyperparameters: str | Mapping[str, Sequence[str]] = "saved",
+    **read: Unpack[ReadKeywords],
+) -> KeyReport:
+    """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
+
+    Call it on all ranks of the process group, after the model is wrapped and the optimizer is made; neither needs to
+    have taken a step. Only this rank's bytes are read. The state goes through the optimizer's own `load_state_dict`, after
+    a trial on a copy without memory.
+
+    Args:
+        model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
+        optimizer: of that model. A list where the state of several was saved as one. A dict ``{optimizer_key: optimizer}``
+            where each was saved under a key of its own.
+        location: the checkpoint's directory, or any URL that fsspec can open.
+        optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones. One for each
+            optimizer where several were saved apart: a list beside a list, or a dict beside a dict of the same names.
+        model_key: the model's key in the state dict that was saved, to load its weights and buffers too; a list or a dict
+            beside those of the optimizers.
+        model_location: where the weights were saved, if in another directory.
+        storage_options: of a URL: credentials, an endpoint.
+        process_group: default: the whole job where torch.distributed is initialised, else this process alone.
+        keys: ``strict``; or ``allow_missing``, which leaves live state that was not saved as it is; ``ignore_unexpected``,
+            which leaves out saved state that no rank wants; or a list of both. Both are for parameters and for the
+            entries of their state.
+        rename: glob over saved FQNs to their names here, ``{"_orig_mod.*": "*"}``; the first that matches.
+        include, exclude: globs over the FQNs here; the state of other parameters stays as it is.
+        dtype: ``error`` or ``cast``, where the optimizer's state (or with ``model_key`` a weight) has another dtype than was
+            saved. The state of an optimizer that has not stepped is foretold by a step without memory.
+        wanted_dtypes: glob over state names to the dtype that is wanted, where the optimizer's own isn't known.
+        hyperparameters: whose they are after the load: ``saved``; ``live``; or ``{"live": ["lr", ...]}``, which keeps those of
+            these names.
+        **read: the options of the spec's ``read`` section, and ``load_s``; see `shardferry.config.ReadOptions`. With
+            ``strategy="cooperative"`` ranks read for each other, so that each byte leaves storage once; with ``"direct"`` each
+            rank reads for itself; ``"auto"`` reads directly from local files on one node, else cooperatively.
+
+    Returns:
+        What ``keys`` tolerated, the hyperparameters that were overwritten, and warnings.
+
+    Raises:
+        ShardferryError: nothing of the models and optimizers has been changed. Where one rank fails, all raise.
+    """
+
+    def parts() -> list[_Part]:
+        request = LoadRequest(
+            selection=Selection.of(rename, include, exclude),
+            keys=KeyPolicy.of(keys),
+            dtype=dtype_policy(dtype),
+            wanted_dtypes=tuple((wanted_dtypes or {}).items()),
+            hyperparameters=HyperparameterPolicy.of(hyperparameters),
+        )
+        found = _parts_of(model, optimizer, optimizer_key, model_key, request, str(location))
+        return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
+
+    return _load(parts, read, storage_options, process_group)
+
+
+def load_model_state(
+    model: Module | Sequence[Module],
+    location: str | Path,
+    *,
+    model_key: str = "model",
+    storage_options: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    keys: str | Sequence[str] = "strict",
+    rename: Mapping[str, str] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dtype: str = "error",
+    **read: Unpack[ReadKeywords],
+) -> KeyReport:
+    """Load a model's weights, buffers and extra states in place, without an optimizer; else as `load_optimizer_state`.
+
+    Args:
+        model_key: the model's key in the state dict that was saved; empty where the model's own state dict was saved.
+
+    Raises:
+        ShardferryError: nothing of the model has been changed. Where one rank fails, all raise.
+    """
+
+    def parts() -> list[_Part]:
+        request = LoadRequest(
+            optimizer_key=None,
+            model_key=model_key,
+            selection=Selection.of(rename, include, exclude),
+            keys=KeyPolicy.of(keys),
+            dtype=dtype_policy(dtype),
+        )
+        return [_Part(LiveModel(as_tuple(model), ()), request, str(location))]
+
+    return _load(parts, read, storage_options, process_group)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Live objects that are loaded from one place under one request."""
+
+    live: LiveModel
+    request: LoadRequest
+    location: str
+
+
+def _parts_of(
+    model: Models,
+    optimizer: Optimizers,
+    optimizer_key: Keys,
+    model_key: Keys | None,
+    request: LoadRequest,
+    location: str,
+) -> list[_Part]:
+    """One part, or one for each optimizer where they have keys of their own. Raises SpecError, InstallError."""
+    models = tuple(model.values()) if isinstance(model, Mapping) else as_tuple(model)
+    if not isinstance(optimizer, Mapping):
+        if isinstance(optimizer_key, str):
+            own = request if model_key is None else replace(request, model_key=_one_key("model_key", model_key))
+            return [_Part(LiveModel.of(models, optimizer), replace(own, optimizer_key=optimizer_key), location)]
+        optimizer = dict(enumerate(as_tuple(optimizer)))  # type: ignore[arg-type]
+    if optimizer_key == "optim":
+        optimizer_key = {name: str(name) for name in optimizer}
+    optimizer_keys = _by_name("optimizer_key", optimizer_key, optimizer)
+    model_keys: Mapping[Any, str | None] = (
+        dict.fromkeys(optimizer, model_key)
+        if model_key is None or isinstance(model_key, str)
+        else _by_name("model_key", model_key, optimizer)
+    )
+    parts: list[_Part] = []
+    for name, one in optimizer.items():
+        modules = (model[name],) if isinstance(model, Mapping) and name in model else _trained_by(one, models)
+        loaded = {id(module) for part in parts if part.request.model_key is not None for module in part.live.modules}
+        weights = None if loaded & set(map(id, modules)) else model_keys[name]
+        own = replace(request, optimizer_key=optimizer_keys[name], model_key=weights)
+        parts.append(_Part(LiveModel.of(modules, one), own, location))
+    return parts
+
+
+def _one_key(option: str, given: Keys) -> str:
+    if not isinstance(given, str):
+        raise SpecError(f"{option}: {given!r} is for several optimizers; give optimizer and optimizer_key likewise")
+    return given
+
+
+def _by_name(option: str, given: Keys, optimizers: Mapping[Any, Optimizer]) -> dict[Any, str]:
+    """The key of each optimizer. Raises SpecError."""
+    if isinstance(given, str):
+        raise SpecError(f"{option}: {given!r} is one key for {len(optimizers)} optimizers; give one for each")
+    found = dict(given) if isinstance(given, Mapping) else dict(zip(optimizers, given, strict=False))
+    if set(found) != set(optimizers) or len(given) != len(optimizers):
+        raise SpecError(
+            f"{option}: {given!r} has {len(given)} keys, the optimizers are {len(optimizers)}: {list(optimizers)}"
+        )
+    return found
+
+
+def _trained_by(optimizer: Optimizer, modules: Sequence[Module]) -> tuple[Module, ...]:
+    """The modules of which an optimizer trains parameters; all where it trains none."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found = tuple(module for module in modules if any(id(p) in trained for p in module.parameters()))
+    return found or tuple(modules)
+
+
+def _with_weights_elsewhere(parts: Sequence[_Part], location: str) -> list[_Part]:
+    """The optimizers' parts, and one for each one's weights in another checkpoint. Raises SpecError."""
+    weights = [
+        _Part(LiveModel(part.live.modules, ()), replace(part.request, optimizer_key=None), location)
+        for part in parts
+        if part.request.model_key is not None
+    ]
+    if not weights:
+        raise SpecError("model_location: is given without model_key, the key of the weights there")
+    return [*(replace(part, request=replace(part.request, model_key=None)) for part in parts), *weights]
+
+
+@dataclass(frozen=True)
+class _LoadedPart:
+    """A part whose state has been read, and that fits."""
+
+    shard: LoadedShard
+    checked: Checked
+    installation: Installation
+
+
+def _load(
+    parts: Callable[[], list[_Part]],
+    read: ReadKeywords,
+    storage_options: Mapping[str, Any] | None,
+    process_group: dist.ProcessGroup | None,
+) -> KeyReport:
+    """Load every part, then install all of them, on all ranks or on none."""
+    if process_group is None and dist.is_initialized():
+        process_group = dist.group.WORLD
+    agreement = Agreement(process_group)
+
+    def prepare() -> tuple[list[_Part], Sequence[RankLayout], ReadOptions]:
+        found = parts()
+        layouts = [live_layout(p.live, world_rank=agreement.rank, world_size=agreement.size) for p in found]
+        return found, layouts, ReadOptions.of(read)
+
+    found, layouts, options = agreement.all_or_raise("reading the model's layout", prepare)
+    loaded = [
+        _load_part(part, layout, agreement, options, storage_options)
+        for part, layout in zip(found, layouts, strict=True)
+    ]
+    _install([part.installation for part in loaded], agreement)
+    return _report(loaded)
+
+
+def _load_part(
+    part: _Part,
+    layout: RankLayout,
+    agreement: Agreement,
+    options: ReadOptions,
+    storage_options: Mapping[str, Any] | None,
+) -> _LoadedPart:
+    checked: list[Checked] = []
+
+    def check_plan(plan: LoadPlan) -> None:
+        checked.append(check(LoadedState(plan.manifest(), None), part.live))
+
+    storage = agreement.all_or_raise("opening the checkpoint", lambda: open_storage(part.location, storage_options))
+    with closing(storage):
+        counters = Counters()
+        catalog, values = open_for_all(
+            storage, agreement, part.request, options=options, counters=counters, storage_options=storage_options
+        )
+        job = LoadJob(catalog, layout, part.request, part.live.device, options, stays_here=True)
+        shard = load_rank(job, agreement, counters=counters, values=values, storage=storage, check_plan=check_plan)
+    ready = agreement.all_or_raise(
+        "fitting the state to the optimizer", lambda: fit(shard.state(), part.live, checked[0])
+    )
+    return _LoadedPart(shard, checked[0], ready)
+
+
+def _install(installations: Sequence[Installation], agreement: Agreement) -> None:
+    def apply() -> None:
+        for installation in installations:
+            installation.apply()
+
+    try:
+        agreement.all_or_raise("installing the state", apply)
+    except BaseException:
+        for installation in reversed(installations):
+            installation.undo()
+        raise
+    for installation in installations:
+        installation.finish()
+
+
+def _report(loaded: Sequence[_LoadedPart]) -> KeyReport:
+    reports = [KeyReport(part.shard.plan.missing, part.shard.unexpected, *part.checked.report()) for part in loaded]
+    return KeyReport(*(tuple(chain.from_iterable(getattr(r, f.name) for r in reports)) for f in fields(KeyReport)))

@@ -1,0 +1,174 @@
+"""Replace a live optimizer's state through its own `load_state_dict`, and put it back where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardferry.errors import InstallError, ShardferryError
+from shardferry.optimizer.shadow import has_own_load
+from shardferry.state_dicts import flat_entries, map_leaves
+
+
+@dataclass
+class Replacement:
+    """One optimizer's new state dict, and what is needed to undo its load.
+
+    Objects that others may refer to stay the same: the optimizer's param groups, its ``state``, and every state tensor whose
+    shape, dtype and device the load leaves as they are. The tensors are filled by `finish`, as a copy can't be undone
+    without a second one.
+    """
+
+    optimizer: Optimizer
+    state_dict: Mapping[str, Any]
+    _before: _Snapshot | None = field(default=None, init=False)
+
+    def apply(self) -> None:
+        """Call `load_state_dict`. Raises InstallError."""
+        self._before = _Snapshot(self.optimizer)
+        try:
+            self.optimizer.load_state_dict(dict(self.state_dict))
+        except ShardferryError:
+            raise
+        except Exception as error:
+            raise InstallError(
+                f"{type(self.optimizer).__name__}.load_state_dict raised {type(error).__name__}: {error}; the optimizer is as "
+                "it was. The checkpoint is another optimizer's, or of another version of it"
+            ) from error
+
+    def undo(self) -> None:
+        """Put everything back."""
+        if self._before is not None:
+            self._before.restore()
+
+    def finish(self) -> None:
+        """Give back the identity of what was there, and the precision that torch's `load_state_dict` takes from state."""
+        assert self._before is not None
+        optimizer, before = self.optimizer, self._before
+        given = _by_parameter(optimizer, self.state_dict)
+        state: dict[Any, Any] = optimizer.state
+        for parameter, entries in state.items():
+            if isinstance(parameter, torch.Tensor):
+                exact = given.get(id(parameter), {})
+                there = before.leaves.get(id(parameter), {})
+
+                def settle(name: str, value: Any, exact: Any = exact, there: Any = there) -> Any:
+                    return _in_place(there.get(name), _exact(exact.get(name), value))
+
+                map_leaves(entries, settle)
+        before.keep_identity()
+
+
+def _by_parameter(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What was given to `load_state_dict`, by the id of the parameter and the dotted name of the entry."""
+    return {
+        id(parameter): flat_entries(state_dict["state"].get(key) or {})
+        for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+        for parameter, key in zip(group["params"], packed["params"], strict=True)
+    }
+
+
+def _exact(given: Any, taken: Any) -> Any:
+    """An entry as it was given, where torch's `load_state_dict` has rounded it to its parameter's dtype, or has spoilt it.
+
+    That method takes a string apart, as it does with all that can be iterated.
+    """
+    if isinstance(given, str) and isinstance(taken, str):
+        return given if taken.startswith("<generator object") else taken
+    if not (isinstance(given, torch.Tensor) and isinstance(taken, torch.Tensor)) or given is taken:
+        return taken
+    if given.dtype == taken.dtype or given.shape != taken.shape or type(given) is not type(taken):
+        return taken
+    rounded = _local(given).to(device=taken.device, dtype=taken.dtype)
+    return given.to(taken.device) if torch.equal(rounded, _local(taken)) else taken
+
+
+def _in_place(old: Any, new: Any) -> Any:
+    """The tensor that was there, filled, where it has the same form; else the new one."""
+    if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)) or old is new:
+        return new
+    if type(old) is not type(new) or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new
+    if (
+        isinstance(old, DTensor)
+        and isinstance(new, DTensor)
+        and (old.device_mesh, old.placements) != (new.device_mesh, new.placements)
+    ):
+        return new
+    old.detach().copy_(new)
+    return old
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _Snapshot:
+    """An optimizer's attributes, its state and its groups, without the tensors' elements.
+
+    The elements are kept too where code outside torch.optim takes part in a load: it may write to the tensors.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._attributes = {name: (value, _copied(value)) for name, value in vars(optimizer).items()}
+        self._groups = [(group, dict(group)) for group in optimizer.param_groups]
+        self._state: Any = optimizer.state
+        self._entries = {id(p): entries for p, entries in optimizer.state.items()}
+        self.leaves = {id(p): flat_entries(entries) for p, entries in optimizer.state.items()}
+        tensors = {id(v): v for leaves in self.leaves.values() for v in leaves.values() if isinstance(v, torch.Tensor)}
+        self._elements = (
+            [(tensor, tensor.detach().clone()) for tensor in tensors.values()] if has_own_load(optimizer) else []
+        )
+
+    def restore(self) -> None:
+        """Make the optimizer what it was."""
+        vars(self._optimizer).clear()
+        for name, (value, contents) in self._attributes.items():
+            vars(self._optimizer)[name] = _refilled(value, contents)
+        for group, contents in self._groups:
+            _refilled(group, contents)
+        with torch.no_grad():
+            for tensor, elements in self._elements:
+                tensor.detach().copy_(elements)
+
+    def keep_identity(self) -> None:
+        """Put the new state and hyperparameters into the objects that held the old ones."""
+        optimizer = self._optimizer
+        new: dict[Any, Any] = {p: _refilled(self._entries.get(id(p)), e) for p, e in optimizer.state.items()}
+        optimizer.state = _refilled(self._state, new)
+        groups = [group for group, _ in self._groups]
+        if len(groups) == len(optimizer.param_groups):
+            for (group, old), new in zip(self._groups, list(optimizer.param_groups), strict=True):
+                _refilled(group, {name: _in_place(old.get(name), value) for name, value in new.items()})
+            optimizer.param_groups[:] = groups
+            held = self._attributes.get("param_groups", (None, None))[0]
+            if isinstance(held, list):
+                held[:] = groups
+                optimizer.param_groups = held
+
+
+def _copied(tree: Any) -> Any:
+    """A copy of nested dicts and lists; all else is the same object."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _refilled(container: Any, contents: Any) -> Any:
+    """The same dict or list with these contents; nested ones are as in the contents."""
+    if container is contents:
+        return container
+    if isinstance(container, dict):
+        container.clear()
+        container.update(contents)
+        return container
+    if isinstance(container, list):
+        container[:] = contents
+        return container
+    return contents

@@ -1,0 +1,294 @@
+"""A copy of a live optimizer over tensors without memory: it foretells the state that the optimizer makes, and tries a load.
+
+The copy has the optimizer's attributes, with a meta tensor for each tensor, so that no step and no load of it touches the
+live one, allocates memory or reaches another rank. Hooks are left out: they run once, on the live optimizer.
+
+torch.optim.Optimizer's private attributes are named in this file alone; tests/core/test_private_apis.py fails when torch
+changes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_LOAD_HOOKS = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+_FRONT_DOOR = ("step", "state_dict", "load_state_dict", "__setstate__")
+
+# Implementations that need a device. They make the same state as the plain one, but for the device of ``step``.
+_PLAIN = {"fused": None, "foreach": False, "capturable": False, "differentiable": False}
+
+
+class NoShadow(Exception):
+    """The optimizer can't be copied, or the copy can't do what was asked; the message says why."""
+
+
+def has_load_hooks(optimizer: Optimizer) -> bool:
+    """Whether functions were registered that `load_state_dict` calls."""
+    return any(getattr(optimizer, name, None) for name in _LOAD_HOOKS)
+
+
+def has_own_load(optimizer: Optimizer) -> bool:
+    """Whether code outside torch.optim takes part in `load_state_dict`: an overridden method or a hook."""
+    methods = (getattr(type(optimizer), name) for name in ("load_state_dict", "__setstate__"))
+    is_patched = "load_state_dict" in vars(optimizer)
+    return is_patched or has_load_hooks(optimizer) or any(not _is_of_torch(method) for method in methods)
+
+
+def _is_of_torch(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("torch.optim.")
+
+
+class Shadow:
+    """The copy.
+
+    Args:
+        optimizer: is left as it is.
+        hyperparameters: by param group, instead of the live ones.
+
+    Raises:
+        NoShadow: the optimizer can't be copied.
+    """
+
+    def __init__(self, optimizer: Optimizer, hyperparameters: Sequence[Mapping[str, Any]] | None = None) -> None:
+        patched = [name for name in _FRONT_DOOR if name in vars(optimizer) and name != "step"]
+        if patched:
+            raise NoShadow(f"{patched[0]} was replaced on the object")
+        self.has_guessed = False
+        with _guarded("a copy"):
+            self.optimizer = _copied(optimizer)
+        for index, group in enumerate(self.optimizer.param_groups):
+            group.update(hyperparameters[index] if hyperparameters is not None else {})
+            group.update(plain_hyperparameters(group))
+
+    def narrow(self, chosen: Sequence[Sequence[int]]) -> None:
+        """Train the parameters at these positions of each group alone."""
+        for group, positions in zip(self.optimizer.param_groups, chosen, strict=True):
+            for name in ("params", "param_names"):
+                if name in group:
+                    group[name] = [group[name][position] for position in positions]
+
+    def step(self) -> None:
+        """Take one step with gradients of zero. Raises NoShadow."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        step = type(self.optimizer).step
+        if getattr(step, "hooked", False):  # by torch, for hooks that are for all optimizers too
+            step = step.__wrapped__  # type: ignore[attr-defined]
+        with _guarded("a step") as numbers, torch.no_grad():
+            step(self.optimizer)
+        self.has_guessed |= numbers.has_guessed
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict over tensors without memory.
+
+        Raises:
+            NoShadow: it can't be tried so.
+            Exception: what the optimizer raises of itself.
+        """
+        with _guarded("load_state_dict", passes_errors=True):
+            self.optimizer.load_state_dict(state_dict)
+
+    def entries(self) -> list[list[dict[Any, Any]]]:
+        """The state in the form of ``state_dict()``, by param group and parameter. Raises NoShadow."""
+        with _guarded("state_dict"):
+            state_dict = self.optimizer.state_dict()
+            return [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
+
+
+def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a param group says of the implementation, for tensors without memory."""
+    return {name: value for name, value in _PLAIN.items() if name in group}
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """The state that an optimizer has after its first steps, in the form of ``state_dict()``."""
+
+    entries: Sequence[Sequence[Mapping[Any, Any]]]  # by param group and parameter
+    has_guessed: bool  # by a number that isn't known: it may have more or other entries
+
+
+def foretell(
+    optimizer: Optimizer, hyperparameters: Sequence[Mapping[str, Any]] | None = None, *, num_steps: int = 1
+) -> Foretold:
+    """Step a copy of an optimizer. Parameters that look alike are foretold by the first and the last of them.
+
+    Args:
+        optimizer: is left as it is.
+        hyperparameters: by param group, instead of the live ones.
+
+    Raises:
+        NoShadow: the optimizer doesn't step over tensors without memory.
+    """
+    groups = optimizer.param_groups
+    alike = [_alike(index, group["params"]) for index, group in enumerate(groups)]
+    firsts = [[min(members) for members in there] for there in alike]
+    lasts = [[max(members) for members in there] for there in alike]
+    everything = [list(range(len(group["params"]))) for group in groups]
+    try:
+        first, last = (_after_steps(optimizer, hyperparameters, num_steps, chosen) for chosen in (firsts, lasts))
+        is_by_form = all(map(_same_forms, first.entries, last.entries))
+    except NoShadow:
+        is_by_form = False
+    if not is_by_form:  # but by a parameter's place
+        return _after_steps(optimizer, hyperparameters, num_steps, everything)
+    entries = [_spread(there, found) for there, found in zip(alike, first.entries, strict=True)]
+    return Foretold(entries, first.has_guessed or last.has_guessed)
+
+
+def _alike(group: int, parameters: Sequence[torch.Tensor]) -> list[list[int]]:
+    """The positions of a group's parameters, by everything that state is made from."""
+    found: dict[Any, list[int]] = {}
+    for position, p in enumerate(parameters):
+        spec = (p.device_mesh, p.placements, p.to_local().shape) if isinstance(p, DTensor) else None
+        found.setdefault((group, p.shape, p.dtype, p.requires_grad, spec), []).append(position)
+    return list(found.values())
+
+
+def _spread(alike: Sequence[Sequence[int]], found: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+    by_position = {position: entry for there, entry in zip(alike, found, strict=True) for position in there}
+    return [by_position[position] for position in sorted(by_position)]
+
+
+def _same_forms(one: Sequence[Mapping[Any, Any]], other: Sequence[Mapping[Any, Any]]) -> bool:
+    return [_form(entries) for entries in one] == [_form(entries) for entries in other]
+
+
+def _form(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _form(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_form(value) for value in tree]
+    return (type(tree), tree.shape, tree.dtype) if isinstance(tree, torch.Tensor) else type(tree)
+
+
+def _after_steps(
+    optimizer: Optimizer,
+    hyperparameters: Sequence[Mapping[str, Any]] | None,
+    num_steps: int,
+    chosen: Sequence[Sequence[int]],
+) -> Foretold:
+    """Step a copy that trains the chosen parameters of each group."""
+
+    def after_steps(*, from_nothing: bool) -> Foretold:
+        shadow = Shadow(optimizer, hyperparameters)
+        shadow.narrow(chosen)
+        if from_nothing:
+            shadow.optimizer.state = defaultdict(dict)
+        for _ in range(num_steps):
+            shadow.step()
+        return Foretold(shadow.entries(), shadow.has_guessed)
+
+    try:
+        return after_steps(from_nothing=True)
+    except NoShadow:  # state that the constructor makes, as Adagrad's
+        return after_steps(from_nothing=False)
+
+
+def _copied(optimizer: Optimizer) -> Optimizer:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(twin(p), requires_grad=p.requires_grad) for p in parameters}
+    shadow: Optimizer = object.__new__(type(optimizer))
+    with _TwinsOfTensors():
+        for name, value in vars(optimizer).items():
+            if name in (*_STEP_HOOKS, *_LOAD_HOOKS):
+                shadow.__dict__[name] = OrderedDict()
+            elif name != "step":  # where a scheduler has replaced it, it would step the live optimizer
+                try:
+                    shadow.__dict__[name] = copy.deepcopy(value, memo)
+                except Exception:
+                    continue  # a step that needs it fails
+    return shadow
+
+
+def twin(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like another one without memory; a copy of a single number on the CPU, as optimizers look at these."""
+    if isinstance(tensor, DTensor):
+        local = torch.empty_like(tensor.to_local(), device="meta")
+        return DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    if tensor.numel() == 1 and tensor.ndim == 0 and tensor.device.type == "cpu":
+        return tensor.detach().clone()
+    return torch.empty_like(tensor.detach(), device="meta")
+
+
+class _TwinsOfTensors(TorchFunctionMode):
+    """Lets `copy.deepcopy` make twins."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__deepcopy__, torch.Tensor.clone):
+            with torch._C.DisableTorchFunction():
+                return twin(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _WithoutMemory(TorchDispatchMode):
+    """Lets optimizers' code run on tensors without memory.
+
+    A number that is asked of such a tensor is 1. Collectives are refused: the other ranks may not take part in them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.has_guessed = False  # a decision was made by a number that isn't known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            raise NoShadow(f"it communicates ({func})")
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            dtype = args[0].dtype
+            self.has_guessed |= dtype is torch.bool
+            return torch.ones((), dtype=dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _guarded(what: str, *, passes_errors: bool = False) -> Iterator[_WithoutMemory]:
+    """Run an optimizer's code on tensors without memory, and leave random numbers and warnings as they were.
+
+    Args:
+        passes_errors: whether errors that don't come of the lack of memory are the optimizer's own, and raised.
+    """
+    before, mode = random.getstate(), _WithoutMemory()
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            mode,
+        ):
+            warnings.simplefilter("ignore")
+            yield mode
+    except NoShadow:
+        raise
+    except Exception as error:
+        if passes_errors and not comes_of_meta(error):
+            raise
+        raise NoShadow(f"{what} over tensors without memory: {type(error).__name__}: {error}") from error
+    finally:
+        random.setstate(before)
+
+
+def comes_of_meta(error: BaseException) -> bool:
+    """Whether an operation failed because its tensors have no memory."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
