@@ -1,7 +1,6 @@
 """Turn the parsed metadata of a checkpoint into its catalog, column by column.
 
-A million chunks never become a million objects of ours. Each property of the unpickled values is read once into a column. NumPy
-then finds which item holds which chunk, and which boxes are replicas.
+Each property of the unpickled values is read once into a column: a million chunks never become a million objects of ours.
 """
 
 from __future__ import annotations
@@ -10,18 +9,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedObject, SavedTensor
+from shardferry.checkpoint.catalog import NO_FILE, Catalog, ItemFormat, SavedObject, SavedTensor, ZipItem
 from shardferry.checkpoint.columns import (
     MALFORMED,
     NO_ITEM,
+    PLACE,
     ChunkColumns,
     ItemColumns,
-    NameTable,
+    Numbers,
     RaggedArray,
     Shapes,
     is_possible,
@@ -31,6 +31,7 @@ from shardferry.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
+    states_of,
 )
 from shardferry.errors import CatalogError, UnsafeMetadata
 from shardferry.region import Region
@@ -61,12 +62,7 @@ def build_catalog(parts: Iterable[tuple[str, Metadata]], *, location: str) -> Ca
 def saved_tensors(
     keys: Iterable[str], shapes: Iterable[tuple[int, ...]], dtypes: Iterable[torch.dtype], counts: Iterable[int]
 ) -> dict[str, SavedTensor]:
-    """The tensors, by key, whose chunks are stored one tensor after another in the catalog's columns.
-
-    Args:
-        keys, shapes, dtypes: of each tensor; shapes in elements.
-        counts: number of chunks of each tensor.
-    """
+    """The tensors, by key, whose chunks (``counts``) are stored one tensor after another in the catalog's columns."""
     tensors, chunk, box = {}, 0, 0
     for key, shape, dtype, count in zip(keys, shapes, dtypes, counts, strict=True):
         tensors[key] = SavedTensor(key, shape, dtype, range(chunk, chunk + count), box)
@@ -83,76 +79,73 @@ def name_inside(relative_path: str) -> str | None:
     return None if outside or not path.parts else str(path)
 
 
-class _StoredObject(NamedTuple):
-    path: int  # number in NameTable
-    byte_offset: int
-    byte_length: int
-    format: int  # number in NameTable
-
-
-class _KeyedTensor(NamedTuple):
-    """A tensor of one metadata file."""
-
-    number: int  # of its key in this file
-    key: str
-    metadata: TensorStorageMetadata
-    row: int  # of the builder's tensors
+_Place = tuple[int, int, int, int]  # a row of PLACE
 
 
 class _CatalogBuilder:
     def __init__(self, location: str) -> None:
         self._location = location
         self._versions: set[str] = set()
-        self._tensors: dict[str, int] = {}  # key: row of the next two lists
+        self._rows: Numbers[str] = Numbers()  # of tensors in the next two lists, by key
         self._shapes: list[tuple[int, ...]] = []
         self._dtypes: list[torch.dtype] = []
         self._chunks: list[ChunkColumns] = []
-        self._objects: dict[str, _StoredObject] = {}
-        self._paths: dict[str, KeyPath] | None = None
-        self._names = NameTable()
+        self._objects: dict[str, _Place] = {}  # by key
+        self._key_paths: dict[str, KeyPath] | None = None
+        self._paths: Numbers[str] = Numbers()  # of files, as the metadata writes them
+        self._files: Numbers[str] = Numbers()  # of files that hold something, as the catalog names them
+        self._formats: Numbers[ItemFormat] = Numbers({ZipItem(): 0})
         self._problems: list[str] = []
 
     def add(self, source: str, metadata: Metadata) -> None:
         """Add the tensors, objects and items of one metadata file, whose content is used up. Raises CatalogError."""
-        items = ItemColumns.take_from(source, metadata, self._names)
+        items = ItemColumns.take_from(source, metadata, self._paths, self._formats)
         self._versions.add(str(metadata.version) if metadata.version else "unversioned")
         if metadata.planner_data is not None:
-            self._add_paths(source, metadata.planner_data)
-        objects = items.objects()
-        tensors: list[_KeyedTensor] = []
+            self._add_key_paths(source, metadata.planner_data)
+        rows = np.flatnonzero(items.is_object)
+        objects = dict(zip(items.key[rows].tolist(), rows.tolist(), strict=True))  # by the number of the key
+        tensors: dict[str, TensorStorageMetadata] = {}
+        numbers: list[int] = []  # of their keys
         for number, (key, value) in enumerate(metadata.state_dict_metadata.items()):
             _check_key(source, key)
             if isinstance(value, TensorStorageMetadata):
-                tensors.append(_KeyedTensor(number, key, value, self._add_tensor(source, key, value)))
+                self._add_tensor(source, key, value)
+                tensors[key] = value
+                numbers.append(number)
             elif isinstance(value, BytesStorageMetadata):
-                self._add_object(source, key, items, objects.get(number, NO_ITEM))
+                self._add_object(source, key, items.place[objects[number]].tolist() if number in objects else None)
             else:
                 raise CatalogError(f"{source}: {key}: is a {type(value).__name__}, neither tensor nor bytes")
-        self._chunks.append(self._chunk_columns(source, tensors, items, objects))
+        self._chunks.append(self._chunk_columns(source, tensors, numbers, items, objects))
         self._problems += _flattened_by_megatron(metadata)
 
-    def _add_paths(self, source: str, paths: Any) -> None:
+    def _add_key_paths(self, source: str, paths: Any) -> None:
         if not isinstance(paths, dict):
             name = source.rpartition("/")[2]  # without the location: a checkpoint can be moved
             self._problems.append(
                 f"{name}: planner_data is a {type(paths).__name__}; key paths are taken from the keys"
             )
             return
-        self._paths = {} if self._paths is None else self._paths
-        for key, value in paths.items():
-            path = _key_path(source, key, value)
-            if self._paths.setdefault(key, path) != path:
+        self._key_paths = {} if self._key_paths is None else self._key_paths
+        for key, path in paths.items():
+            is_path = isinstance(path, tuple | list) and path and _PATH_PARTS.issuperset(map(type, path))
+            if not isinstance(key, str) or not is_path:
                 raise CatalogError(
-                    f"{source}: {key}: stood at {path}, by another rank's metadata at {self._paths[key]}"
+                    f"{source}: planner_data has the path {path!r} for the key {key!r}, which torch's planners don't write: "
+                    "paths are tuples of strings and integers, by key; set planner_data to None, and paths are taken from the keys"
                 )
+            if (known := self._key_paths.setdefault(key, tuple(path))) != tuple(path):
+                raise CatalogError(f"{source}: {key}: stood at {tuple(path)}, by another rank's metadata at {known}")
 
-    def _add_tensor(self, source: str, key: str, value: TensorStorageMetadata) -> int:
-        """The tensor's row."""
+    def _add_tensor(self, source: str, key: str, value: TensorStorageMetadata) -> None:
         try:
             shape, dtype = tuple(map(int, value.size)), value.properties.dtype
         except MALFORMED as error:
             raise CatalogError(f"{source}: {key}: incomplete tensor metadata ({error})") from error
-        row = self._tensors.setdefault(key, len(self._shapes))
+        if key in self._objects:
+            raise CatalogError(f"{source}: {key}: saved as a tensor, by another rank's metadata as an object")
+        row = self._rows[key]
         if row == len(self._shapes):
             if not is_possible(shape):
                 raise CatalogError(f"{source}: {key}: no tensor has the shape {shape}; the metadata is damaged")
@@ -163,145 +156,110 @@ class _CatalogBuilder:
             raise CatalogError(
                 f"{source}: {key}: saved as {dtype} of shape {shape}, elsewhere as {known[0]} of shape {known[1]}"
             )
-        if key in self._objects:
-            raise CatalogError(f"{source}: {key}: saved as a tensor, by another rank's metadata as an object")
-        return row
 
-    def _add_object(self, source: str, key: str, items: ItemColumns, item: int) -> None:
-        if key in self._tensors:
+    def _add_object(self, source: str, key: str, place: _Place | None) -> None:
+        if key in self._rows:
             raise CatalogError(f"{source}: {key}: saved as an object, by another rank's metadata as a tensor")
-        if key in self._objects:  # another rank's copy: one is enough
-            return
-        if item == NO_ITEM:
+        if place is not None:
+            self._objects.setdefault(key, place)  # another rank's copy: one is enough
+        elif key not in self._objects:
             self._problems.append(f"{key}: no file holds it")
-            return
-        place = (int(column[item]) for column in (items.path, items.byte_offset, items.byte_length, items.format))
-        self._objects[key] = _StoredObject(*place)
 
     def _chunk_columns(
-        self, source: str, tensors: Sequence[_KeyedTensor], items: ItemColumns, objects: Mapping[int, int]
+        self,
+        source: str,
+        tensors: Mapping[str, TensorStorageMetadata],
+        numbers: Sequence[int],
+        items: ItemColumns,
+        objects: Mapping[int, int],
     ) -> ChunkColumns:
-        """The chunks of some tensors of one metadata file, and the items that hold them.
-
-        Args:
-            objects: rows of ``items`` without a box, by the number of their key.
-        """
-        shapes = Shapes([self._shapes[tensor.row] for tensor in tensors])
-        numbers = np.array([tensor.number for tensor in tensors], dtype=np.int64)
-        rows = np.array([tensor.row for tensor in tensors], dtype=np.int64)
+        """The chunks of some tensors of one metadata file, and where they are: in ``objects`` are the items without a box."""
+        rows = np.array([self._rows[key] for key in tensors], dtype=np.int64)
+        shapes = Shapes([self._shapes[row] for row in rows.tolist()])
         counts, offsets, sizes = _boxes(source, tensors)
         tensor = np.repeat(np.arange(len(tensors)), counts)  # of each chunk, an index into `tensors`
-        if len(outside := np.flatnonzero(~shapes.contain(tensor, offsets, sizes))):
-            first = int(outside[0])
-            raise _outside(source, tensors[tensor[first]], offsets.row(first), sizes.row(first))
-        corner = shapes.corners(tensor, offsets)
-        item = items.rows_of(numbers, shapes, tensor=tensor, corner=corner)
+        is_inside = shapes.contain(tensor, offsets) & shapes.contain(tensor, sizes)
+        if is_inside.all():
+            ends = RaggedArray(offsets.flat + sizes.flat, offsets.lengths)
+            is_inside = shapes.contain(tensor, ends)
+        for chunk in np.flatnonzero(~is_inside).tolist():
+            key, shape = list(tensors)[tensor[chunk]], self._shapes[rows[tensor[chunk]]]
+            box = f"at {offsets.row(chunk)} of sizes {sizes.row(chunk)}"
+            raise CatalogError(f"{source}: {key}: chunk {box} is outside the shape {shape}")
+        first = shapes.numbers(tensor, offsets)
+        item = items.rows_of(np.array(numbers, dtype=np.int64), shapes, tensor=tensor, first=first)
         for chunk in np.flatnonzero((item == NO_ITEM) & (counts[tensor] == 1)).tolist():
-            item[chunk] = objects.get(tensors[tensor[chunk]].number, NO_ITEM)
-        return ChunkColumns(
-            tensor=rows[tensor],
-            corner=corner,
-            end=shapes.corners(tensor, RaggedArray(offsets.flat + sizes.flat, offsets.lengths)),
-            offsets=offsets,
-            sizes=sizes,
-            path=_take_or(NO_FILE, items.path, item),
-            byte_offset=_take_or(0, items.byte_offset, item),
-            byte_length=_take_or(0, items.byte_length, item),
-            format=_take_or(0, items.format, item),
-        )
+            item[chunk] = objects.get(numbers[tensor[chunk]], NO_ITEM)
+        places = np.append(items.place, np.array([(NO_FILE, 0, 0, 0)], PLACE))  # the last one is that of NO_ITEM
+        last = shapes.numbers(tensor, ends)
+        return ChunkColumns(rows[tensor], first, last, offsets=offsets, sizes=sizes, place=places[item])
 
     def finish(self) -> Catalog:
         """The catalog of all files that were added. Raises UnsafeMetadata."""
-        keys = list(self._tensors)
+        keys = list(self._rows)
         chunks = ChunkColumns.concatenate(self._chunks).without_replicas()
-        files = _Files(self._location)
-        chunk_file = self._chunk_files(keys, chunks, files)
+        chunk_file = self._chunk_files(keys, chunks)
         for chunk in np.flatnonzero(chunk_file == NO_FILE).tolist():
             box = Region(chunks.offsets.row(chunk), chunks.sizes.row(chunk))
             self._problems.append(f"{keys[chunks.tensor[chunk]]}: no file holds the chunk {box}")
-        objects = self._saved_objects(files)
+        paths, formats = list(self._paths), tuple(self._formats)
+        objects = {}
+        for key, place in self._objects.items():
+            path, byte_offset, byte_length, item_format = place
+            file = self._file(key, paths[path])
+            objects[key] = SavedObject(key, file, byte_offset, byte_length, formats[item_format])
         counts = np.bincount(chunks.tensor, minlength=len(keys)).tolist()
         return Catalog(
             location=self._location,
             torch_metadata_version=", ".join(sorted(self._versions)),
-            files=tuple(files.names),
+            files=tuple(self._files),
             tensors=saved_tensors(keys, self._shapes, self._dtypes, counts),
             objects=objects,
-            paths=self._paths,
+            paths=self._key_paths,
             chunk_file=chunk_file,
-            chunk_byte_offset=chunks.byte_offset,
-            chunk_byte_length=chunks.byte_length,
+            chunk_byte_offset=chunks.place["byte_offset"].copy(),
+            chunk_byte_length=chunks.place["byte_length"].copy(),
             box_offsets=chunks.offsets.flat,
             box_sizes=chunks.sizes.flat,
-            chunk_format=chunks.format,
-            formats=tuple(self._names.formats),
+            chunk_format=chunks.place["format"].copy(),
+            formats=formats,
             problems=tuple(self._problems),
         )
 
-    def _chunk_files(self, keys: Sequence[str], chunks: ChunkColumns, files: _Files) -> np.ndarray:
+    def _chunk_files(self, keys: Sequence[str], chunks: ChunkColumns) -> np.ndarray:
         """The file of each chunk, ``int32``. Files are numbered in the order in which chunks name them."""
-        paths = self._names.paths
+        paths, path = list(self._paths), chunks.place["path"]
         file_of = np.full(len(paths) + 1, NO_FILE, dtype=np.int32)  # the last entry is for NO_FILE
-        used, first = np.unique(chunks.path, return_index=True)
+        used, first = np.unique(path, return_index=True)
         for chunk in np.sort(first[used != NO_FILE]).tolist():
-            path = chunks.path[chunk]
-            file_of[path] = files.number(keys[chunks.tensor[chunk]], paths[path])
-        chunk_file: np.ndarray = file_of[chunks.path]
+            file_of[path[chunk]] = self._file(keys[chunks.tensor[chunk]], paths[path[chunk]])
+        chunk_file: np.ndarray = file_of[path]
         return chunk_file
 
-    def _saved_objects(self, files: _Files) -> dict[str, SavedObject]:
-        paths, formats = self._names.paths, self._names.formats
-        return {
-            key: SavedObject(
-                key, files.number(key, paths[item.path]), item.byte_offset, item.byte_length, formats[item.format]
-            )
-            for key, item in self._objects.items()
-        }
-
-
-class _Files:
-    """The files that hold items, by number. Each is inside the checkpoint."""
-
-    def __init__(self, location: str) -> None:
-        self.names: dict[str, int] = {}
-        self._location = location
-
-    def number(self, key: str, relative_path: str) -> int:
-        """The number of a path. Raises UnsafeMetadata if it leads out of the checkpoint."""
+    def _file(self, key: str, relative_path: str) -> int:
+        """The number of a file that holds something of a key. Raises UnsafeMetadata if it is outside the checkpoint."""
         name = name_inside(relative_path)
         if name is None:
             raise UnsafeMetadata(
                 f"{key}: relative_path {relative_path!r} leaves the checkpoint {self._location}; refused. "
                 "A checkpoint's files are inside its directory."
             )
-        return self.names.setdefault(name, len(self.names))
+        return self._files[name]
 
 
-def _boxes(source: str, tensors: Sequence[_KeyedTensor]) -> tuple[np.ndarray, RaggedArray, RaggedArray]:
+def _boxes(source: str, tensors: Mapping[str, TensorStorageMetadata]) -> tuple[np.ndarray, RaggedArray, RaggedArray]:
     """The number of chunks of each tensor, and the offsets and sizes of all chunks."""
     try:
-        chunks = [list(tensor.metadata.chunks) for tensor in tensors]
-        boxes = _states(list(chain.from_iterable(chunks)))
+        chunks = [list(tensor.chunks) for tensor in tensors.values()]
+        boxes = states_of(list(chain.from_iterable(chunks)), ChunkStorageMetadata)
         counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
         offsets = RaggedArray.from_rows([box["offsets"] for box in boxes])
         return counts, offsets, RaggedArray.from_rows([box["sizes"] for box in boxes])
     except MALFORMED as error:
         if len(tensors) > 1:
-            for tensor in tensors:  # one by one, to name the one that is malformed
-                _boxes(source, [tensor])
-        raise CatalogError(f"{source}: {tensors[0].key}: incomplete tensor metadata ({error})") from error
-
-
-def _states(chunks: Sequence[ChunkStorageMetadata]) -> list[dict[str, Any]]:
-    for kind in set(map(type, chunks)) - {ChunkStorageMetadata}:
-        raise TypeError(f"a chunk is a {kind.__name__}")
-    return [chunk[0] for chunk in chunks]
-
-
-def _take_or(missing: int, column: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """The rows ``item`` of a column; ``missing`` where ``item`` is NO_ITEM."""
-    taken: np.ndarray = np.append(column, np.array(missing, dtype=column.dtype))[item]
-    return taken
+            for key, tensor in tensors.items():  # one by one, to name the one that is malformed
+                _boxes(source, {key: tensor})
+        raise CatalogError(f"{source}: {next(iter(tensors))}: incomplete tensor metadata ({error})") from error
 
 
 def _check_key(source: str, key: Any) -> None:
@@ -310,31 +268,12 @@ def _check_key(source: str, key: Any) -> None:
             f"{source}: the key {key!r} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
             "(torch's default), which makes strings of all keys"
         )
-    if not key.isprintable() and not _is_text(key):
-        raise CatalogError(f"{source}: the key {key!r} is not text: it holds half of a character (a surrogate)")
-
-
-def _is_text(key: str) -> bool:
     try:
         key.encode()
     except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _outside(source: str, tensor: _KeyedTensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> CatalogError:
-    shape = tuple(map(int, tensor.metadata.size))
-    return CatalogError(f"{source}: {tensor.key}: chunk at {offsets} of sizes {sizes} is outside the shape {shape}")
-
-
-def _key_path(source: str, key: Any, path: Any) -> KeyPath:
-    is_path = isinstance(path, tuple | list) and path and _PATH_PARTS.issuperset(map(type, path))
-    if not isinstance(key, str) or not is_path:
         raise CatalogError(
-            f"{source}: planner_data has the path {path!r} for the key {key!r}, which torch's planners don't write: paths are "
-            "tuples of strings and integers, by key; set planner_data to None, and paths are taken from the keys"
-        )
-    return tuple(path)
+            f"{source}: the key {key!r} is not text: it holds half of a character (a surrogate)"
+        ) from None
 
 
 def _flattened_by_megatron(metadata: Metadata) -> Iterator[str]:

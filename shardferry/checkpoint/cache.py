@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,19 +78,8 @@ class CatalogCache:
 
 def encode_catalog(catalog: Catalog) -> list[Any]:
     """The bytes of a catalog's file: buffers, one after another."""
-    header = json.dumps(_header(catalog), separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    columns = [np.ascontiguousarray(getattr(catalog, name), dtype).view(np.uint8) for name, dtype in _COLUMNS.items()]
-    content: list[Any] = [len(header).to_bytes(8, "little"), header, *columns]
-    digest = hashlib.sha256()
-    for piece in content:
-        digest.update(piece)
-    return [_MAGIC, digest.digest(), *content]
-
-
-def _header(catalog: Catalog) -> dict[str, Any]:
     tensors, objects, formats = catalog.tensors.values(), catalog.objects.values(), list(catalog.formats)
-    return {
+    content = {
         "columns": {name: getattr(catalog, name).size for name in _COLUMNS},
         "torch_metadata_version": catalog.torch_metadata_version,
         "files": catalog.files,
@@ -104,6 +92,14 @@ def _header(catalog: Catalog) -> dict[str, Any]:
         "paths": catalog.paths,
         "problems": catalog.problems,
     }
+    header = json.dumps(content, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    columns = [np.ascontiguousarray(getattr(catalog, name), dtype).view(np.uint8) for name, dtype in _COLUMNS.items()]
+    pieces: list[Any] = [len(header).to_bytes(8, "little"), header, *columns]
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return [_MAGIC, digest.digest(), *pieces]
 
 
 def decode_catalog(data: memoryview, *, location: str) -> Catalog:
@@ -119,14 +115,11 @@ def decode_catalog(data: memoryview, *, location: str) -> Catalog:
     if digest != hashlib.sha256(data[40:]).digest():
         raise ValueError("its bytes are damaged")
     start = 48 + int.from_bytes(num_json_bytes, "little")
-    header, columns = json.loads(bytes(data[48:start])), {}
+    header: dict[str, Any] = json.loads(bytes(data[48:start]))
+    columns: dict[str, Any] = {}
     for name, dtype in _COLUMNS.items():
         columns[name] = np.frombuffer(data, dtype, header["columns"][name], start)
         start += columns[name].nbytes
-    return _catalog(header, columns, location)
-
-
-def _catalog(header: Mapping[str, Any], columns: Mapping[str, Any], location: str) -> Catalog:
     if any(name_inside(file) != file for file in header["files"]):
         raise ValueError("it names a file outside of the checkpoint")
     by_name = {name: item_format for item_format, name in _FORMAT_NAMES.items()}

@@ -1,13 +1,11 @@
 """Turn torch's own in-memory ``Metadata``, as a storage reader returns it, into a catalog.
 
-Only the reader itself knows where its items are. So every chunk and object is said to be in one file that stands for the
-reader's storage: the catalog serves to find keys and to prove cover, not to read bytes.
+Only the reader knows where its items are. The catalog, in which one file holds all, serves to find keys and to prove cover.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -15,7 +13,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from shardferry.checkpoint.build import saved_tensors
 from shardferry.checkpoint.catalog import Catalog, SavedObject, ZipItem
 from shardferry.errors import CatalogError
-from shardferry.state_dicts import KeyPath
 
 _STORAGE = "the reader's storage"
 
@@ -36,14 +33,17 @@ def catalog_from_torch(metadata: Metadata, *, location: str, keys: Collection[st
     counts = [len(tensor.chunks) for tensor in tensors.values()]
     shapes = [tuple(tensor.size) for tensor in tensors.values()]
     dtypes = [tensor.properties.dtype for tensor in tensors.values()]
-    num_chunks = sum(counts)
+    num_chunks, paths = sum(counts), None
+    if isinstance(metadata.planner_data, Mapping):  # as torch's planners leave it; another one may leave something else
+        recorded = metadata.planner_data.items()
+        paths = {key: tuple(path) for key, path in recorded if isinstance(path, tuple | list) and path}
     return Catalog(
         location=location,
         torch_metadata_version=str(metadata.version),
         files=(_STORAGE,),
         tensors=saved_tensors(tensors, shapes, dtypes, counts),
         objects={key: SavedObject(key, 0, 0, 0, ZipItem()) for key in saved if key not in tensors},
-        paths=_paths(metadata.planner_data),
+        paths=paths,
         chunk_file=np.zeros(num_chunks, dtype=np.int32),
         chunk_byte_offset=np.zeros(num_chunks, dtype=np.int64),
         chunk_byte_length=np.zeros(num_chunks, dtype=np.int64),
@@ -55,7 +55,6 @@ def catalog_from_torch(metadata: Metadata, *, location: str, keys: Collection[st
 
 
 def _boxes(tensors: Mapping[str, TensorStorageMetadata], location: str) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and sizes of all chunks, one after another, each ``int64``."""
     offsets: list[int] = []
     sizes: list[int] = []
     for key, tensor in tensors.items():
@@ -68,10 +67,3 @@ def _boxes(tensors: Mapping[str, TensorStorageMetadata], location: str) -> tuple
             offsets += chunk.offsets
             sizes += chunk.sizes
     return np.array(offsets, dtype=np.int64), np.array(sizes, dtype=np.int64)
-
-
-def _paths(planner_data: Any) -> dict[str, KeyPath] | None:
-    """The key paths that torch's planners leave; None where another planner left something else."""
-    if not isinstance(planner_data, Mapping):
-        return None
-    return {key: tuple(path) for key, path in planner_data.items() if isinstance(path, tuple | list) and path}

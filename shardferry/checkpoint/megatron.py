@@ -54,7 +54,8 @@ def with_common_values(catalog: Catalog, common: bytes) -> Catalog:
     Args:
         common: the bytes of ``common.pt``.
     """
-    fqns = _fqns(catalog.tensors)
+    keys = [key.removeprefix(_STATE) for key in catalog.tensors if key.startswith(_STATE)]
+    fqns = list(dict.fromkeys(entry[0] for key in keys if (entry := megatron_entry((key,)))))
     if catalog.paths is not None or not fqns:
         return catalog
     try:
@@ -62,25 +63,17 @@ def with_common_values(catalog: Catalog, common: bytes) -> Catalog:
             values = torch.load(io.BytesIO(common), map_location="cpu", weights_only=True)
         known = dict(_known_values(values, fqns))
     except Exception as error:  # a file of another writer raises nearly any type
-        problem = f"{COMMON_FILE}: not readable as plain values ({_reason(error)}); the optimizer's step and param groups are unknown"
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # else the first line: torch writes a page
+        why = f"it holds a {refused[1]}" if refused else next(iter(str(error).splitlines()), type(error).__name__)
+        problem = (
+            f"{COMMON_FILE}: not readable as plain values ({why}); the optimizer's step and param groups are unknown"
+        )
         return dataclasses.replace(catalog, problems=(*catalog.problems, problem))
     if not known:
         return catalog
     files = (*catalog.files, COMMON_FILE)
     objects = {key: SavedObject(key, len(catalog.files), 0, 0, KnownValue(value)) for key, value in known.items()}
     return dataclasses.replace(catalog, files=files, objects={**catalog.objects, **objects})
-
-
-def _reason(error: Exception) -> str:
-    """The class that torch refuses, or the first line of its message, which is a page long."""
-    if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-        return f"it holds a {refused[1]}"
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _fqns(keys: Iterable[str]) -> list[str]:
-    entries = [megatron_entry((key.removeprefix(_STATE),)) for key in keys if key.startswith(_STATE)]
-    return list(dict.fromkeys(entry[0] for entry in entries if entry is not None))
 
 
 def _known_values(common: Any, fqns: list[str]) -> Iterable[tuple[str, Any]]:

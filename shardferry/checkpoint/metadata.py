@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -36,9 +36,8 @@ class Record(metaclass=_Sealed):
 class Row(list[Any], metaclass=_Sealed):
     """Stands in for a torch dataclass with one instance per chunk: a list whose only entry is the pickled state, a dict.
 
-    The unpickler passes the state to ``__setstate__``. As that is ``list.append``, a chunk costs neither a call of Python code
-    nor a second dict: a fifth less time and memory than a `Record`. A pickle may put anything else into the list;
-    `build_catalog` refuses that. Rows are compared by identity.
+    As ``__setstate__`` is ``list.append``, a chunk costs neither a call of Python code nor a second dict: a fifth less time and
+    memory than a `Record`. `build_catalog` refuses anything else in the list. Rows are compared by identity.
     """
 
     __slots__ = ()
@@ -90,12 +89,10 @@ class StorageInfo(Row):
     __slots__ = ()
 
 
-class StorageMeta(Record):
-    """The writer's remarks. They are not used."""
+class Remark(Record):
+    """What is not used: the writer's remarks, layouts, memory formats, parts of the save plans that Megatron-Core leaves."""
 
-
-class PlanRemark(Record):
-    """A part of the save plans that Megatron-Core leaves in its metadata. It is not used."""
+    def __init__(self, *_values: Any) -> None: ...
 
 
 class TensorProperties(Record):
@@ -116,55 +113,51 @@ class TensorProperties(Record):
             )
 
 
+def states_of(rows: Collection[Any], kind: type[Row]) -> list[dict[str, Any]]:
+    """The states of rows. Raises TypeError where one is not of this kind, IndexError where one has no state."""
+    for other in set(map(type, rows)) - {kind}:
+        raise TypeError(f"a {other.__name__} is in the place of a {kind.__name__}")
+    return [row[0] for row in rows]
+
+
 def _path(*parts: str) -> str:
     return "/".join(parts)
 
 
-def _remark(*_values: Any) -> None:
-    """Stands in for layouts and memory formats, which are not used."""
-
-
-_CHECKPOINT = "torch.distributed.checkpoint.metadata"
-_SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # torch 2.1 and 2.2
-_FILES = "torch.distributed.checkpoint.filesystem"
-_PLANS = "torch.distributed.checkpoint.planner"
-_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
-
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    (_CHECKPOINT, "Metadata"): Metadata,
-    (_CHECKPOINT, "TensorStorageMetadata"): TensorStorageMetadata,
-    (_CHECKPOINT, "TensorProperties"): TensorProperties,
-    (_CHECKPOINT, "ChunkStorageMetadata"): ChunkStorageMetadata,
-    (_CHECKPOINT, "BytesStorageMetadata"): BytesStorageMetadata,
-    (_CHECKPOINT, "MetadataIndex"): MetadataIndex,
-    (_CHECKPOINT, "StorageMeta"): StorageMeta,
-    (_CHECKPOINT, "_MEM_FORMAT_ENCODING"): _remark,
-    (_SHARDED, "TensorProperties"): TensorProperties,
-    (_SHARDED, "MEM_FORMAT_ENCODING"): _remark,
-    (_FILES, "_StorageInfo"): StorageInfo,
-    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
+_OF_TORCH: dict[str, Callable[..., Any]] = {
+    "Metadata": Metadata,
+    "TensorStorageMetadata": TensorStorageMetadata,
+    "TensorProperties": TensorProperties,
+    "ChunkStorageMetadata": ChunkStorageMetadata,
+    "BytesStorageMetadata": BytesStorageMetadata,
+    "MetadataIndex": MetadataIndex,
+    "StorageMeta": Remark,
+    "_MEM_FORMAT_ENCODING": Remark,
+}
+_ALLOWED: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "torch.distributed.checkpoint.metadata": _OF_TORCH,
+    # torch 2.1 and 2.2
+    "torch.distributed._shard.sharded_tensor.metadata": {
+        "TensorProperties": TensorProperties,
+        "MEM_FORMAT_ENCODING": Remark,
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo": StorageInfo, "_StoragePrefix": Remark},
+    "olmo_core.distributed.checkpoint.filesystem": {"_StorageInfo": StorageInfo},
     # Megatron-Core adds the ranks' save plans to a plain Metadata, and up to 0.15 has subclasses of both.
-    (_MEGATRON, "MCoreMetadata"): Metadata,
-    (_MEGATRON, "MCoreSavePlan"): PlanRemark,
-    (_PLANS, "SavePlan"): PlanRemark,
-    (_PLANS, "WriteItem"): PlanRemark,
-    (_PLANS, "TensorWriteData"): PlanRemark,
-    (_PLANS, "BytesIOWriteData"): PlanRemark,
-    (_PLANS, "WriteItemType"): _remark,
-    (_FILES, "_StoragePrefix"): PlanRemark,
-    ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): _remark,
-    ("pathlib", "PosixPath"): _path,
-    ("pathlib", "PurePosixPath"): _path,
-    ("pathlib", "WindowsPath"): _path,
-    ("pathlib", "PureWindowsPath"): _path,
-    ("collections", "OrderedDict"): dict,
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata": Metadata, "MCoreSavePlan": Remark},
+    "torch.distributed.checkpoint.planner": dict.fromkeys(
+        ["SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData", "WriteItemType"], Remark
+    ),
+    "torch": {"Size": tuple},
+    "torch.serialization": {"_get_layout": Remark},
+    "pathlib": dict.fromkeys(["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"], _path),
+    "collections": {"OrderedDict": dict},
 }
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get((module, name))
+        allowed = _ALLOWED.get(module, {}).get(name)
         if allowed is not None:
             return allowed
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):

@@ -6,10 +6,9 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,8 @@ from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
-from shardferry.checkpoint.metadata import Metadata, parse_metadata
-from shardferry.checkpoint.safetensors import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    open_safetensors,
-    with_safetensors_positions,
-)
+from shardferry.checkpoint.metadata import parse_metadata
+from shardferry.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors, with_safetensors_positions
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.storage.base import RangeReader, read_file
 from shardferry.storage.open import open_storage
@@ -63,11 +57,9 @@ def open_checkpoint(
         return read_catalog(storage, cache=cache, storage_options=storage_options)
 
 
-@contextmanager
-def opened_storage(catalog: Catalog, *, retry: RetryPolicy | None = None) -> Iterator[RangeReader]:
+def opened_storage(catalog: Catalog, *, retry: RetryPolicy | None = None) -> AbstractContextManager[RangeReader]:
     """Open a catalog's storage as `storage_of` does, and close it at the end of the ``with``."""
-    with closing(storage_of(catalog, retry=retry)) as storage:
-        yield storage
+    return closing(storage_of(catalog, retry=retry))
 
 
 def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeReader:
@@ -99,8 +91,10 @@ def read_catalog(
     """
     listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
     versions = storage.versions()
-    kept = None if cache is None else CatalogCache(Path(cache).expanduser())
-    catalog = _read_metadata(storage, list(listing), kept)
+    names, kept = list(listing), None if cache is None else CatalogCache(Path(cache).expanduser())
+    found = (catalog for read in _FORMATS if (catalog := read(storage, names, kept)) is not None)
+    if (catalog := next(found, None)) is None:
+        raise _no_checkpoint(storage, names)
     catalog = dataclasses.replace(
         catalog,
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
@@ -116,78 +110,70 @@ def read_catalog(
 MetadataReader = Callable[[RangeReader, Sequence[str], CatalogCache | None], Catalog | None]
 
 
-def _read_metadata(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog:
-    for read in _FORMATS:
-        if (catalog := read(storage, names, cache)) is not None:
-            return catalog
-    raise _no_checkpoint(storage.location, names) if storage.traits.has_listing else _not_served(storage.location)
-
-
 def _read_dcp(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog | None:
     """``.metadata``, which the coordinator of a save writes."""
     return _read_pickles(storage, [METADATA_FILE], cache) if METADATA_FILE in names else None
 
 
 def _read_rank_metadata(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog | None:
-    """``__0.metadata``, ``__1.metadata``, ...: each rank of a save without collectives writes its own."""
+    """``__0.metadata``, ``__1.metadata``, ...: each rank of a save without collectives writes its own.
+
+    Nothing tells how many ranks there were, so only gaps can be found.
+    """
     files = {int(found[1]): name for name in names if (found := _RANK_METADATA.fullmatch(name))}
-    _check_ranks(storage.location, files)
-    return _read_pickles(storage, [files[rank] for rank in sorted(files)], cache) if files else None
+    if not files:
+        return None
+    last = max(files)
+    if lost := sorted(set(range(last)) - set(files)):
+        raise CatalogError(
+            f"{storage.location}: {len(files)} ranks wrote metadata of their own, up to {files[last]}, but that of rank "
+            f"{lost[0]} is missing ({len(lost)} of {last + 1} are); without it its share can't be found. Copy all of the "
+            "checkpoint, or use another one"
+        )
+    return _read_pickles(storage, [files[rank] for rank in sorted(files)], cache)
 
 
-def _read_safetensors(storage: RangeReader, names: Sequence[str], _cache: CatalogCache | None) -> Catalog | None:
-    """The headers of all safetensors files."""
-    return open_safetensors(storage, names)
-
-
-_FORMATS: tuple[MetadataReader, ...] = (_read_dcp, _read_rank_metadata, _read_safetensors)
+_FORMATS: tuple[MetadataReader, ...] = (
+    _read_dcp,
+    _read_rank_metadata,
+    lambda storage, names, _cache: open_safetensors(storage, names),
+)
 
 
 def _read_pickles(storage: RangeReader, names: Sequence[str], cache: CatalogCache | None) -> Catalog:
     """The catalog of some pickles of DCP. Only what follows from these files alone is cached."""
-    files = _MetadataFiles.read(storage, names)
-    location, digest = storage.location, b"" if cache is None else files.digest()
+    location, contents = storage.location, _contents(storage, names)
+    digest = b"" if cache is None else _digest(contents)
     catalog = None if cache is None else cache.get(digest, location=location)
     if catalog is None:
-        catalog = build_catalog(files.parsed(location), location=location)
+        sources = ((f"{location}/{name}", content) for name, content in contents.items())
+        parts = ((source, parse_metadata(content, source=source)) for source, content in sources)
+        catalog = build_catalog(parts, location=location)
         if cache is not None:
             cache.put(digest, catalog)
     return with_safetensors_positions(catalog, storage)
 
 
-@dataclass(frozen=True, slots=True)
-class _MetadataFiles:
-    """Metadata files in memory, as they are stored."""
+def _contents(storage: RangeReader, names: Sequence[str]) -> dict[str, memoryview]:
+    """Read some files, in several requests at once. Raises StorageError where a file is missing or short."""
+    contents = {name: np.empty(storage.size(name), dtype=np.uint8).data for name in names}
+    pieces = [
+        (name, start, content[start : start + _PIECE_BYTES])
+        for name, content in contents.items()
+        for start in range(0, len(content), _PIECE_BYTES)
+    ]
+    with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="shardferry-metadata") as pool:
+        list(pool.map(lambda piece: storage.read_into(*piece), pieces))
+    return contents
 
-    names: Sequence[str]
-    contents: Sequence[memoryview]
 
-    @classmethod
-    def read(cls, storage: RangeReader, names: Sequence[str]) -> _MetadataFiles:
-        """Read the files, in several requests at once. Raises StorageError where a file is missing or short."""
-        contents = [np.empty(storage.size(name), dtype=np.uint8).data for name in names]
-        pieces = [
-            (name, start, content[start : start + _PIECE_BYTES])
-            for name, content in zip(names, contents, strict=True)
-            for start in range(0, len(content), _PIECE_BYTES)
-        ]
-        with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="shardferry-metadata") as pool:
-            list(pool.map(lambda piece: storage.read_into(*piece), pieces))
-        return cls(names, contents)
-
-    def digest(self) -> bytes:
-        """SHA-256 of all names and contents."""
-        whole = hashlib.sha256()
-        for name, content in zip(self.names, self.contents, strict=True):
-            whole.update(f"{name!a} {len(content)} ".encode())
-            whole.update(content)
-        return whole.digest()
-
-    def parsed(self, location: str) -> Iterator[tuple[str, Metadata]]:
-        """Name, for error messages, and content of each file. Raises UnsafeMetadata, CatalogError."""
-        for name, content in zip(self.names, self.contents, strict=True):
-            source = f"{location}/{name}"
-            yield source, parse_metadata(content, source=source)
+def _digest(contents: Mapping[str, memoryview]) -> bytes:
+    """SHA-256 of all names and contents."""
+    whole = hashlib.sha256()
+    for name, content in contents.items():
+        whole.update(f"{name!a} {len(content)} ".encode())
+        whole.update(content)
+    return whole.digest()
 
 
 def _known_files(storage: RangeReader) -> dict[str, int | None]:
@@ -203,29 +189,15 @@ def _known_files(storage: RangeReader) -> dict[str, int | None]:
         return {name: size for name, size in found if size is not None}
 
 
-def _check_ranks(location: str, files: Mapping[int, str]) -> None:
-    """Raise CatalogError if a rank's metadata is missing before that of the last rank. (Nothing tells how many come after.)"""
-    last = max(files, default=-1)
-    lost = sorted(set(range(last)) - set(files))
-    if lost:
-        raise CatalogError(
-            f"{location}: {len(files)} ranks wrote metadata of their own, up to {files[last]}, but that of rank {lost[0]} "
-            f"is missing ({len(lost)} of {last + 1} are); without it its share can't be found. Copy all of the checkpoint, "
-            "or use another one"
+def _no_checkpoint(storage: RangeReader, names: Sequence[str]) -> CheckpointNotFound:
+    if not storage.traits.has_listing:
+        return CheckpointNotFound(
+            f"{storage.location}: no {METADATA_FILE} file, and no {INDEX_FILE}. Other files can't be found here, as a web server "
+            "doesn't list what it has: neither metadata that each rank wrote for itself (__0.metadata, ...) nor whether the save "
+            'was completed. Where the server has an index page of the directory, storage_options={"client": "fsspec"} reads that'
         )
-
-
-def _no_checkpoint(location: str, names: Sequence[str]) -> CheckpointNotFound:
     saved = sum(name.endswith(".distcp") for name in names)
     hint = "the save was not completed" if saved else "this is not a distributed checkpoint"
     return CheckpointNotFound(
-        f"{location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
-    )
-
-
-def _not_served(location: str) -> CheckpointNotFound:
-    return CheckpointNotFound(
-        f"{location}: no {METADATA_FILE} file, and no {INDEX_FILE}. Other files can't be found here, as a web server doesn't "
-        "list what it has: neither metadata that each rank wrote for itself (__0.metadata, ...) nor whether the save was "
-        'completed. Where the server has an index page of the directory, storage_options={"client": "fsspec"} reads that'
+        f"{storage.location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
     )

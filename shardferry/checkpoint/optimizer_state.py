@@ -1,7 +1,7 @@
 """Find an optimizer's state and param groups, and a model's weights, among the keys of a checkpoint, by FQN.
 
-Writers save them under ``<optimizer_key>.state.<fqn>.<name>``, ``<optimizer_key>.param_groups...`` and ``<model_key>.<fqn>``. The
-key paths in the metadata record where one component ends. Where they are missing, the dots of a key tell it.
+Writers save them under ``<optimizer_key>.state.<fqn>.<name>``, ``<optimizer_key>.param_groups...`` and ``<model_key>.<fqn>``.
+The key paths in the metadata, or else the dots of a key, tell where one component ends.
 
 ::
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
@@ -53,9 +54,8 @@ class OptimizerIndex:
 
     def all_keys(self) -> list[str]:
         """All keys of this optimizer's state and param groups."""
-        return [entry.key for names in self.state.values() for entry in names.values()] + list(
-            self.param_groups.values()
-        )
+        entries = (entry for names in self.state.values() for entry in names.values())
+        return [*(entry.key for entry in entries), *self.param_groups.values()]
 
 
 def index_optimizer(catalog: Catalog, optimizer_key: str | None) -> OptimizerIndex:
@@ -66,8 +66,7 @@ def index_optimizer(catalog: Catalog, optimizer_key: str | None) -> OptimizerInd
             empty where the optimizer's own state dict was saved. None: no optimizer is wanted.
 
     Raises:
-        PlanError: nothing was saved under this key, or something else than an optimizer; the message names the keys that are
-            there.
+        PlanError: nothing was saved under this key, or something else than an optimizer; names the keys that are there.
     """
     if optimizer_key is None:
         return OptimizerIndex("", {}, {}, {})
@@ -85,10 +84,7 @@ def index_optimizer(catalog: Catalog, optimizer_key: str | None) -> OptimizerInd
             "dp_zero_gather_scatter), which don't tell where a parameter is; load them with Megatron and save with "
             "--dist-ckpt-optim-fully-reshardable"
         )
-    raise PlanError(
-        f"{catalog.location}: {optimizer_key!r} holds no optimizer: neither 'state' nor 'param_groups' is below it; "
-        f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
-    )
+    raise _not_there(catalog, f"{optimizer_key!r} holds no optimizer: neither 'state' nor 'param_groups' is below it")
 
 
 def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
@@ -103,22 +99,29 @@ def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
     state: dict[KeyPath, str] = {}
     groups: dict[KeyPath, str] = {}
     paths = dict(_below(catalog, optimizer_key))
-    of_megatron: set[str] = set()
+    of_megatron: dict[str, None] = {}
     for key, path in paths.items():
         section, rest = _split_section(path)
         if section == "state" and rest:
             entry = megatron_entry(rest) if catalog.paths is None else None
             if entry:
-                of_megatron.add(entry[0])
+                of_megatron[entry[0]] = None
             state[entry or rest] = key
         elif section == "param_groups":
             groups[rest] = key
     if optimizer_key in catalog.tensors or optimizer_key in catalog.objects:
         paths.setdefault(optimizer_key, ())
     if not paths:
-        raise _nothing_saved(catalog, f"optimizer_key {optimizer_key!r}")
-    by_fqn = _by_fqn(state, _flattened_fqns(groups))
-    _check_steps(catalog, {fqn: by_fqn[fqn] for fqn in by_fqn if fqn in of_megatron})
+        raise _not_there(catalog, f"nothing is saved under optimizer_key {optimizer_key!r}")
+    # Flattened hyperparameters tell FQNs exactly, as the names of hyperparameters have no dots.
+    known = {str(path[0]).rpartition(".")[0] for path in groups if len(path) == 1 and isinstance(path[0], str)}
+    by_fqn: dict[str, dict[str, StateEntry]] = {}
+    for path, key in state.items():
+        fqn, below = _split_state(path, known)
+        entry_of_state = StateEntry(key, below)
+        by_fqn.setdefault(fqn, {})[entry_of_state.name] = entry_of_state
+    if lacking := [fqn for fqn in of_megatron if "exp_avg" in by_fqn[fqn] and "step" not in by_fqn[fqn]]:
+        raise _no_step(catalog, lacking, len(of_megatron))
     return OptimizerIndex(optimizer_key, by_fqn, groups, paths)
 
 
@@ -133,67 +136,46 @@ def index_weights(catalog: Catalog, model_key: str) -> dict[str, str]:
     """
     keys = {".".join(map(str, tail)): key for key, tail in _below(catalog, model_key)}
     if not keys:
-        raise _nothing_saved(catalog, f"model_key {model_key!r}")
+        raise _not_there(catalog, f"nothing is saved under model_key {model_key!r}")
     return keys
 
 
 def top_level_keys(catalog: Catalog) -> list[str]:
     """The keys of the state dict that was saved, sorted."""
-    return sorted({str(_components(catalog, key)[0]) for key in [*catalog.tensors, *catalog.objects]})
+    paths = {key: catalog.path(key) for key in [*catalog.tensors, *catalog.objects]}
+    return sorted({key.partition(".")[0] if path == (key,) else str(path[0]) for key, path in paths.items()})
 
 
 def parameter_shape(tensors: Mapping[str, SavedTensor]) -> tuple[int, ...] | None:
-    """The shape of a parameter, derived from its saved state: the one shape that all non-scalar state has.
+    """The shape of a parameter: the one that all its non-scalar state has. ``tensors`` is its saved state by name.
 
-    Args:
-        tensors: the parameter's saved state, by state name.
-
-    Returns:
-        None if the state has no tensor, or its shapes differ (Adafactor's rows and columns). Then no state may be sharded as
-        the parameter is.
+    None if the state has no tensor, or its shapes differ (Adafactor's rows and columns): no state may be sharded as the
+    parameter is.
     """
     shapes = {tensor.shape for name, tensor in tensors.items() if name not in SCALAR_STATE}
     return shapes.pop() if len(shapes) == 1 else None
 
 
-def _nothing_saved(catalog: Catalog, key: str) -> PlanError:
-    return PlanError(
-        f"{catalog.location}: nothing is saved under {key}; "
-        f"top-level keys are {', '.join(map(repr, top_level_keys(catalog))) or 'none'}"
-    )
+def _not_there(catalog: Catalog, what: str) -> PlanError:
+    keys = ", ".join(map(repr, top_level_keys(catalog)))
+    return PlanError(f"{catalog.location}: {what}; top-level keys are {keys or 'none'}")
 
 
-def _check_steps(catalog: Catalog, state: Mapping[str, Mapping[str, StateEntry]]) -> None:
-    """Megatron-Core keeps its steps outside the metadata. Without them Adam's state is incomplete."""
-    lacking = [fqn for fqn, names in state.items() if "exp_avg" in names and "step" not in names]
-    if not lacking:
-        return
+def _no_step(catalog: Catalog, lacking: Sequence[str], num_parameters: int) -> PlanError:
     known = [problem for problem in catalog.problems if problem.startswith(COMMON_FILE)]
     why = known[0] if known else f"there is no {COMMON_FILE}, or it holds none for this optimizer"
-    raise PlanError(
-        f"{lacking[0]}: no step ({len(lacking)} of {len(state)} parameters have none), which Megatron-Core keeps in "
+    return PlanError(
+        f"{lacking[0]}: no step ({len(lacking)} of {num_parameters} parameters have none), which Megatron-Core keeps in "
         f"{catalog.location}/{COMMON_FILE}: {why}. Where it names classes that you trust, allow them with "
         "torch.serialization.add_safe_globals before the checkpoint is opened; else save again"
     )
 
 
-def _components(catalog: Catalog, key: str) -> KeyPath:
-    path = catalog.path(key)
-    if len(path) == 1 and path[0] == key and "." in key:
-        head, _, tail = key.partition(".")
-        return (head, tail)
-    return path
-
-
 def _below(catalog: Catalog, wanted: str) -> Iterator[tuple[str, KeyPath]]:
     """Every key whose path begins with ``wanted`` (dots lead into nested dicts), and the rest of its path."""
-    paths = catalog.paths or {}
-    for keys in (catalog.tensors, catalog.objects):
-        for key in keys:
-            path = paths.get(key) or (key,)
-            tail = path[1:] if path[0] == wanted and len(path) > 1 else _tail(path, wanted)
-            if tail is not None:
-                yield key, tail
+    for key in chain(catalog.tensors, catalog.objects):
+        if (tail := _tail(catalog.path(key), wanted)) is not None:
+            yield key, tail
 
 
 def _tail(path: KeyPath, wanted: str) -> KeyPath | None:
@@ -218,20 +200,6 @@ def _split_section(tail: KeyPath) -> tuple[str, KeyPath]:
         section, _, dotted = section.partition(".")
         return section, (dotted,)
     return section, rest
-
-
-def _flattened_fqns(groups: Mapping[KeyPath, str]) -> set[str]:
-    """FQNs that flattened hyperparameters tell exactly, as the names of hyperparameters have no dots."""
-    return {str(path[0]).rpartition(".")[0] for path in groups if len(path) == 1 and isinstance(path[0], str)}
-
-
-def _by_fqn(state: Mapping[KeyPath, str], known: set[str]) -> dict[str, dict[str, StateEntry]]:
-    by_fqn: dict[str, dict[str, StateEntry]] = {}
-    for path, key in state.items():
-        fqn, below = _split_state(path, known)
-        entry = StateEntry(key, below)
-        by_fqn.setdefault(fqn, {})[entry.name] = entry
-    return by_fqn
 
 
 def _split_state(path: KeyPath, known: set[str]) -> tuple[str, KeyPath]:
@@ -273,17 +241,27 @@ class SavedOptimizer:
         groups = None
         if values is not None:
             groups = build_param_groups({path: values[key] for path, key in index.param_groups.items()})
-        names = _positional_names(index, groups, positions) if _is_positional(index, groups) else {}
-        naming = _Naming(names, request)
+        grouped = [saved for group in groups or () for saved in group.get("params", ())]
+        names = _positional_names(index, groups, grouped, positions)
+
+        def name_of(saved: str | int) -> str:
+            return names.get(str(saved), str(saved))
+
+        selection = request.selection
         state: dict[str, Mapping[str, StateEntry]] = {}
-        for saved_fqn, entries in index.state.items():
-            fqn = naming.fqn(saved_fqn)
+        for saved, entries in index.state.items():
+            fqn = selection.wanted_name(name_of(saved))
             if fqn in state:
-                raise PlanError(f"{fqn}: two saved parameters get this name, {saved_fqn!r} is one; narrow the renaming")
-            if request.selection.selects(fqn):
+                raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
+            if selection.selects(fqn):
                 state[fqn] = entries
-        named = None if groups is None else tuple(naming.group(group) for group in groups)
-        return cls(index.optimizer_key, state, named, naming.names_before(index, groups))
+        named = []
+        for group in groups or ():
+            rest = {name: value for name, value in group.items() if name not in ("params", _NAMES)}
+            fqns = [selection.wanted_name(name_of(saved)) for saved in group.get("params", ())]
+            named.append({**rest, "params": [fqn for fqn in fqns if selection.selects(fqn)]})
+        param_groups = None if groups is None else tuple(named)
+        return cls(index.optimizer_key, state, param_groups, frozenset(map(name_of, (*index.state, *grouped))))
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """All param groups, with only these parameters in them. Groups that hold none of them stay, with no parameters."""
@@ -320,39 +298,22 @@ def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
     return groups + [flattened[fqn] for fqn in sorted(flattened)]
 
 
-@dataclass(frozen=True)
-class _Naming:
-    positions: Mapping[str, str]  # saved position, in digits -> FQN
-    request: LoadRequest
-
-    def fqn(self, saved: str | int) -> str:
-        return self.request.selection.wanted_name(self._saved_fqn(saved))
-
-    def names_before(self, index: OptimizerIndex, groups: Sequence[ParamGroup] | None) -> frozenset[str]:
-        """All saved FQNs before renaming."""
-        grouped = (saved for group in groups or () for saved in group.get("params", ()))
-        return frozenset(map(self._saved_fqn, (*index.state, *grouped)))
-
-    def group(self, group: ParamGroup) -> ParamGroup:
-        fqns = [self.fqn(saved) for saved in group.get("params", ())]
-        rest = {name: value for name, value in group.items() if name not in ("params", _NAMES)}
-        return {**rest, "params": [fqn for fqn in fqns if self.request.selection.selects(fqn)]}
-
-    def _saved_fqn(self, saved: str | int) -> str:
-        return self.positions.get(str(saved), str(saved))
-
-
-def _is_positional(index: OptimizerIndex, groups: Sequence[ParamGroup] | None) -> bool:
-    """Whether a plain ``optimizer.state_dict()`` was saved, in which numbers stand for parameters."""
-    listed = [saved for group in groups or () for saved in group.get("params", ())]
-    names = listed or list(index.state)
-    return bool(names) and all(isinstance(name, int) or name.isdigit() for name in names)
-
-
 def _positional_names(
-    index: OptimizerIndex, groups: Sequence[ParamGroup] | None, positions: Positions | None
+    index: OptimizerIndex,
+    groups: Sequence[ParamGroup] | None,
+    grouped: Sequence[str | int],
+    positions: Positions | None,
 ) -> dict[str, str]:
-    """The FQN of each saved position: from the saved param groups if they have names, otherwise from the live optimizer."""
+    """The FQN of each saved position, where a plain ``optimizer.state_dict()`` was saved, in which numbers stand for parameters.
+
+    It is from the saved param groups if they have names, otherwise from the live optimizer.
+
+    Args:
+        grouped: all parameters in ``groups``.
+    """
+    numbers = grouped or list(index.state)
+    if not numbers or not all(isinstance(number, int) or number.isdigit() for number in numbers):
+        return {}
     if groups and all(len(group.get(_NAMES) or ()) == len(group["params"]) for group in groups):
         return {str(saved): fqn for group in groups for saved, fqn in zip(group["params"], group[_NAMES], strict=True)}
     if positions is None or groups is None:

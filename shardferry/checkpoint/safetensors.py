@@ -4,15 +4,9 @@
 
     file     |8 bytes: length of the JSON|JSON|raw bytes of all tensors, row-major, at data_offsets from here|
 
-Two of torch's writers leave such files:
-
-* ``HuggingFaceStorageWriter``, like everything else of Hugging Face, leaves no ``.metadata``. The headers of all files together
-  say what was saved (`open_safetensors`). Where torch wrote a shard, the JSON has the shard's offsets under ``__metadata__``.
-* ``FileSystemWriter`` with ``SerializationFormat.SAFETENSORS`` leaves a ``.metadata`` whose byte positions are wrong. Its files are
-  complete only if they hold nothing but tensors (`with_safetensors_positions`).
-
-Every length and position is compared with the file. Format: https://huggingface.co/docs/safetensors and
-torch/distributed/checkpoint/_hf_utils.py.
+``HuggingFaceStorageWriter`` leaves no ``.metadata``, but a shard's offsets under ``__metadata__`` of the JSON. ``FileSystemWriter``
+with ``SerializationFormat.SAFETENSORS`` leaves a ``.metadata`` whose byte positions are wrong. Every length and position is
+compared with the file. Format: https://huggingface.co/docs/safetensors and torch/distributed/checkpoint/_hf_utils.py.
 """
 
 from __future__ import annotations
@@ -21,7 +15,7 @@ import dataclasses
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,18 +86,20 @@ class RawTensor:
 
 
 def open_safetensors(storage: RangeReader, names: Sequence[str]) -> Catalog | None:
-    """The catalog of all safetensors files of a directory; None if there are none. Each whole tensor ends where its last shard ends.
-
-    Args:
-        names: the files of the directory, as far as they are known.
+    """The catalog of all safetensors files among ``names``; None if there are none. Each whole tensor ends where its last shard ends.
 
     Raises:
         StorageError: a file that the index names is missing.
         CatalogError: a file is damaged, or two files contradict each other.
     """
-    if not any(name.endswith(SUFFIX) for name in names):
+    if not (paths := [name for name in names if name.endswith(SUFFIX)]):
         return None
-    paths = _paths(storage, names)
+    if INDEX_FILE in names:  # beside the files that it names there may be the same weights once more
+        try:
+            paths = sorted(set(map(str, json.loads(read_file(storage, INDEX_FILE))["weight_map"].values())))
+        except _DAMAGE as error:
+            what = f"{storage.location}/{INDEX_FILE}: is damaged ({type(error).__name__}: {error})"
+            raise CatalogError(what) from error
     with ThreadPoolExecutor(_HEADERS_AT_ONCE, thread_name_prefix="shardferry-headers") as pool:
         headers = list(pool.map(lambda path: read_header(storage, path), paths))
     shards: dict[str, dict[tuple[int, ...], RawTensor]] = {}
@@ -114,28 +110,16 @@ def open_safetensors(storage: RangeReader, names: Sequence[str]) -> Catalog | No
                 f"{storage.location}: {tensor.key}: {other.path} and {tensor.path} both hold it from {tensor.offsets} on; which "
                 "one is right can't be known. Remove the one that is not of this checkpoint."
             )
-    metadata = _metadata({key: list(boxes.values()) for key, boxes in shards.items()}, storage.location)
-    return build_catalog([(storage.location, metadata)], location=storage.location)
-
-
-def _paths(storage: RangeReader, names: Sequence[str]) -> list[str]:
-    """The files that the index names, otherwise all: beside a model's files there may be the same weights once more."""
-    if INDEX_FILE not in names:
-        return [name for name in names if name.endswith(SUFFIX)]
-    try:
-        paths = json.loads(read_file(storage, INDEX_FILE))["weight_map"].values()
-        return sorted(set(map(str, paths)))
-    except _DAMAGE as error:
-        raise CatalogError(f"{storage.location}/{INDEX_FILE}: is damaged ({type(error).__name__}: {error})") from error
-
-
-def _metadata(shards: Mapping[str, Sequence[RawTensor]], location: str) -> Metadata:
-    """The metadata that a DCP writer would have left."""
-    metadata = Metadata()
-    metadata.state_dict_metadata = {key: _tensor_metadata(boxes, location) for key, boxes in shards.items()}
-    metadata.storage_data = {_index(box): _storage_info(box) for boxes in shards.values() for box in boxes}
+    metadata = Metadata()  # as a DCP writer would have left it
+    metadata.state_dict_metadata = {
+        key: _tensor_metadata(list(boxes.values()), storage.location) for key, boxes in shards.items()
+    }
+    metadata.storage_data = {}
+    for box in (box for boxes in shards.values() for box in boxes.values()):
+        place = {"relative_path": box.path, "offset": box.byte_offset, "length": box.nbytes, "is_raw": True}
+        metadata.storage_data[MetadataIndex([{"fqn": box.key, "offset": box.offsets}])] = StorageInfo([place])
     metadata.version = "safetensors"
-    return metadata
+    return build_catalog([(storage.location, metadata)], location=storage.location)
 
 
 def _tensor_metadata(boxes: Sequence[RawTensor], location: str) -> TensorStorageMetadata:
@@ -155,14 +139,6 @@ def _tensor_metadata(boxes: Sequence[RawTensor], location: str) -> TensorStorage
     return tensor
 
 
-def _index(box: RawTensor) -> MetadataIndex:
-    return MetadataIndex([{"fqn": box.key, "offset": box.offsets}])
-
-
-def _storage_info(box: RawTensor) -> StorageInfo:
-    return StorageInfo([{"relative_path": box.path, "offset": box.byte_offset, "length": box.nbytes, "is_raw": True}])
-
-
 def with_safetensors_positions(catalog: Catalog, storage: RangeReader) -> Catalog:
     """The catalog with the byte positions that the headers give, for tensors that are in safetensors files.
 
@@ -172,34 +148,28 @@ def with_safetensors_positions(catalog: Catalog, storage: RangeReader) -> Catalo
         StorageError: a file is missing.
         CatalogError: a file also holds Python objects, or lacks a tensor: both happen when torch writes this format.
     """
-    tensors = _TensorOfChunk(catalog)
-    files = [file for file, chunk in _first_chunks(catalog) if _is_bare(catalog, tensors[chunk], chunk)]
-    if not files:
+    tensors = list(catalog.tensors.values())
+    starts = [tensor.chunks.start for tensor in tensors]
+
+    def tensor_of(chunk: int) -> SavedTensor:
+        return tensors[bisect_right(starts, chunk) - 1]
+
+    files, chunks = np.unique(catalog.chunk_file, return_index=True)  # a writer writes all of a file in one format
+    first_chunks = dict(zip(files.tolist(), chunks.tolist(), strict=True))
+    bare = [
+        file for file, chunk in first_chunks.items() if file != NO_FILE and _is_bare(catalog, tensor_of(chunk), chunk)
+    ]
+    if not bare:
         return catalog
     byte_offset, chunk_format = catalog.chunk_byte_offset.copy(), catalog.chunk_format.copy()
-    for file in files:
-        for chunk, tensor in _positions(catalog, tensors, file, storage):
-            byte_offset[chunk], chunk_format[chunk] = tensor.byte_offset, len(catalog.formats)
+    for file in bare:
+        chunks = np.flatnonzero(catalog.chunk_file == file)
+        saved = [(chunk, tensor_of(chunk)) for chunk in chunks.tolist()]
+        byte_offset[chunks] = _positions(catalog, saved, catalog.files[file], storage)
+        chunk_format[chunks] = len(catalog.formats)
     return dataclasses.replace(
         catalog, chunk_byte_offset=byte_offset, chunk_format=chunk_format, formats=(*catalog.formats, RawItem())
     )
-
-
-class _TensorOfChunk:
-    """The tensor of each chunk, by the chunk's row in the catalog."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._tensors = list(catalog.tensors.values())
-        self._starts = [tensor.chunks.start for tensor in self._tensors]
-
-    def __getitem__(self, chunk: int) -> SavedTensor:
-        return self._tensors[bisect_right(self._starts, chunk) - 1]
-
-
-def _first_chunks(catalog: Catalog) -> Iterable[tuple[int, int]]:
-    """Each file that holds chunks, and one of its chunks: a writer writes all of a file in one format."""
-    files, chunks = np.unique(catalog.chunk_file, return_index=True)
-    return [(file, chunk) for file, chunk in zip(files.tolist(), chunks.tolist(), strict=True) if file != NO_FILE]
 
 
 def _is_bare(catalog: Catalog, saved: SavedTensor, chunk: int) -> bool:
@@ -209,29 +179,23 @@ def _is_bare(catalog: Catalog, saved: SavedTensor, chunk: int) -> bool:
 
 
 def _positions(
-    catalog: Catalog, tensors: _TensorOfChunk, file: int, storage: RangeReader
-) -> list[tuple[int, RawTensor]]:
-    """The chunks of one file, each with its tensor in the file's header."""
-    path, chunks = catalog.files[file], np.flatnonzero(catalog.chunk_file == file).tolist()
+    catalog: Catalog, saved: Sequence[tuple[int, SavedTensor]], path: str, storage: RangeReader
+) -> list[int]:
+    """The byte offsets of all chunks of one file, by the file's header."""
     try:
         header = {tensor.key: tensor for tensor in read_header(storage, path)}
     except CatalogError as error:
         why = f"{error}. Torch writes Python objects and tensors over each other in this format"
-        raise _unusable(tensors[chunks[0]].key, why) from error
-    positions = []
-    for chunk in chunks:
-        saved = tensors[chunk]
-        region, tensor = catalog.region(saved, chunk), header.get(saved.key)
-        wanted = (saved.dtype, region.offsets, region.sizes)
-        if tensor is None or (tensor.dtype, tensor.offsets, tensor.sizes) != wanted:
-            found = "no such tensor" if tensor is None else _describe(tensor.dtype, tensor.offsets, tensor.sizes)
-            raise _unusable(saved.key, f"{storage.location}/{path} holds {found}, not {_describe(*wanted)}")
-        positions.append((chunk, tensor))
-    return positions
-
-
-def _describe(dtype: torch.dtype, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> str:
-    return f"{dtype} of shape {sizes} from {offsets} on"
+        raise _unusable(saved[0][1].key, why) from error
+    byte_offsets = []
+    for chunk, of in saved:
+        region, tensor = catalog.region(of, chunk), header.get(of.key)
+        wanted = f"{of.dtype} of shape {region.sizes} from {region.offsets} on"
+        found = f"{tensor.dtype} of shape {tensor.sizes} from {tensor.offsets} on" if tensor else "no such tensor"
+        if tensor is None or found != wanted:
+            raise _unusable(of.key, f"{storage.location}/{path} holds {found}, not {wanted}")
+        byte_offsets.append(tensor.byte_offset)
+    return byte_offsets
 
 
 def _unusable(key: str, why: str) -> CatalogError:
@@ -251,26 +215,19 @@ def read_header(storage: RangeReader, path: str) -> list[RawTensor]:
     where, file_bytes = f"{storage.location}/{path}", storage.size(path)
     start = bytearray(min(file_bytes, _USUAL_HEADER_BYTES))
     storage.read_into(path, 0, memoryview(start))
-    header_bytes = _header_bytes(bytes(start[:_LENGTH_BYTES]), file_bytes, where)
-    header = bytearray(header_bytes)
-    known = start[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]
-    header[: len(known)] = known
-    if len(known) < header_bytes:
-        storage.read_into(path, _LENGTH_BYTES + len(known), memoryview(header)[len(known) :])
-    return parse_header(bytes(header), path=path, file_bytes=file_bytes, where=where)
-
-
-def _header_bytes(start: bytes, file_bytes: int, where: str) -> int:
     if start.startswith(_ZIP_MAGIC):
         raise CatalogError(
             f"{where}: begins with a zip record, as Python objects are saved, not with a safetensors header"
         )
-    length = int.from_bytes(start, "little")
-    if len(start) < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+    header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if file_bytes < _LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
         raise CatalogError(
-            f"{where}: has {file_bytes} bytes, and its header would have {length}; it is cut, or not a safetensors file"
+            f"{where}: has {file_bytes} bytes, and its header would have {header_bytes}; it is cut, or not a safetensors file"
         )
-    return length
+    header = start[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]
+    if rest := bytearray(header_bytes - len(header)):
+        storage.read_into(path, len(start), memoryview(rest))
+    return parse_header(bytes(header + rest), path=path, file_bytes=file_bytes, where=where)
 
 
 def parse_header(header: bytes, *, path: str, file_bytes: int, where: str) -> list[RawTensor]:
@@ -288,14 +245,26 @@ def parse_header(header: bytes, *, path: str, file_bytes: int, where: str) -> li
     data_start = _LENGTH_BYTES + len(header)
     try:
         entries = json.loads(header, object_pairs_hook=_without_duplicates)
-        offsets = _saved_offsets(entries.pop("__metadata__", None) or {})
+        sharding = (entries.pop("__metadata__", None) or {}).get(SHARDING_REMARK)
+        offsets = None  # of each tensor in its whole tensor; None where the file does not record them
+        if sharding is not None:
+            offsets = {key: _integers(info[OFFSETS_REMARK]) for key, info in json.loads(sharding).items()}
         tensors = [_raw_tensor(key, entry, offsets, path, data_start) for key, entry in entries.items()]
     except CatalogError as error:
         raise CatalogError(f"{where}: {error}") from None
     except _DAMAGE as error:
         raise CatalogError(f"{where}: its header is damaged ({type(error).__name__}: {error})") from error
     tensors.sort(key=lambda tensor: (tensor.byte_offset, tensor.nbytes))
-    _check_positions(tensors, file_bytes, where)
+    for one, other in pairwise(tensors):
+        if one.byte_offset + one.nbytes > other.byte_offset:
+            raise CatalogError(
+                f"{where}: {one.key} ends at byte {one.byte_offset + one.nbytes}, but {other.key} begins at byte "
+                f"{other.byte_offset}; the file is damaged"
+            )
+    if tensors and (last := tensors[-1]).byte_offset + last.nbytes > file_bytes:
+        raise CatalogError(
+            f"{where}: {last.key} ends at byte {last.byte_offset + last.nbytes}, the file has {file_bytes}; it is cut"
+        )
     return tensors
 
 
@@ -304,14 +273,6 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("it has one name twice")
     return found
-
-
-def _saved_offsets(remarks: Mapping[str, str]) -> dict[str, tuple[int, ...]] | None:
-    """The offsets of each tensor of a file in its whole tensor; None where the file does not record them."""
-    sharding = remarks.get(SHARDING_REMARK)
-    if sharding is None:
-        return None
-    return {key: _integers(info[OFFSETS_REMARK]) for key, info in json.loads(sharding).items()}
 
 
 def _raw_tensor(
@@ -343,16 +304,3 @@ def _integers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
         raise ValueError(f"{values!r} is not a list of sizes")
     return tuple(values)
-
-
-def _check_positions(tensors: Sequence[RawTensor], file_bytes: int, where: str) -> None:
-    for one, other in pairwise(tensors):
-        if one.byte_offset + one.nbytes > other.byte_offset:
-            raise CatalogError(
-                f"{where}: {one.key} ends at byte {one.byte_offset + one.nbytes}, but {other.key} begins at byte "
-                f"{other.byte_offset}; the file is damaged"
-            )
-    if tensors and (last := tensors[-1]).byte_offset + last.nbytes > file_bytes:
-        raise CatalogError(
-            f"{where}: {last.key} ends at byte {last.byte_offset + last.nbytes}, the file has {file_bytes}; it is cut"
-        )
