@@ -13,8 +13,8 @@ import torch
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.region import Region
-from shardferry.storage import open_storage
 from shardferry.storage.obstore import StoreOptions, StorePlace, is_taken, place_of, split_options
+from shardferry.storage.open import open_storage
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor
