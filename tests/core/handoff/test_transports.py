@@ -41,7 +41,7 @@ def host_arena() -> HostArena:
 
 
 def private_arena() -> HostArena:
-    return HostArena.private(64)
+    return HostArena(64, is_shareable=False)
 
 
 def device_arena() -> DeviceArena:
