@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ def host_identity() -> str:
 
 def available_host_bytes() -> int:
     """Memory that this process can still take: of the machine, and of its control group where that has a limit."""
-    free = [_meminfo("MemAvailable")]
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = [int(meminfo["MemAvailable"].split()[0]) * 1024]
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -44,13 +45,6 @@ def available_host_bytes() -> int:
         with suppress(OSError, ValueError):  # no such control group, or "max"
             free.append(int(Path(limit_file).read_text()) - int(Path(used_file).read_text()))
     return max(0, min(free))
-
-
-def _meminfo(field: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ArenaError(f"/proc/meminfo has no {field}")
 
 
 def check_host_room(arenas_bytes: Sequence[int], *, available_bytes: int, host: str) -> None:
@@ -70,69 +64,59 @@ def check_host_room(arenas_bytes: Sequence[int], *, available_bytes: int, host: 
         )
 
 
-class HostArena:
-    """Bytes of an anonymous memory file, mapped into this process. It takes memory page by page, as it is written to.
+class _Bytes:
+    """What both kinds of arena are: one tensor of bytes."""
 
-    Args:
-        nbytes: of data.
-        num_places: numbers behind the data, which tell other processes of the node where the tensors are.
-    """
-
-    def __init__(self, nbytes: int, *, num_places: int = 0) -> None:
-        self.nbytes = max(nbytes, 1)
-        self.directory_offset = -(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.device = torch.device("cpu")
-        self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        pages = self._mapped(self.directory_offset + 8 * num_places if num_places else self.nbytes)
-        self._bytes: torch.Tensor | None = None
-        self._hold(pages)
-        self.directory = np.frombuffer(pages, np.int64, num_places, self.directory_offset) if num_places else _NOWHERE
-
-    def _mapped(self, file_bytes: int) -> mmap.mmap:
-        try:
-            os.ftruncate(self.descriptor, file_bytes)
-            pages = mmap.mmap(self.descriptor, file_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        except OSError as error:
-            os.close(self.descriptor)
-            self.descriptor = -1
-            raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
-        return pages
-
-    def _hold(self, pages: mmap.mmap) -> None:
-        with suppress(OSError):  # a kernel without transparent huge pages of this kind
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        self.memory = memoryview(pages)
-
-    @classmethod
-    def private(cls, nbytes: int) -> Self:
-        """An arena that no other process can open.
-
-        The kernel gives private memory in huge pages where it gives memory files none (its usual settings): first touches take a
-        quarter of the time. Raises ArenaError.
-        """
-        arena = cls.__new__(cls)
-        arena.nbytes = arena.directory_offset = max(nbytes, 1)
-        arena.device, arena.descriptor, arena.directory = torch.device("cpu"), -1, _NOWHERE
-        try:
-            arena._hold(mmap.mmap(-1, arena.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        except OSError as error:
-            raise ArenaError(f"an arena of {arena.nbytes} bytes can't be mapped: {error}") from error
-        return arena
-
-    @property
-    def is_shareable(self) -> bool:
-        """Whether other processes can open it."""
-        return self.descriptor >= 0
+    nbytes: int
+    device: torch.device
+    _bytes: torch.Tensor
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view: ``shape`` elements from byte ``offset`` on, row-major."""
-        assert self._bytes is not None, "the arena was detached"
         return view_bytes(self._bytes, offset, shape, dtype)
 
     def as_bytes(self) -> torch.Tensor:
         """A view of the whole arena: one dimension of ``nbytes`` uint8."""
         return self.tensor(0, (self.nbytes,), torch.uint8)
+
+
+class HostArena(_Bytes):
+    """Bytes of an anonymous memory file, mapped into this process. It takes memory page by page, as it is written to.
+
+    Args:
+        nbytes: of data.
+        num_places: numbers behind the data, which tell other processes of the node where the tensors are.
+        is_shareable: whether other processes can open it. The kernel gives private memory in huge pages where it gives memory
+            files none (its usual settings): first touches take a quarter of the time.
+
+    Raises:
+        ArenaError: there is no room.
+    """
+
+    def __init__(self, nbytes: int, *, num_places: int = 0, is_shareable: bool = True) -> None:
+        self.nbytes = max(nbytes, 1)
+        self.device = torch.device("cpu")
+        self.directory_offset = -(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        file_bytes = self.directory_offset + 8 * num_places if num_places else self.nbytes
+        self.descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if is_shareable else -1
+        try:
+            if is_shareable:
+                os.ftruncate(self.descriptor, file_bytes)
+            kind = mmap.MAP_SHARED if is_shareable else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            pages = mmap.mmap(self.descriptor, file_bytes, kind, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            self.close()
+            raise ArenaError(f"an arena of {self.nbytes} bytes can't be mapped: {error}") from error
+        with suppress(OSError):  # a kernel without transparent huge pages of this kind
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        self.memory = memoryview(pages)
+        self.directory = np.frombuffer(pages, np.int64, num_places, self.directory_offset) if num_places else _NOWHERE
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether other processes can open it."""
+        return self.descriptor >= 0
 
     def freeze(self) -> None:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
@@ -144,23 +128,21 @@ class HostArena:
 
     def detach(self) -> None:
         """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
-        self._bytes = None
+        self._bytes = torch.empty(0, dtype=torch.uint8)
         self.memory = memoryview(b"")
         self.directory = _NOWHERE
 
     def close(self) -> None:
         """Give the memory back, unless a tensor or another process still uses it."""
         self.detach()
-        if self.descriptor >= 0:
+        if getattr(self, "descriptor", -1) >= 0:  # -1: `__init__` has failed early
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def __del__(self) -> None:
-        if getattr(self, "descriptor", -1) >= 0:
-            self.close()
+    __del__ = close
 
 
-class DeviceArena:
+class DeviceArena(_Bytes):
     """Bytes on a GPU, filled through pinned host buffers, one for each reading thread."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -176,17 +158,9 @@ class DeviceArena:
             ) from error
         self._buffers = threading.local()
 
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A view: ``shape`` elements from byte ``offset`` on, row-major."""
-        return view_bytes(self._bytes, offset, shape, dtype)
-
-    def as_bytes(self) -> torch.Tensor:
-        """A view of the whole arena: one dimension of ``nbytes`` uint8."""
-        return self.tensor(0, (self.nbytes,), torch.uint8)
-
     @contextmanager
     def staging(self, nbytes: int) -> Iterator[torch.Tensor]:
-        """This thread's pinned host buffer; on leaving, what was copied out of it has arrived."""
+        """This thread's pinned host buffer. Its copies to the device are waited for by `wait_for_copies`."""
         buffer: torch.Tensor | None = getattr(self._buffers, "pinned", None)
         if buffer is None or buffer.numel() < nbytes:
             buffer = torch.empty(max(nbytes, _PINNED_BYTES), dtype=torch.uint8, pin_memory=True)
@@ -194,7 +168,6 @@ class DeviceArena:
             self._buffers.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._buffers.stream):
             yield buffer[:nbytes]
-        self.wait_for_copies()
 
     def wait_for_copies(self) -> None:
         """Until what this thread has copied to the device has arrived."""

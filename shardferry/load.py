@@ -209,7 +209,7 @@ def _read(
     if strategy.plan is None:
         if job.stays_here and ready.is_new and isinstance(ready.arena, HostArena):
             ready.arena.close()
-            ready.arena = HostArena.private(plan.arena_bytes)
+            ready.arena = HostArena(plan.arena_bytes, is_shareable=False)
         _read_plan(job, ready, counters, None, ranks_on_node)
         return
     group = agreement.host_group

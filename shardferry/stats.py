@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,32 +17,24 @@ class BusyTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._num_threads: dict[str, int] = {}
+        self._num_threads: Counter[str] = Counter()
         self._since: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def at(self, kind: str) -> Iterator[None]:
         """Count the time inside the ``with`` to a kind of work."""
-        self._begin(kind)
+        with self._lock:
+            if not self._num_threads[kind]:
+                self._since[kind] = time.perf_counter()
+            self._num_threads[kind] += 1
         try:
             yield
         finally:
-            self._end(kind)
-
-    def _begin(self, kind: str) -> None:
-        with self._lock:
-            others = self._num_threads.get(kind, 0)
-            self._num_threads[kind] = others + 1
-            if not others:
-                self._since[kind] = time.perf_counter()
-
-    def _end(self, kind: str) -> None:
-        with self._lock:
-            self._num_threads[kind] -= 1
-            if not self._num_threads[kind]:
-                spent = time.perf_counter() - self._since[kind]
-                self._seconds[kind] = self._seconds.get(kind, 0.0) + spent
+            with self._lock:
+                self._num_threads[kind] -= 1
+                if not self._num_threads[kind]:
+                    self._seconds[kind] += time.perf_counter() - self._since[kind]
 
     @property
     def seconds(self) -> Mapping[str, float]:

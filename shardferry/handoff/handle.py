@@ -44,17 +44,13 @@ class ShardHandle:
     """One rank's loaded optimizer state, to be opened in the trainer's process. Picklable."""
 
     manifest: Manifest
+    transport: str  # its name
     source: Transport = field(repr=False)
 
     @property
     def world_rank(self) -> int:
         """The rank whose state this is."""
         return self.manifest.world_rank
-
-    @property
-    def transport(self) -> str:
-        """Name of the transport."""
-        return self.source.name
 
     def open(self) -> Shard:
         """Map or copy the arena into this process; use the result as a context manager.
@@ -78,4 +74,5 @@ def make_handle(manifest: Manifest, arena: Arena, transport: str, *, exclusive: 
     Raises:
         HandoffError: no transport has this name, or it can't carry this arena.
     """
-    return ShardHandle(manifest, transport_named(transport).from_arena(arena, exclusive=exclusive))
+    source = transport_named(transport).load().from_arena(arena, exclusive=exclusive)
+    return ShardHandle(manifest, transport, source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
@@ -17,9 +17,6 @@ class InProcess(Transport):
     """The arena of this process. No copy; it can't be pickled."""
 
     arena: Arena
-
-    name: ClassVar[str] = "in_process"
-    crosses_processes: ClassVar[bool] = False
 
     @classmethod
     def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:

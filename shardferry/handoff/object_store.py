@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ class ObjectStore(Transport):
     """A copy of the arena's bytes. NumPy pickles them out of band, so that the object store copies them once."""
 
     data: np.ndarray  # uint8
-
-    name: ClassVar[str] = "object_store"
-    outlives_loader: ClassVar[bool] = True
 
     @classmethod
     def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:

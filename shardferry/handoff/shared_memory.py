@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 
@@ -32,9 +32,6 @@ class SharedMemory(Transport):
     nbytes: int
     exclusive: bool
 
-    name: ClassVar[str] = "shared_memory"
-    needs_host_arena: ClassVar[bool] = True
-
     @classmethod
     def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:
         """An arena that is a memory file, to a process of the same host."""
@@ -48,7 +45,9 @@ class SharedMemory(Transport):
             HandoffError: the arena is on a GPU, or private to this process.
         """
         if not isinstance(arena, HostArena):
-            raise HandoffError(f"{cls.name} needs an arena on the host, this one is on {arena.device}; use device: cpu")
+            raise HandoffError(
+                f"shared_memory needs an arena on the host, this one is on {arena.device}; use device: cpu"
+            )
         if not arena.is_shareable:
             raise HandoffError("this shard was loaded for its own process alone; use in_process")
         if exclusive:
@@ -75,10 +74,15 @@ class SharedMemory(Transport):
                 "this shard is in the shared memory of another node or container than the trainer's; "
                 "place the trainer on the loader's node, or use handoff.transport: object_store"
             )
-        descriptor = self._open_descriptor()
         try:
-            taken = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE
-            if taken:
+            descriptor = open_memory_file(self.pid, self.descriptor, self.inode)
+        except OSError as error:
+            raise HandoffError(
+                f"the loader (process {self.pid}) that held this shard has ended before the shard was opened; "
+                f"keep the stage's result until all trainers have opened their handles ({error})"
+            ) from error
+        try:
+            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE:
                 raise HandoffError(
                     "this shard was handed over already, and the trainer that has it may have changed it; load again"
                 )
@@ -89,12 +93,3 @@ class SharedMemory(Transport):
         finally:
             os.close(descriptor)
         return torch.frombuffer(pages, dtype=torch.uint8)
-
-    def _open_descriptor(self) -> int:
-        try:
-            return open_memory_file(self.pid, self.descriptor, self.inode)
-        except OSError as error:
-            raise HandoffError(
-                f"the loader (process {self.pid}) that held this shard has ended before the shard was opened; "
-                f"keep the stage's result until all trainers have opened their handles ({error})"
-            ) from error

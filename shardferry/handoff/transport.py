@@ -1,13 +1,10 @@
-"""The interface of a transport: one way for a sealed arena to get from the loader's process to the trainer's.
-
-A new transport is a subclass of `Transport` in a file of its own, and one line in `transports.py`.
-"""
+"""The interface of a transport: one way for a sealed arena to get from the loader's process to the trainer's."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 
@@ -23,14 +20,12 @@ class Recipient:
 
 
 class Transport(ABC):
-    """One arena on its way to a trainer. It is pickled as a part of a `ShardHandle`."""
+    """One arena on its way to a trainer. It is pickled as a part of a `ShardHandle`.
+
+    A new transport is a subclass in a file of its own, and one line in `transports.py`.
+    """
 
     __slots__ = ()
-
-    name: ClassVar[str]  # in ``handoff.transport`` of a spec and in reports
-    crosses_processes: ClassVar[bool] = True  # stages offer these transports alone
-    needs_host_arena: ClassVar[bool] = False
-    outlives_loader: ClassVar[bool] = False  # the loader may end once the handle is made; else once it was opened
 
     @classmethod
     @abstractmethod

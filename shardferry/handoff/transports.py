@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
 from shardferry.arena import Arena
 from shardferry.errors import HandoffError
-from shardferry.handoff.in_process import InProcess
-from shardferry.handoff.object_store import ObjectStore
-from shardferry.handoff.shared_memory import SharedMemory
 from shardferry.handoff.transport import Recipient, Transport
 
-# ``auto`` takes the first one that can carry the arena. A new transport is one more line.
-TRANSPORTS: tuple[type[Transport], ...] = (
-    InProcess,
-    SharedMemory,
-    ObjectStore,
-)
 AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class TransportEntry:
+    """A transport, and what stages must know of it before its module is imported."""
+
+    name: str  # in ``handoff.transport`` of a spec and in reports
+    home: str  # "module:class"
+    crosses_processes: bool = True  # stages offer these transports alone
+    needs_host_arena: bool = False
+    outlives_loader: bool = False  # the loader may end once the handle is made; else once it was opened
+
+    def load(self) -> type[Transport]:
+        """The class. The first call imports its module."""
+        found: type[Transport] = resolve_name(self.home)
+        return found
+
+
+# ``auto`` takes the first one that can carry the arena. A new transport is one more line.
+TRANSPORTS = (
+    TransportEntry("in_process", "shardferry.handoff.in_process:InProcess", crosses_processes=False),
+    TransportEntry("shared_memory", "shardferry.handoff.shared_memory:SharedMemory", needs_host_arena=True),
+    TransportEntry("object_store", "shardferry.handoff.object_store:ObjectStore", outlives_loader=True),
+)
 
 
 def stage_transport_names() -> tuple[str, ...]:
@@ -23,7 +41,7 @@ def stage_transport_names() -> tuple[str, ...]:
     return (AUTO, *(transport.name for transport in TRANSPORTS if transport.crosses_processes))
 
 
-def transport_named(name: str) -> type[Transport]:
+def transport_named(name: str) -> TransportEntry:
     """The transport of this name. Raises HandoffError: there is none; the message lists the names."""
     for transport in TRANSPORTS:
         if transport.name == name:
@@ -32,7 +50,7 @@ def transport_named(name: str) -> type[Transport]:
     raise HandoffError(f"{name!r} is not a transport; use {', '.join(names)} or {last}")
 
 
-def choose_transport(name: str, arena: Arena, recipient: Recipient) -> type[Transport]:
+def choose_transport(name: str, arena: Arena, recipient: Recipient) -> TransportEntry:
     """The transport of this name; for ``auto``, the first one that can carry the arena to the recipient.
 
     Whether a transport that was asked for by name can carry the arena is not checked here; `Transport.from_arena` does.
@@ -42,7 +60,7 @@ def choose_transport(name: str, arena: Arena, recipient: Recipient) -> type[Tran
     """
     if name != AUTO:
         return transport_named(name)
-    return next(transport for transport in TRANSPORTS if transport.can_carry(arena, recipient))
+    return next(transport for transport in TRANSPORTS if transport.load().can_carry(arena, recipient))
 
 
 def needs_host_arena(name: str) -> bool:

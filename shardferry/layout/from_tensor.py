@@ -78,9 +78,15 @@ def layout_of_placements(
     if coordinate is None:
         raise LayoutError(f"{name}: this rank {dist.get_rank()} is not in the tensor's device mesh {mesh}")
     for placement in placements:
-        _check_holds_elements(placement, name)
+        if placement.is_partial() or (_dim(placement) is None and not placement.is_replicate()):
+            raise LayoutError(
+                f"{name}: placement {placement!r} can't be loaded; only Shard and Replicate hold whole elements"
+            )
     cuts = [AxisCut(mesh.size(axis), coordinate[axis], placement) for axis, placement in enumerate(placements)]
-    candidates = _possible_layouts(global_shape, cuts)
+    # Torch reads placements from left to right. FSDP2 over TP, `(_StridedShard(0, split_factor=tp), Shard(0))`, was sharded by
+    # TP first. Both orders give one layout if tensors are even; of uneven tensors, memory has the second.
+    orders = (_innermost_first, _strided_last, shard_left_to_right)  # the likeliest first
+    candidates = [layout for order in orders if (layout := order(global_shape, cuts)) is not None]
     for layout in candidates:
         if layout.local_shape == local_shape or (not layout.local_numel and 0 in local_shape):
             return layout
@@ -90,13 +96,6 @@ def layout_of_placements(
     )
 
 
-def _check_holds_elements(placement: Placement, name: str) -> None:
-    if placement.is_partial() or (_dim(placement) is None and not placement.is_replicate()):
-        raise LayoutError(
-            f"{name}: placement {placement!r} can't be loaded; only Shard and Replicate hold whole elements"
-        )
-
-
 def _dim(placement: Placement) -> int | None:
     """The dimension that a Shard or _StridedShard shards; None for Replicate."""
     return getattr(placement, "dim", None)
@@ -104,16 +103,6 @@ def _dim(placement: Placement) -> int | None:
 
 def _split_factor(placement: Placement) -> int:
     return getattr(placement, "split_factor", 1)
-
-
-def _possible_layouts(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> list[TensorLayout]:
-    """The layouts that a DTensor with these placements may have, the likeliest first.
-
-    Torch reads placements from left to right. FSDP2 over TP, ``(_StridedShard(0, split_factor=tp), Shard(0))``, was
-    sharded by TP first. Both orders give one layout if tensors are even; of uneven tensors, memory has the second.
-    """
-    candidates = [_innermost_first(shape, cuts), _strided_last(shape, cuts), shard_left_to_right(shape, cuts)]
-    return [layout for layout in candidates if layout is not None]
 
 
 def _innermost_first(shape: tuple[int, ...], cuts: Sequence[AxisCut]) -> TensorLayout | None:
@@ -219,12 +208,9 @@ def _layout_of_sharded_tensor(tensor: ShardedTensor, name: str) -> TensorLayout:
     if not isinstance(inner, ShardedTensor | DTensor):
         return single_box(shape, region)
     within = layout_of_tensor(inner, name=name)  # FSDP1 over TP: the outer shard is itself sharded
-    boxes = (LocalRegion(_moved(box.region, region.offsets), box.local) for box in within.boxes)
+    before = tuple(-offset for offset in region.offsets)
+    boxes = (LocalRegion(box.region.relative_to(before), box.local) for box in within.boxes)
     return TensorLayout(shape, within.local_shape, tuple(boxes))
-
-
-def _moved(region: Region, by: tuple[int, ...]) -> Region:
-    return Region(tuple(a + b for a, b in zip(region.offsets, by, strict=True)), region.sizes)
 
 
 def _layout_of_checkpointable(tensor: Any, name: str) -> TensorLayout:

@@ -9,6 +9,7 @@ import torch
 
 from shardferry.errors import LayoutError
 from shardferry.layout.mesh import Mesh
+from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 
 
@@ -22,8 +23,8 @@ class LiveEntry:
 
 
 @dataclass(frozen=True)
-class LiveLayout:
-    """What the live model of one rank holds; a `RankLayout`. The layouts of other ranks are not known."""
+class LiveLayout(RankLayout):
+    """What the live model of one rank holds. The layouts of other ranks are not known."""
 
     world_rank: int
     world_size: int
@@ -41,29 +42,20 @@ class LiveLayout:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # by FQN, of parameters and buffers
 
     def fqns(self) -> Sequence[str]:
-        """The parameters that the optimizer trains."""
         return tuple(self.parameters)
 
     def holds(self, fqn: str) -> bool:
-        """Whether the optimizer trains a parameter on this rank."""
         return fqn in self.parameters
 
     def parameter_shape(self, fqn: str) -> tuple[int, ...] | None:
-        """The parameter's global shape; None for one that the optimizer doesn't train."""
         layout = self.parameters.get(fqn)
         return None if layout is None else layout.global_shape
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """The live parameter's layout. Raises LayoutError if the saved state has another global shape."""
         return self._same_shape(fqn, self.parameters[fqn], shape)
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
-        """The live state entry's own layout; None for an entry that doesn't exist yet or follows its parameter.
-
-        Raises:
-            LayoutError: the saved entry has another global shape.
-        """
-        known = self.entries.get((fqn, name))
+        known = self.entries.get((fqn, name))  # none for an entry that doesn't exist yet
         if known is None:
             return None
         if known.layout is None:
@@ -79,38 +71,28 @@ class LiveLayout:
         return known.layout
 
     def dtype(self, fqn: str, name: str) -> torch.dtype | None:
-        """The dtype of the live state entry, or of the parameter or buffer if the name is empty; None if not known."""
         if not name:
             return self.dtypes.get(fqn)
         known = self.entries.get((fqn, name))
         return None if known is None else known.dtype
 
     def weights(self) -> Sequence[str]:
-        """All parameters, buffers and extra states of the model."""
         names = (*self.parameters, *self.untrained, *self.buffers, *sorted(self.extras))
         return (*(name for name in names if name not in self.within_own), *self.own_weights)
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """The layout of a live parameter or buffer; extra states are whole on every rank.
-
-        Raises:
-            LayoutError: the saved value has another global shape.
-        """
         if fqn in self.extras:
-            return replicated(shape)
+            return replicated(shape)  # whole on every rank
         layout = self.own_weights.get(fqn) or self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
         return self._same_shape(fqn, layout, shape)
 
     def aliases(self, fqn: str) -> Sequence[str]:
-        """Other FQNs of the same (tied) parameter."""
         return self.tied.get(fqn, ())
 
     def positions(self) -> Sequence[Sequence[str]] | None:
-        """The FQNs of each param group in order; None for flat parameters, which have none."""
         return self.groups
 
     def may_lack(self, fqn: str) -> bool:
-        """Whether a parameter is frozen, so that a checkpoint without state for it is complete."""
         return fqn in self.frozen
 
     @staticmethod

@@ -53,7 +53,9 @@ class SpecLayout:
     held_by: tuple[HeldBy, ...] = ()  # the first match per axis decides; every coordinate holds the other parameters
 
     def __post_init__(self) -> None:
-        for where, axes in self._axes():
+        rules = [(f"rule {rule.match!r}", rule.placements) for rule in self.rules]
+        held_by = [(f"held_by {held.match!r}", held.coordinates) for held in self.held_by]
+        for where, axes in (*rules, ("default", self.default or {}), *held_by):
             for axis in axes:
                 if axis not in self.mesh.names:
                     raise LayoutError(
@@ -67,12 +69,6 @@ class SpecLayout:
                         f"held_by {held.match!r}: {axis}: {list(coordinates)} are not coordinates of an axis of {sizes[axis]}; "
                         f"give some of 0 to {sizes[axis] - 1}"
                     )
-
-    def _axes(self) -> list[tuple[str, Mapping[str, object]]]:
-        """Every mapping whose keys are axes, and its name in messages."""
-        rules = [(f"rule {rule.match!r}", rule.placements) for rule in self.rules]
-        held = [(f"held_by {held.match!r}", held.coordinates) for held in self.held_by]
-        return [*rules, ("default", self.default or {}), *held]
 
     @property
     def world_size(self) -> int:
@@ -126,81 +122,41 @@ class SpecLayout:
         return all(kept is None or index in kept for kept, index in zip(holders, coordinate, strict=True))
 
 
-@dataclass(frozen=True)
-class SpecRank:
-    """What one rank of a spec holds; a `RankLayout`. Only the checkpoint knows the parameters and their shapes."""
+class SpecRank(RankLayout):
+    """What one rank of a spec holds. Only the checkpoint knows the parameters, their shapes and dtypes."""
 
-    spec: SpecLayout
-    world_rank: int
-
-    @property
-    def world_size(self) -> int:
-        """The number of ranks."""
-        return self.spec.world_size
-
-    @property
-    def mesh(self) -> Mesh:
-        """The spec's mesh."""
-        return self.spec.mesh
-
-    def fqns(self) -> None:
-        """None: the rank wants every parameter of the checkpoint that `holds` admits."""
+    def __init__(self, spec: SpecLayout, world_rank: int) -> None:
+        self.spec = spec
+        self.world_rank = world_rank
+        self.world_size = spec.world_size
+        self.mesh = spec.mesh
+        self._coordinate = spec.mesh.coordinate(world_rank)
+        # By shape and placements: a model has a dozen of these, and thousands of tensors.
+        self._known_layouts: dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout] = {}
 
     def holds(self, fqn: str) -> bool:
-        """Whether this rank holds any part of a parameter."""
-        return not self.spec.held_by or self.spec.holds(fqn, self.mesh.coordinate(self.world_rank))
-
-    def parameter_shape(self, fqn: str) -> None:
-        """None: a spec has no shapes."""
+        return not self.spec.held_by or self.spec.holds(fqn, self._coordinate)
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """The layout by the parameter's placements. Raises LayoutError if a tensor of this shape can't have them."""
         return self._shard(fqn, shape, self.spec.placements(fqn))
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
-        """The layout by the rule for this entry; None if there is none. Raises LayoutError as `parameter` does."""
         placements = self.spec.entry_placements(fqn, name)
         return None if placements is None else self._shard(f"{fqn}: {name!r}", shape, placements)
 
-    def dtype(self, fqn: str, name: str) -> None:
-        """None: a spec has no dtypes."""
-
-    def weights(self) -> None:
-        """None: the rank wants every weight of the checkpoint."""
-
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        """As `parameter`, for values of parameters and buffers; scalars are replicated. Raises LayoutError likewise."""
-        return self.parameter(fqn, shape) if shape else replicated(shape, len(self.mesh.axes))
-
-    def aliases(self, fqn: str) -> tuple[str, ...]:
-        """Empty: a spec names no tied parameters."""
-        return ()
-
-    def positions(self) -> None:
-        """None: a spec has no param groups."""
-
-    def may_lack(self, fqn: str) -> bool:
-        """False: a spec freezes no parameter."""
-        return False
+        return self.parameter(fqn, shape) if shape else replicated(shape, len(self._coordinate))
 
     def _shard(self, where: str, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> TensorLayout:
         layout = self._known_layouts.get((shape, placements))
         if layout is None:
-            coordinate = self.mesh.coordinate(self.world_rank)
-            cuts = [
-                AxisCut(size, index, placement)
-                for (_, size), index, placement in zip(self.mesh.axes, coordinate, placements, strict=True)
-            ]
+            sizes = (size for _, size in self.spec.mesh.axes)
+            cuts = list(map(AxisCut, sizes, self._coordinate, placements))
             try:
                 layout = self._known_layouts[shape, placements] = shard_on_mesh(shape, cuts)
             except LayoutError as error:
                 raise LayoutError(f"{where}: {error}") from None
         return layout
-
-    @cached_property
-    def _known_layouts(self) -> dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout]:
-        """By shape and placements: a model has a dozen of these, and thousands of tensors."""
-        return {}
 
 
 def spec_of(layout: RankLayout) -> SpecLayout | None:

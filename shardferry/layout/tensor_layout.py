@@ -121,9 +121,6 @@ def flat_range(shape: Sequence[int], *, start: int, stop: int) -> list[Region]:
     inner = math.prod(shape[1:])
     first, last = start // inner, (stop - 1) // inner
 
-    def rows(begin: int, end: int) -> Region:
-        return Region((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:]))
-
     def part(row: int, begin: int, end: int) -> list[Region]:
         boxes = flat_range(shape[1:], start=begin, stop=end)
         return [Region((row, *box.offsets), (1, *box.sizes)) for box in boxes]
@@ -134,7 +131,7 @@ def flat_range(shape: Sequence[int], *, start: int, stop: int) -> list[Region]:
     boxes = part(first, head, inner) if head else []
     begin, end = first + bool(head), last + (tail == inner)
     if begin < end:
-        boxes.append(rows(begin, end))
+        boxes.append(Region((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:])))
     if tail < inner:
         boxes += part(last, 0, tail)
     return boxes
@@ -171,20 +168,15 @@ def shard_on_mesh(shape: Sequence[int], cuts: Sequence[AxisCut]) -> TensorLayout
         dim = sharded_dim(cut.placement)
         if dim is None:
             continue
-        _check_dim(dim, shape)
+        if not shape:
+            raise LayoutError(f"Shard({dim}) of a scalar; leave it replicated")
+        if not 0 <= dim < len(shape):
+            raise LayoutError(
+                f"Shard({dim}) asks for dimension {dim} of a tensor with {len(shape)} dimensions {tuple(shape)}; "
+                f"shard one of 0 to {len(shape) - 1}"
+            )
         full = -(-sizes[dim] // cut.num_ranks)
         start = min(cut.index * full, sizes[dim])
         offsets[dim] += start
         sizes[dim] = min(full, sizes[dim] - start)
     return single_box(shape, Region(tuple(offsets), tuple(sizes)), tuple(cut.placement for cut in cuts))
-
-
-def _check_dim(dim: int, shape: Sequence[int]) -> None:
-    if 0 <= dim < len(shape):
-        return
-    if not shape:
-        raise LayoutError(f"Shard({dim}) of a scalar; leave it replicated")
-    raise LayoutError(
-        f"Shard({dim}) asks for dimension {dim} of a tensor with {len(shape)} dimensions {tuple(shape)}; "
-        f"shard one of 0 to {len(shape) - 1}"
-    )

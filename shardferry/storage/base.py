@@ -1,7 +1,8 @@
-"""The protocol of a storage: the byte ranges of one checkpoint's files, and how storages of one kind are best read."""
+"""The interface of a storage: the byte ranges of one checkpoint's files, and how storages of one kind are best read."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,15 +64,21 @@ class ByteReader(Protocol):
         """
 
 
-class RangeReader(ByteReader, Protocol):
-    """The files of one checkpoint."""
+class RangeReader(ABC):
+    """The files of one checkpoint, and the expected version of each. Safe to use from several threads.
 
-    location: str  # as `open_storage` takes it
+    Args:
+        location: as `open_storage` takes it.
+        traits: how this kind of storage is best read.
+    """
 
-    @property
-    def traits(self) -> StorageTraits:
-        """How this kind of storage is best read."""
+    def __init__(self, location: str, traits: StorageTraits) -> None:
+        self.location = location
+        self.traits = traits
+        self._versions: dict[str, str] = {}  # of the last listing
+        self._expected: dict[str, str] = {}
 
+    @abstractmethod
     def listing(self) -> dict[str, int | None]:
         """Size in bytes of each file directly in the checkpoint, by name, sorted. None: the storage does not tell it.
 
@@ -85,10 +92,13 @@ class RangeReader(ByteReader, Protocol):
 
         The version of a file changes when the file is written again.
         """
+        return dict(self._versions)
 
     def expect(self, versions: Mapping[str, str]) -> None:
         """From now on, reading a file of another version than the one given here raises StorageError."""
+        self._expected = dict(versions)
 
+    @abstractmethod
     def size(self, path: str) -> int:
         """Size of a file in bytes.
 
@@ -97,14 +107,19 @@ class RangeReader(ByteReader, Protocol):
             StorageError: the request failed.
         """
 
+    @abstractmethod
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        """As `ByteReader.read_into`."""
+
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         """The bytes ``[start, stop)`` of a file, mapped: each page is fetched when it is accessed.
 
         Raises:
             StorageError: the file has fewer bytes, or can't be mapped (see ``traits.maps_files``).
         """
+        raise StorageError(f"{self.location}: its files can't be mapped into memory; their bytes have to be read")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most hold nothing
         """Release files and connections."""
 
 
@@ -129,14 +144,26 @@ def spread(data: memoryview, buffers: Sequence[memoryview]) -> None:
         done += count
 
 
+def without_first(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:
+    """The buffers without their first ``num_bytes`` bytes, which are filled already."""
+    for index, buffer in enumerate(buffers):
+        if num_bytes < len(buffer):
+            return [buffer[num_bytes:], *buffers[index + 1 :]]
+        num_bytes -= len(buffer)
+    return []
+
+
 def copy_bytes(target: memoryview, source: memoryview) -> None:
     """Do ``target[:] = source`` without holding the GIL."""
     np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
-def not_mapped(location: str) -> StorageError:
-    """The error of a storage whose files can't be mapped."""
-    return StorageError(f"{location}: its files can't be mapped into memory; their bytes have to be read")
+def cut_answer(where: str, start: int, stop: int, *, num_bytes: int) -> StorageError:
+    """The error for a request that brought another number of bytes than it asked for."""
+    return StorageError(
+        f"{where}: bytes {start} to {stop} were asked for, {num_bytes} bytes came; "
+        "the file is cut, or the storage doesn't serve ranges"
+    )
 
 
 def missing_file(where: str) -> MissingFile:

@@ -7,40 +7,38 @@ requests six times the bytes where a load reads items here and there.
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from shardferry.errors import CheckpointNotFound, StorageError
-from shardferry.storage.base import OBJECT_STORE, StorageTraits, missing_file, not_mapped, spread, written_again
-from shardferry.storage.retry import TransientStorageError, is_transient
+from shardferry.storage.base import OBJECT_STORE, RangeReader, cut_answer, missing_file, spread, written_again
+from shardferry.storage.retry import error_text, storage_error
+
+T = TypeVar("T")
 
 # The field that changes when a file is written again, by the names of s3fs, adlfs, gcsfs and the local filesystem. No other
 # times: a listing and the information about one file have these in different forms.
 _VERSION_FIELDS = ("ETag", "etag", "generation", "mtime")
 
 
-class FsspecRangeReader:
-    """Files of a directory of an fsspec filesystem. For the methods see `RangeReader`.
+class FsspecRangeReader(RangeReader):
+    """Files of a directory of an fsspec filesystem.
 
-    The version of a file is compared when the file is first read, where the backend tells versions.
+    The version of a file is compared when the file is first read, where the backend tells versions. The filesystem keeps its
+    connections when the reader is closed, as others may use it too.
 
     Args:
-        filesystem: an ``fsspec.AbstractFileSystem``. Others may use it too: it is not closed here.
+        filesystem: an ``fsspec.AbstractFileSystem``.
         root: the directory's path in the filesystem, with or without the protocol.
     """
-
-    # fsspec returns the bytes of a request as one object.
-    traits: StorageTraits = dataclasses.replace(OBJECT_STORE, holds_bodies=True)
 
     def __init__(self, filesystem: Any, root: str) -> None:
         self._filesystem = filesystem
         self._root = str(filesystem._strip_protocol(root)).rstrip("/")
-        self.location = str(filesystem.unstrip_protocol(self._root))
         self._sizes: dict[str, int] = {}
-        self._versions: dict[str, str] = {}
-        self._expected: dict[str, str] = {}  # of files that were not read yet
-        self._lock = threading.Lock()
+        # fsspec returns the bytes of a request as one object.
+        traits = dataclasses.replace(OBJECT_STORE, holds_bodies=True)
+        super().__init__(str(filesystem.unstrip_protocol(self._root)), traits)
 
     def listing(self) -> dict[str, int | None]:
         try:
@@ -49,55 +47,39 @@ class FsspecRangeReader:
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it") from None
         except Exception as error:  # each backend has its own
-            raise _error(f"{self.location}: can't be listed", error) from error
+            raise storage_error(f"{self.location}: can't be listed", error) from error
         files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
         self._versions = {name: version for name, entry in files.items() if (version := _version(entry)) is not None}
         return {name: files[name].get("size") for name in sorted(files)}
 
-    def versions(self) -> dict[str, str]:
-        return dict(self._versions)
-
-    def expect(self, versions: Mapping[str, str]) -> None:
-        self._expected = dict(versions)
-
     def size(self, path: str) -> int:
-        with self._lock:
-            known = self._sizes.get(path)
-        if known is not None:
-            return known
-        try:
-            found = self._filesystem.info(self._path(path)).get("size")
-        except Exception as error:
-            raise self._failed(path, "its size can't be found", error) from error
-        if found is None:
-            raise StorageError(f"{self.location}/{path}: the storage doesn't tell its size")
-        with self._lock:
-            return self._sizes.setdefault(path, int(found))
+        if path not in self._sizes:
+            found = self._call(lambda: self._filesystem.info(self._path(path)), path, "its size can't be found").get(
+                "size"
+            )
+            if found is None:
+                raise StorageError(f"{self.location}/{path}: the storage doesn't tell its size")
+            self._sizes[path] = int(found)
+        return self._sizes[path]
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         nbytes = sum(map(len, buffers))
         if not nbytes:
             return
         stop = byte_offset + nbytes
-        try:
-            self._check_version(path)
-            data = self._range(path, byte_offset, stop)
-        except StorageError:
-            raise
-        except Exception as error:
-            raise self._failed(path, f"reading bytes {byte_offset} to {stop} failed", error) from error
+        what = f"reading bytes {byte_offset} to {stop} failed"
+        data = self._call(lambda: self._checked_range(path, byte_offset, stop), path, what)
         if len(data) != nbytes:
-            raise StorageError(
-                f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {len(data)} bytes came; "
-                "the file is cut, or the storage doesn't serve ranges"
-            )
+            raise cut_answer(f"{self.location}/{path}", byte_offset, stop, num_bytes=len(data))
         spread(memoryview(data), buffers)
 
-    def mapped(self, path: str, start: int, stop: int) -> memoryview:
-        raise not_mapped(self.location)
-
-    def close(self) -> None:
-        """Nothing: the filesystem keeps its connections, as others may use it too."""
+    def _checked_range(self, path: str, start: int, stop: int) -> bytes:
+        self._check_version(path)
+        if not self._reads_through_files():
+            return bytes(self._filesystem.cat_file(self._path(path), start, stop))
+        with self._filesystem.open(self._path(path), "rb", cache_type="none") as file:
+            file.seek(start)
+            return bytes(file.read(stop - start))
 
     def _check_version(self, path: str) -> None:
         expected = self._expected.get(path)
@@ -109,13 +91,6 @@ class FsspecRangeReader:
             raise written_again(f"{self.location}/{path}", now=found, before=expected)
         self._expected.pop(path, None)
 
-    def _range(self, path: str, start: int, stop: int) -> bytes:
-        if not self._reads_through_files():
-            return bytes(self._filesystem.cat_file(self._path(path), start, stop))
-        with self._filesystem.open(self._path(path), "rb", cache_type="none") as file:
-            file.seek(start)
-            return bytes(file.read(stop - start))
-
     def _reads_through_files(self) -> bool:
         """Whether the backend has no ranges of its own, so that fsspec reads them through a file with a block cache."""
         from fsspec import AbstractFileSystem
@@ -123,9 +98,16 @@ class FsspecRangeReader:
         # The object is asked, not its class: asynchronous backends get their methods when the object is made.
         return getattr(self._filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
 
-    def _failed(self, path: str, what: str, error: Exception) -> StorageError:
+    def _call(self, request: Callable[[], T], path: str, what: str) -> T:
         where = f"{self.location}/{path}"
-        return missing_file(where) if isinstance(error, FileNotFoundError) else _error(f"{where}: {what}", error)
+        try:
+            return request()
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            raise missing_file(where) from error
+        except Exception as error:  # each backend has its own
+            raise storage_error(f"{where}: {what}", error) from error
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -146,17 +128,9 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> FsspecRa
     except ImportError as error:
         raise CheckpointNotFound(f"{location}: {scheme}:// needs a package that is not installed: {error}") from error
     except Exception as error:  # each backend has its own
-        raise CheckpointNotFound(f"{location}: {scheme}:// can't be opened: {_reason(error)}") from error
+        raise CheckpointNotFound(f"{location}: {scheme}:// can't be opened: {error_text(error)}") from error
     return FsspecRangeReader(filesystem, root)
 
 
 def _version(entry: Mapping[str, Any]) -> str | None:
     return next((f"{name} {entry[name]}" for name in _VERSION_FIELDS if entry.get(name)), None)
-
-
-def _error(what: str, error: Exception) -> StorageError:
-    return (TransientStorageError if is_transient(error) else StorageError)(f"{what}: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -9,14 +9,23 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
-from shardferry.storage.base import KIB, MIB, StorageTraits, missing_file, not_mapped, spread, written_again
-from shardferry.storage.retry import TransientStorageError, is_transient
+from shardferry.storage.base import (
+    KIB,
+    MIB,
+    RangeReader,
+    StorageTraits,
+    missing_file,
+    spread,
+    without_first,
+    written_again,
+)
+from shardferry.storage.retry import storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +38,7 @@ BOUNCE_BYTES = 4 * MIB  # length of a direct read, at most
 _NO_DIRECT_IO = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 
 
-class PageCache(Enum):
+class PageCache(StrEnum):
     """What the kernel is told about the pages that are read."""
 
     KEEP = "keep"  # nothing
@@ -58,8 +67,9 @@ class LocalOptions:
         try:
             return cls(direct_io, PageCache(page_cache))
         except ValueError:
-            known = ", ".join(advice.value for advice in PageCache)
-            raise SpecError(f"storage_options: page_cache is {page_cache!r}; it is one of {known}") from None
+            raise SpecError(
+                f"storage_options: page_cache is {page_cache!r}; it is one of {', '.join(PageCache)}"
+            ) from None
 
 
 def open_location(location: str, storage_options: Mapping[str, Any]) -> LocalReader | None:
@@ -77,8 +87,8 @@ class _File:
     is_direct: bool
 
 
-class LocalReader:
-    """Files of a directory. Each file is opened once and stays open until ``close``. For the methods see `RangeReader`.
+class LocalReader(RangeReader):
+    """Files of a directory. Each file is opened once and stays open until ``close``.
 
     Raises:
         CheckpointNotFound: there is no such directory.
@@ -88,16 +98,12 @@ class LocalReader:
         if not directory.is_dir():
             what = "is a file, not a directory" if directory.exists() else "no such directory"
             raise CheckpointNotFound(f"{directory}: {what}; give the directory that holds the checkpoint's .metadata")
-        self.location = str(directory)
         self._directory = directory
         self._options = options or LocalOptions()
         # A mapping goes through the page cache, and fills it.
-        self.traits = replace(LOCAL_FILES, maps_files=self._options == LocalOptions())
+        super().__init__(str(directory), replace(LOCAL_FILES, maps_files=self._options == LocalOptions()))
         self._files: dict[str, _File] = {}
         self._retired: list[int] = []  # stale descriptors, which another thread may still be reading from
-        self._versions: dict[str, str] = {}
-        self._expected: dict[str, str] = {}
-        self._checked: set[int] = set()  # descriptors whose version was compared with the expected one
         self._bounce = _BounceBuffer()
         self._lock = threading.Lock()
 
@@ -107,13 +113,6 @@ class LocalReader:
         self._versions = {name: _version(status) for name, status in files.items()}
         return {name: files[name].st_size for name in sorted(files)}
 
-    def versions(self) -> dict[str, str]:
-        return dict(self._versions)
-
-    def expect(self, versions: Mapping[str, str]) -> None:
-        self._expected = dict(versions)
-        self._checked.clear()
-
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size
 
@@ -122,27 +121,30 @@ class LocalReader:
         advice = self._options.page_cache
         if advice is PageCache.READ_AHEAD and not file.is_direct:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_WILLNEED)
-        left: Sequence[memoryview] = buffers
         done = 0
         while done < nbytes:
+            left, position = without_first(buffers, done), byte_offset + done
             try:
-                count = self._pread(file, left, byte_offset + done)
+                if file.is_direct:
+                    count = pread_direct(file.descriptor, left, position, bounce=self._bounce.memory)
+                else:
+                    count = os.preadv(file.descriptor, left, position)
             except OSError as error:
-                raise self._failed(path, file, f"reading at byte {byte_offset + done} failed", error) from error
+                if error.errno == errno.ESTALE:  # of a network file system: the next attempt needs a new descriptor
+                    self._retire(path, file)
+                raise storage_error(f"{self.location}/{path}: reading at byte {position} failed", error) from error
             if count == 0:
                 raise StorageError(
                     f"{self.location}/{path}: ends at byte {self.size(path)}, "
                     f"but bytes {byte_offset} to {byte_offset + nbytes} are needed; the file is cut"
                 )
             done += count
-            if done < nbytes:
-                left = _without_first(buffers, done)
         if advice is PageCache.DROP:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         if not self.traits.maps_files:
-            raise not_mapped(self.location)
+            return super().mapped(path, start, stop)
         # Accessing a page after the file's end would kill the process (SIGBUS): compare the size first.
         file, size = self._checked_file(path), self.size(path)
         if stop > size:
@@ -158,29 +160,21 @@ class LocalReader:
                 os.close(descriptor)
             self._files.clear()
             self._retired.clear()
-            self._checked.clear()
-
-    def _pread(self, file: _File, buffers: Sequence[memoryview], byte_offset: int) -> int:
-        if file.is_direct:
-            return pread_direct(file.descriptor, buffers, byte_offset, bounce=self._bounce.memory)
-        return os.preadv(file.descriptor, buffers, byte_offset)
 
     def _checked_file(self, path: str) -> _File:
         """A file to read from. Raises StorageError if it is not the one that the catalog was made from."""
         file = self._file(path)
-        if file.descriptor not in self._checked:
+        if (expected := self._expected.get(path)) is not None:
             found = _version(os.fstat(file.descriptor))
-            if (expected := self._expected.get(path, found)) != found:
+            if found != expected:
                 raise written_again(f"{self.location}/{path}", now=found, before=expected)
-            self._checked.add(file.descriptor)
         return file
 
     def _file(self, path: str) -> _File:
         with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = self._open(path)
-            return file
+            if path not in self._files:
+                self._files[path] = self._open(path)
+            return self._files[path]
 
     def _open(self, path: str) -> _File:
         where = self._directory / path
@@ -191,29 +185,13 @@ class LocalReader:
         except FileNotFoundError:
             raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:
-            kind = TransientStorageError if is_transient(error) else StorageError
-            raise kind(f"{self.location}/{path}: can't be opened: {error}") from error
-
-    def _failed(self, path: str, file: _File, what: str, error: OSError) -> StorageError:
-        if error.errno == errno.ESTALE:  # of a network file system: the next attempt needs a new descriptor
-            self._retire(path, file)
-        kind = TransientStorageError if is_transient(error) else StorageError
-        return kind(f"{self.location}/{path}: {what}: {error}")
+            raise storage_error(f"{self.location}/{path}: can't be opened", error) from error
 
     def _retire(self, path: str, file: _File) -> None:
         """Let the next read open the file again, unless another thread has already done so."""
         with self._lock:
             if self._files.get(path) is file:
                 self._retired.append(self._files.pop(path).descriptor)
-
-
-def _without_first(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:
-    """The buffers without their first ``num_bytes`` bytes, which are filled already."""
-    first = 0
-    while num_bytes >= len(buffers[first]):
-        num_bytes -= len(buffers[first])
-        first += 1
-    return [buffers[first][num_bytes:], *buffers[first + 1 :]]
 
 
 def _version(status: os.stat_result) -> str:

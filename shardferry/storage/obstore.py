@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -18,10 +17,12 @@ from shardferry.errors import CheckpointNotFound, MissingFile, SpecError, Storag
 from shardferry.storage.base import (
     MIB,
     OBJECT_STORE,
+    RangeReader,
     StorageTraits,
-    copy_bytes,
+    cut_answer,
     missing_file,
-    not_mapped,
+    spread,
+    without_first,
     written_again,
 )
 from shardferry.storage.retry import TransientStorageError, is_transient_status
@@ -48,8 +49,8 @@ class _FileInfo:
         return f"{self.size} bytes" + (f", {self.version}" if self.version else "")
 
 
-class ObstoreReader:
-    """Files of a directory of an object store or a web server. For the methods see `RangeReader`.
+class ObstoreReader(RangeReader):
+    """Files of a directory of an object store or a web server. Its connections are closed with the store.
 
     Args:
         store: one of ``obstore.store``, whose root is the directory.
@@ -58,13 +59,10 @@ class ObstoreReader:
     """
 
     def __init__(self, store: Any, location: str, traits: StorageTraits) -> None:
-        self.location = location
-        self.traits = traits
+        super().__init__(location, traits)
         self._store = store
         self._known: dict[str, _FileInfo] = {}  # from a listing, a HEAD, or the first answer with bytes of the file
         self._answered: dict[str, str | None] = {}  # version, from the first answer with bytes of the file
-        self._expected: Mapping[str, str] = {}
-        self._lock = threading.Lock()
 
     def listing(self) -> dict[str, int | None]:
         import obstore
@@ -77,38 +75,24 @@ class ObstoreReader:
             raise CheckpointNotFound(f"{self.location}: no such bucket, or it may not be seen") from None
         if not found:
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it")
-        with self._lock:
-            self._known = {meta["path"].rsplit("/", 1)[-1]: _FileInfo.parse(meta) for meta in found}
-            return {name: self._known[name].size for name in sorted(self._known)}
+        self._known = {meta["path"].rsplit("/", 1)[-1]: _FileInfo.parse(meta) for meta in found}
+        return {name: info.size for name, info in sorted(self._known.items())}
 
     def versions(self) -> dict[str, str]:
-        with self._lock:
-            return {name: info.version for name, info in self._known.items() if info.version is not None}
-
-    def expect(self, versions: Mapping[str, str]) -> None:
-        self._expected = dict(versions)
+        return {name: info.version for name, info in self._known.items() if info.version is not None}
 
     def size(self, path: str) -> int:
         import obstore
 
-        with self._lock:
-            known = self._known.get(path)
-        if known is None:
+        if path not in self._known:
             meta = self._call(lambda: obstore.head(self._store, path), path, "its size can't be found")
-            with self._lock:
-                known = self._known.setdefault(path, _FileInfo.parse(meta))
-        return known.size
+            self._known.setdefault(path, _FileInfo.parse(meta))
+        return self._known[path].size
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         if nbytes := sum(map(len, buffers)):
             what = f"reading bytes {byte_offset} to {byte_offset + nbytes} failed"
             self._call(lambda: self._fill(path, byte_offset, buffers, nbytes), path, what)
-
-    def mapped(self, path: str, start: int, stop: int) -> memoryview:
-        raise not_mapped(self.location)
-
-    def close(self) -> None:
-        """Nothing: the connections are closed with the store."""
 
     def _fill(self, path: str, byte_offset: int, buffers: Sequence[memoryview], nbytes: int) -> None:
         import obstore
@@ -119,31 +103,29 @@ class ObstoreReader:
             options["if_match"] = version
         result = obstore.get(self._store, path, options=options)
         self._check_unchanged(path, _FileInfo.parse(result.meta))
-        done = _copy_body(result, buffers, nbytes)
+        done = 0
+        for body in result.stream(min_chunk_size=_PIECE_BYTES):
+            piece = memoryview(body)
+            spread(piece, without_first(buffers, done))
+            done += len(piece)
+            if done > nbytes:
+                break
         if done != nbytes:
-            raise StorageError(
-                f"{self.location}/{path}: bytes {byte_offset} to {stop} were asked for, {done} bytes came; "
-                "the file is cut, or the storage doesn't serve ranges"
-            )
+            raise cut_answer(f"{self.location}/{path}", byte_offset, stop, num_bytes=done)
 
     def _check_unchanged(self, path: str, now: _FileInfo) -> None:
         """Raise StorageError if the size differs from the known one, or the version from that of the first answer.
 
         The version in a listing is not compared: Azure's has no quotation marks there.
         """
-        with self._lock:
-            before = _FileInfo(self._known.setdefault(path, now).size, self._answered.setdefault(path, now.version))
+        before = _FileInfo(self._known.setdefault(path, now).size, self._answered.setdefault(path, now.version))
         if now != before:
             raise written_again(f"{self.location}/{path}", now=str(now), before=str(before))
 
     def _version_to_read(self, path: str) -> str | None:
         """The version that the catalog was made from, otherwise the one that was there when the size was found."""
-        expected = self._expected.get(path)
-        if expected is not None:
-            return expected
-        with self._lock:
-            known = self._known.get(path)
-        return None if known is None else known.version
+        known = self._known.get(path)
+        return self._expected.get(path, None if known is None else known.version)
 
     def _call(self, request: Callable[[], T], path: str, what: str) -> T:
         from obstore.exceptions import BaseError, PreconditionError
@@ -159,24 +141,6 @@ class ObstoreReader:
             raise written_again(where, now="another", before=str(self._version_to_read(path))) from error
         except BaseError as error:
             raise _storage_error(error, f"{where}: {what}") from error
-
-
-def _copy_body(result: Any, buffers: Sequence[memoryview], nbytes: int) -> int:
-    """Copy a response body into the buffers. Returns its length; of a body that is too long, a number above ``nbytes``."""
-    done, left = 0, list(reversed(buffers))
-    for body in result.stream(min_chunk_size=_PIECE_BYTES):
-        piece = memoryview(body)
-        if done + len(piece) > nbytes:
-            return done + len(piece)
-        done += len(piece)
-        while piece:
-            buffer = left.pop()
-            count = min(len(buffer), len(piece))
-            copy_bytes(buffer[:count], piece[:count])
-            piece = piece[count:]
-            if count < len(buffer):
-                left.append(buffer[count:])
-    return done
 
 
 # obstore has one class for nearly everything that a server answers, and says the rest in the text. Only this section looks
@@ -226,13 +190,12 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> ObstoreR
         SpecError: an option is unknown or wrong, or obstore is asked for and can't read this location.
     """
     options = dict(storage_options)
-    if not is_taken(location, options.pop("client", None)):
+    place = taken_place(location, options.pop("client", None))
+    if place is None:
         return None
-    place = place_of(location)
-    assert place is not None, location
-    store_options = split_options(place, options)
+    config, client_options = split_options(place, options)
     try:
-        store = _store(place, store_options)
+        store = _store(place, config, client_options)
     except Exception as error:  # obstore's own, and ValueError and TypeError for values of another type
         reason = str(error).partition("\n")[0]
         raise SpecError(f"{location}: can't be opened with these storage_options: {reason}") from error
@@ -240,8 +203,8 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> ObstoreR
     return ObstoreReader(store, location.rstrip("/"), traits)
 
 
-def is_taken(location: str, client: object) -> bool:
-    """Whether obstore reads a URL: that of an object store or a web server, where obstore is installed.
+def taken_place(location: str, client: object) -> StorePlace | None:
+    """The directory of a URL that obstore reads: of an object store or a web server, where obstore is installed.
 
     Args:
         client: ``storage_options["client"]``: ``"obstore"``, ``"fsspec"`` or None.
@@ -253,14 +216,15 @@ def is_taken(location: str, client: object) -> bool:
     if client not in (None, "obstore", "fsspec"):
         raise SpecError(f"storage_options: client is {client!r}; it is obstore or fsspec")
     place = None if client == "fsspec" else place_of(location)
-    is_installed = importlib.util.find_spec("obstore") is not None
     if client == "obstore" and place is None:
         raise SpecError(f"{location}: obstore has no such storage; leave storage_options.client out")
-    if client == "obstore" and not is_installed:
+    if importlib.util.find_spec("obstore") is not None:
+        return place
+    if client == "obstore":
         raise CheckpointNotFound(
             f"{location}: obstore is asked for and not installed: pip install 'shardferry[object-stores]'"
         )
-    return place is not None and is_installed
+    return None
 
 
 Kind = Literal["s3", "gcs", "azure", "http"]
@@ -302,14 +266,6 @@ def place_of(url: str) -> StorePlace | None:
     return StorePlace(kind, container, prefix.strip("/"), host.partition(".")[0] or None)
 
 
-@dataclass(frozen=True, slots=True)
-class StoreOptions:
-    """The two groups of options that obstore's stores take."""
-
-    config: dict[str, Any]
-    client_options: dict[str, Any]
-
-
 # obstore's `ClientConfig`: the options of connections, the same for all kinds of store.
 _CLIENT_OPTIONS = frozenset(
     [
@@ -346,49 +302,41 @@ _S3FS_NAMES = {
 }
 
 
-def split_options(place: StorePlace, storage_options: Mapping[str, Any]) -> StoreOptions:
-    """Sort options into obstore's two groups. Raises SpecError for one that obstore would ignore or that we set."""
+def split_options(place: StorePlace, storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort options into obstore's two groups, ``config`` and ``client_options``.
+
+    Raises:
+        SpecError: an option that obstore would ignore or that we set.
+    """
     given = dict(storage_options)
-    client_options = {**_pop_mapping(given, "client_options")}
-    config = {**_pop_mapping(given, "config")}
-    if place.kind == "s3":
-        config |= {_S3FS_NAMES.get(name, name): value for name, value in _pop_mapping(given, "client_kwargs").items()}
+    names = ("client_options", "config", *(["client_kwargs"] if place.kind == "s3" else []))
+    groups = {name: given.pop(name, None) or {} for name in names}
+    for name, group in groups.items():
+        if not isinstance(group, Mapping):
+            raise SpecError(f"storage_options: {name} is a {type(group).__name__}, not a mapping of options")
     if "retry_config" in given:
         raise SpecError(
             "storage_options: retry_config is ours to set; read.max_attempts says how often a request is tried"
         )
-    for name, value in given.items():
-        if name in _CLIENT_OPTIONS:
-            client_options[name] = value
-        else:
-            config[_S3FS_NAMES.get(name, name) if place.kind == "s3" else name] = value
+    client_options = groups["client_options"] | {name: given.pop(name) for name in _CLIENT_OPTIONS & given.keys()}
+    if place.kind == "s3":
+        given = {_S3FS_NAMES.get(name, name): value for name, value in (groups["client_kwargs"] | given).items()}
+    config = groups["config"] | given
     if place.account is not None:
         config.setdefault("account_name", place.account)
     if place.kind == "http" and config:
         raise SpecError(f"storage_options: a web server has no option {min(config)!r}; see docs/storage.md")
-    if _is_plain_http(place, config):  # a user who writes http:// means it
-        client_options.setdefault("allow_http", True)
-    return StoreOptions(config, client_options)
-
-
-def _pop_mapping(options: dict[str, Any], name: str) -> Mapping[str, Any]:
-    found = options.pop(name, None) or {}
-    if not isinstance(found, Mapping):
-        raise SpecError(f"storage_options: {name} is a {type(found).__name__}, not a mapping of options")
-    return found
-
-
-def _is_plain_http(place: StorePlace, config: Mapping[str, Any]) -> bool:
     url = place.container if place.kind == "http" else str(config.get("endpoint", ""))
-    return urlsplit(unquote(url)).scheme == "http"
+    if urlsplit(unquote(url)).scheme == "http":  # a user who writes http:// means it
+        client_options.setdefault("allow_http", True)
+    return config, client_options
 
 
-def _store(place: StorePlace, options: StoreOptions) -> Any:
+def _store(place: StorePlace, config: Any, client_options: Any) -> Any:
     from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-    client: Any = options.client_options
-    common: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
+    common: Any = {"client_options": client_options, "retry_config": {"max_retries": 0}}
     if place.kind == "http":
         return HTTPStore(place.container, **common)
     make: Any = {"s3": S3Store, "gcs": GCSStore, "azure": AzureStore}[place.kind]
-    return make(place.container, prefix=place.prefix or None, config=options.config, **common)
+    return make(place.container, prefix=place.prefix or None, config=config, **common)

@@ -7,7 +7,6 @@ failed together, do not come back together.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import random
 import time
@@ -17,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from shardferry.config import ReadOptions
 from shardferry.errors import StorageError
-from shardferry.storage.base import RangeReader, StorageTraits
+from shardferry.storage.base import RangeReader
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +40,6 @@ class RetryPolicy:
     max_wait_s: float = 10.0  # limit of any wait
     max_elapsed_s: float = 120.0  # from the start of the first attempt to the start of the last one
 
-    def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts is {self.max_attempts}; a request is tried at least once")
-
     def longest_wait_s(self, attempt: int) -> float:
         """Limit of the wait after ``attempt`` failed attempts."""
         # After 64 doublings the limit of any first wait exceeds max_wait_s; 2.0**1024 would overflow.
@@ -60,10 +55,10 @@ class Clock:
     random: Callable[[], float] = random.random  # uniform in [0, 1)
 
 
-class RetryingReader:
+class RetryingReader(RangeReader):
     """A storage whose requests are tried up to ``policy.max_attempts`` times where they raise TransientStorageError.
 
-    All other errors (a missing file, a refusal, a short read) are raised at once. For the methods see `RangeReader`.
+    All other errors (a missing file, a refusal, a short read) are raised at once.
 
     Args:
         storage: makes the requests.
@@ -72,14 +67,10 @@ class RetryingReader:
     """
 
     def __init__(self, storage: RangeReader, policy: RetryPolicy | None = None, clock: Clock | None = None) -> None:
-        self.location = storage.location
+        super().__init__(storage.location, storage.traits)
         self._storage = storage
         self._policy = policy or RetryPolicy()
         self._clock = clock or Clock()
-
-    @property
-    def traits(self) -> StorageTraits:
-        return self._storage.traits
 
     def listing(self) -> dict[str, int | None]:
         return self._try(self._storage.listing)
@@ -103,8 +94,8 @@ class RetryingReader:
         self._storage.close()
 
     def _try(self, request: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        started_s = self._clock.now_s()
-        for attempt in itertools.count(1):
+        started_s, attempt = self._clock.now_s(), 1
+        while True:
             try:
                 return request(*args, **kwargs)
             except TransientStorageError as error:
@@ -114,34 +105,27 @@ class RetryingReader:
                     raise StorageError(f"{error}; {self._tried(attempt, elapsed_s)}") from error
                 logger.info("%s; trying again in %.2f s (attempt %d failed)", error, wait_s, attempt)
             self._clock.sleep(wait_s)
-        raise AssertionError("unreachable")
+            attempt += 1
 
     def _tried(self, attempts: int, elapsed_s: float) -> str:
-        limit = (
-            f"read.max_attempts is {self._policy.max_attempts}"
-            if attempts >= self._policy.max_attempts
-            else f"no attempt begins {self._policy.max_elapsed_s:g} s after the first, read.max_attempts is "
-            f"{self._policy.max_attempts}"
-        )
+        limit = f"read.max_attempts is {self._policy.max_attempts}"
+        if attempts < self._policy.max_attempts:
+            limit = f"no attempt begins {self._policy.max_elapsed_s:g} s after the first, {limit}"
         return f"tried {attempts} time{'s' * (attempts != 1)} in {elapsed_s:.1f} s ({limit})"
 
 
+# Without those for which Python raises TimeoutError or a ConnectionError.
 _TRANSIENT_ERRNOS = frozenset(
     {
         errno.EAGAIN,
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
         errno.EHOSTDOWN,
         errno.EHOSTUNREACH,
         errno.EIO,
         errno.ENETDOWN,
         errno.ENETRESET,
         errno.ENETUNREACH,
-        errno.EPIPE,
         errno.EREMOTEIO,
         errno.ESTALE,
-        errno.ETIMEDOUT,
     }
 )
 _TRANSIENT_CLIENT_STATUSES = frozenset({408, 425, 429})  # request timeout, too early, too many requests
@@ -169,7 +153,9 @@ def is_transient(error: BaseException) -> bool:
         status = _http_status(cause)
         if status is not None:
             return is_transient_status(status)
-        if isinstance(cause, TimeoutError | ConnectionError) or _is_cut_connection(cause):
+        if isinstance(cause, TimeoutError | ConnectionError):
+            return True
+        if any(base.__name__ in _CUT_CONNECTIONS for base in type(cause).__mro__):
             return True
         if isinstance(cause, OSError) and cause.errno in _TRANSIENT_ERRNOS:
             return True
@@ -185,22 +171,29 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _is_cut_connection(error: BaseException) -> bool:
-    return any(base.__name__ in _CUT_CONNECTIONS for base in type(error).__mro__)
-
-
 def _http_status(error: BaseException) -> int | None:
-    """The HTTP status that an error carries, as aiohttp, azure, gcsfs or botocore store it."""
-    for name in ("status", "status_code", "code"):
-        if (status := _as_status(getattr(error, name, None))) is not None:
+    for value in _possible_statuses(error):
+        status = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if isinstance(status, int) and 100 <= status < 600:
             return status
+    return None
+
+
+def _possible_statuses(error: BaseException) -> Iterator[object]:
+    """What stands where aiohttp, azure, gcsfs and botocore store the HTTP status of an error."""
+    for name in ("status", "status_code", "code"):
+        yield getattr(error, name, None)
     response = getattr(error, "response", None)
     if isinstance(response, dict):
-        return _as_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    return _as_status(getattr(response, "status_code", None))
+        yield response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    yield getattr(response, "status_code", None)
 
 
-def _as_status(value: object) -> int | None:
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    return value if isinstance(value, int) and 100 <= value < 600 else None
+def storage_error(what: str, error: Exception) -> StorageError:
+    """The error for a request that failed: one that says whether another attempt may succeed."""
+    return (TransientStorageError if is_transient(error) else StorageError)(f"{what}: {error_text(error)}")
+
+
+def error_text(error: Exception) -> str:
+    """The class of an error, and what it says."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

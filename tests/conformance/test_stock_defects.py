@@ -42,7 +42,7 @@ import shardferry.dcp as ours
 from shardferry import open_checkpoint
 from shardferry.errors import PlanError, ShardferryError
 from shardferry.read.zip_header import HEADER_BYTES, parse_header
-from shardferry.storage import open_storage
+from shardferry.storage.open import open_storage
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, hole
 from tests.support.models import Model, fill_state, fsdp2

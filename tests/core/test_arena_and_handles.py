@@ -74,7 +74,7 @@ def test_an_arena_for_its_own_process_alone_is_no_file() -> None:
     assert NAME in str(Path(f"/proc/self/fd/{shared.descriptor}").readlink())
     assert shared.is_shareable
     descriptors = set(Path("/proc/self/fd").iterdir())
-    arena = HostArena.private(512)
+    arena = HostArena(512, is_shareable=False)
     assert not arena.is_shareable
     assert set(Path("/proc/self/fd").iterdir()) <= descriptors
     tensor = arena.tensor(256, SHAPE, torch.float32)

@@ -15,7 +15,7 @@ from shardferry.plan.planner import plan_tensors
 from shardferry.read.execute import read_plan
 from shardferry.region import Region
 from shardferry.stats import Counters
-from shardferry.storage import RangeReader
+from shardferry.storage.base import RangeReader
 
 
 def load_layouts(

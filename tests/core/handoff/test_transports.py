@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from typing import ClassVar, Self
+import subprocess
+import sys
+from typing import Self
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ from shardferry.handoff.transport import Recipient, Transport
 from shardferry.handoff.transports import (
     AUTO,
     TRANSPORTS,
+    TransportEntry,
     choose_transport,
     needs_host_arena,
     stage_transport_names,
     transport_named,
 )
 from shardferry.plan.load_plan import Manifest
+from tests.support.commands import REPOSITORY
 
 CONTENT = torch.arange(64, dtype=torch.uint8)
 SAME_PROCESS = Recipient(same_host=True, same_process=True)
@@ -37,7 +41,7 @@ def host_arena() -> HostArena:
 
 
 def private_arena() -> HostArena:
-    return HostArena.private(64)
+    return HostArena(64, is_shareable=False)
 
 
 def device_arena() -> DeviceArena:
@@ -70,11 +74,11 @@ def filled(kind: str) -> Arena:
 def test_auto_takes_the_first_that_can_carry_the_arena(
     kind: str, recipient: Recipient, expected: type[Transport]
 ) -> None:
-    assert choose_transport(AUTO, filled(kind), recipient) is expected
+    assert choose_transport(AUTO, filled(kind), recipient).load() is expected
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_transport_that_is_named_is_taken(transport: type[Transport]) -> None:
+def test_a_transport_that_is_named_is_taken(transport: TransportEntry) -> None:
     assert transport_named(transport.name) is transport
     assert choose_transport(transport.name, filled("host"), OTHER_HOST) is transport
 
@@ -83,15 +87,16 @@ def test_a_transport_that_is_named_is_taken(transport: type[Transport]) -> None:
 @pytest.mark.parametrize("kind", ARENAS)
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_a_transport_brings_each_arena_that_it_says_it_can(
-    transport: type[Transport], kind: str, exclusive: bool
+    transport: TransportEntry, kind: str, exclusive: bool
 ) -> None:
     arena = filled(kind)
-    if not transport.can_carry(arena, SAME_PROCESS):
+    kind_of_transport = transport.load()
+    if not kind_of_transport.can_carry(arena, SAME_PROCESS):
         assert kind != "host"
         with pytest.raises(HandoffError, match=r"shared_memory needs an arena on the host|for its own process alone"):
-            transport.from_arena(arena, exclusive=exclusive)
+            kind_of_transport.from_arena(arena, exclusive=exclusive)
         return
-    sent = transport.from_arena(arena, exclusive=exclusive)
+    sent = kind_of_transport.from_arena(arena, exclusive=exclusive)
     if transport.crosses_processes:
         sent = pickle.loads(pickle.dumps(sent))
     else:
@@ -105,8 +110,8 @@ def test_a_transport_brings_each_arena_that_it_says_it_can(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_only_those_that_say_so_need_an_arena_on_the_host(transport: type[Transport]) -> None:
-    assert transport.can_carry(filled("device"), SAME_PROCESS) is not transport.needs_host_arena
+def test_only_those_that_say_so_need_an_arena_on_the_host(transport: TransportEntry) -> None:
+    assert transport.load().can_carry(filled("device"), SAME_PROCESS) is not transport.needs_host_arena
     assert needs_host_arena(transport.name) is transport.needs_host_arena
     assert not needs_host_arena(AUTO)
 
@@ -114,10 +119,20 @@ def test_only_those_that_say_so_need_an_arena_on_the_host(transport: type[Transp
 def test_a_loader_that_is_gone_is_missed_by_those_that_need_it() -> None:
     arena = filled("host")
     sent = SharedMemory.from_arena(arena, exclusive=False)
-    assert not sent.outlives_loader
+    assert not transport_named("shared_memory").outlives_loader
     arena.close()
     with pytest.raises(HandoffError, match="has ended before the shard was opened"):
         sent.open()
+
+
+def test_a_transport_is_imported_when_it_is_used() -> None:
+    program = (
+        "import sys; from shardferry.handoff import transports as t; seen = lambda: [e.name for e in t.TRANSPORTS if "
+        "e.home.partition(':')[0] in sys.modules]; t.stage_transport_names(); t.needs_host_arena('shared_memory'); "
+        "assert not seen(); t.transport_named('object_store').load(); print(seen())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
+    assert done.stdout == "['object_store']\n", done.stderr
 
 
 def test_names() -> None:
@@ -133,8 +148,6 @@ def test_names() -> None:
 
 class Pigeon(Transport):
     """Carries small arenas anywhere."""
-
-    name: ClassVar[str] = "pigeon"
 
     def __init__(self, message: bytes) -> None:
         self._message = message
@@ -152,10 +165,11 @@ class Pigeon(Transport):
 
 
 def test_a_new_transport_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "TRANSPORTS", (Pigeon, *TRANSPORTS))
+    pigeon = TransportEntry("pigeon", f"{__name__}:Pigeon")
+    monkeypatch.setattr(transports, "TRANSPORTS", (pigeon, *TRANSPORTS))
     assert "pigeon" in stage_transport_names()
-    assert choose_transport(AUTO, filled("device"), OTHER_HOST) is Pigeon
-    assert choose_transport(AUTO, HostArena(200), OTHER_HOST) is ObjectStore
+    assert choose_transport(AUTO, filled("device"), OTHER_HOST) is pigeon
+    assert choose_transport(AUTO, HostArena(200), OTHER_HOST).name == "object_store"
     manifest = Manifest(
         world_rank=3, world_size=4, mesh=None, tensors=(), values=(), param_groups=({"params": [], "lr": 0.5},), fqns=()
     )

@@ -19,7 +19,7 @@ from shardferry.checkpoint.open import open_checkpoint, storage_of
 from shardferry.layout.tensor_layout import AxisCut, TensorLayout, flat_slice, shard_on_mesh
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
-from shardferry.storage import FsspecRangeReader
+from shardferry.storage.fsspec import FsspecRangeReader
 from tests.support.chunk_files import Chunk, write_chunks
 from tests.support.loads import bits, load_boxes, load_layouts
 from tests.support.oracle import full_tensor, random_bits

@@ -22,7 +22,7 @@ from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load
 from shardferry.read.execute import read_plan
 from shardferry.stats import Counters
-from shardferry.storage import LocalReader
+from shardferry.storage.local import LocalReader
 from tests.support.alone import save_alone
 from tests.support.damage import KEY, edit_metadata
 from tests.support.oracle import full_tensor

@@ -16,7 +16,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
-from shardferry.storage import FsspecRangeReader, RangeReader, RetryingReader, open_storage
+from shardferry.storage.base import RangeReader
+from shardferry.storage.fsspec import FsspecRangeReader
+from shardferry.storage.open import open_storage
+from shardferry.storage.retry import RetryingReader
 from tests.support.range_server import served
 from tests.support.s3_server import BUCKET, S3Server
 

@@ -21,7 +21,8 @@ from shardferry.errors import CheckpointNotFound, StorageError
 from shardferry.read.execute import check_files
 from shardferry.read.verify import verify_checkpoint
 from shardferry.region import Region
-from shardferry.storage import FsspecRangeReader, open_storage
+from shardferry.storage.fsspec import FsspecRangeReader
+from shardferry.storage.open import open_storage
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor

@@ -15,7 +15,9 @@ from shardferry.checkpoint import open as checkpoint
 from shardferry.checkpoint.open import storage_of
 from shardferry.errors import CheckpointNotFound, StorageError
 from shardferry.schemas import StageConfig
-from shardferry.storage import RangeReader, RetryingReader, open_storage
+from shardferry.storage.base import RangeReader
+from shardferry.storage.open import open_storage
+from shardferry.storage.retry import RetryingReader
 from tests.support.s3_server import BUCKET, S3Server
 from tests.support.small_net import Net, adamw, check, fill, save
 

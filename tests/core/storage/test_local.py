@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 
 from shardferry.errors import SpecError, StorageError
-from shardferry.storage import LocalReader, open_storage
-from shardferry.storage.local import ALIGNMENT, BOUNCE_BYTES, LocalOptions, PageCache, open_direct, pread_direct
+from shardferry.storage.local import (
+    ALIGNMENT,
+    BOUNCE_BYTES,
+    LocalOptions,
+    LocalReader,
+    PageCache,
+    open_direct,
+    pread_direct,
+)
+from shardferry.storage.open import open_storage
 
 DATA = np.random.default_rng(1).bytes(BOUNCE_BYTES + 3 * ALIGNMENT + 17)
 

@@ -13,8 +13,8 @@ import torch
 from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.region import Region
-from shardferry.storage import open_storage
-from shardferry.storage.obstore import StoreOptions, StorePlace, is_taken, place_of, split_options
+from shardferry.storage.obstore import StorePlace, place_of, split_options, taken_place
+from shardferry.storage.open import open_storage
 from tests.support.alone import save_alone
 from tests.support.loads import load_boxes, load_whole
 from tests.support.oracle import full_tensor
@@ -121,8 +121,8 @@ def test_what_an_object_store_is_like() -> None:
 )
 def test_places(url: str, place: StorePlace | None) -> None:
     assert place_of(url) == place
-    assert is_taken(url, None) is (place is not None)
-    assert is_taken(url, "fsspec") is False
+    assert taken_place(url, None) == place
+    assert taken_place(url, "fsspec") is None
 
 
 S3, WEB = StorePlace("s3", "bucket"), StorePlace("http", "http://host")
@@ -146,7 +146,7 @@ S3, WEB = StorePlace("s3", "bucket"), StorePlace("http", "http://host")
     ],
 )
 def test_options(place: StorePlace, given: dict[str, Any], config: Any, client_options: Any) -> None:
-    assert split_options(place, given) == StoreOptions(config, client_options)
+    assert split_options(place, given) == (config, client_options)
 
 
 @pytest.mark.parametrize(

@@ -149,11 +149,6 @@ def test_a_mapping_and_a_read_of_several_buffers_are_tried_again() -> None:
     assert flaky.asked == [(10, 18)] * 4
 
 
-def test_a_policy_of_no_attempts() -> None:
-    with pytest.raises(ValueError, match="max_attempts is 0"):
-        RetryPolicy(max_attempts=0)
-
-
 class _WithStatus(Exception):
     def __init__(self, status: object) -> None:
         super().__init__(f"status {status}")
