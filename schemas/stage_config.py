@@ -109,6 +109,11 @@ class CheckpointSpec(Spec):
         description="whose hyperparameters hold after the load: the saved ones, the live ones, or the live ones of some names",
     )
 
+    safe_globals: tuple[str, ...] = Field(
+        _REQUEST.safe_globals,
+        description="dotted names of classes that saved Python objects may be of; they are imported",
+    )
+
     @field_validator("keys", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
@@ -141,6 +146,7 @@ class CheckpointSpec(Spec):
             hyperparameters=HyperparameterPolicy.of(
                 self.hyperparameters if isinstance(self.hyperparameters, str) else {"live": self.hyperparameters.live}
             ),
+            safe_globals=self.safe_globals,
         )
 
 

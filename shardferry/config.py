@@ -159,6 +159,7 @@ class LoadRequest:
     dtype: DtypePolicy = DtypePolicy.ERROR
     wanted_dtypes: tuple[tuple[str, torch.dtype], ...] = ()  # glob over state names; what live state has comes first
     hyperparameters: HyperparameterPolicy = HyperparameterPolicy()
+    safe_globals: tuple[str, ...] = ()  # dotted names of classes that saved Python objects may be of
 
     def wanted_dtype(self, name: str) -> torch.dtype | None:
         """The dtype asked for a state entry, by name; None: any."""

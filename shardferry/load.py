@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from shardferry.config import (
     MessageLimits,
     ReadOptions,
 )
+from shardferry.errors import DecodeError
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.delivery import open_delivery
 from shardferry.exchange.peer_memory import ArenaAddress
@@ -31,6 +33,8 @@ from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.plan.match_keys import unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
 from shardferry.read.execute import Cooperation, read_objects, read_plan
+from shardferry.read.objects import ForeignClass, allowed_classes
+from shardferry.state_dicts import EXTRA_STATE, LeftLive
 from shardferry.stats import Counters, PhaseClock
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import RetryPolicy
@@ -268,12 +272,30 @@ def read_values(
     options: ReadOptions | None = None,
     counters: Counters | None = None,
 ) -> dict[str, Any]:
-    """Everything that is not a sharded tensor, by key: one rank reads it for all. Raises StorageError, DecodeError."""
+    """Everything that is not a sharded tensor, by key: one rank reads it for all.
+
+    What can't be decoded is left out where the request allows that: a value of a class that is not plain data becomes a
+    `LeftLive`. A module's extra state that torch has not pickled stays bytes, as torch gives it.
+
+    Raises:
+        StorageError, DecodeError: a value can't be read.
+        SpecError: a class that the request allows can't be imported.
+    """
+
+    def unread(key: str, data: bytes, error: DecodeError) -> Any:
+        if isinstance(error, ForeignClass):
+            if request.keys.allow_missing:
+                return LeftLive(error.names)
+        elif catalog.path(key)[-1] == EXTRA_STATE or key.endswith(f".{EXTRA_STATE}"):
+            return io.BytesIO(data)
+        raise error
+
     options, counters = options or ReadOptions(), counters or Counters()
     keys = value_keys(catalog, request)
     objects = [key for key in keys if key in catalog.objects]
     tensors = [key for key in keys if key in catalog.tensors]
-    values = read_objects(objects, catalog, storage, options, counters)
+    with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
+        values = read_objects(objects, catalog, storage, options, counters, unread)
     return values | _read_whole(tensors, catalog, storage, options, counters)
 
 

@@ -32,6 +32,7 @@ from shardferry.optimizer.live import LiveModel, as_tuple, live_layout
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.match_keys import KeyReport
+from shardferry.state_dicts import LeftLive
 from shardferry.stats import Counters
 from shardferry.storage.open import open_storage
 
@@ -57,6 +58,7 @@ def load_optimizer_state(
     dtype: str = "error",
     wanted_dtypes: Mapping[str, torch.dtype] | None = None,
     hyperparameters: str | Mapping[str, Sequence[str]] = "saved",
+    safe_globals: Sequence[str] = (),
     **read: Unpack[ReadKeywords],
 ) -> KeyReport:
     """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
@@ -87,6 +89,8 @@ def load_optimizer_state(
         wanted_dtypes: glob over state names to the dtype that is wanted, where the optimizer's own isn't known.
         hyperparameters: whose they are after the load: ``saved``; ``live``; or ``{"live": ["lr", ...]}``, which keeps those of
             these names.
+        safe_globals: dotted names of classes that saved Python objects may be of; they are imported. Those that
+            ``torch.serialization.add_safe_globals`` has are allowed too.
         **read: the options of the spec's ``read`` section, and ``load_s``; see `shardferry.config.ReadOptions`. With
             ``strategy="cooperative"`` ranks read for each other, so that each byte leaves storage once; with ``"direct"`` each
             rank reads for itself; ``"auto"`` reads directly from local files on one node, else cooperatively.
@@ -105,6 +109,7 @@ def load_optimizer_state(
             dtype=dtype_policy(dtype),
             wanted_dtypes=tuple((wanted_dtypes or {}).items()),
             hyperparameters=HyperparameterPolicy.of(hyperparameters),
+            safe_globals=tuple(safe_globals),
         )
         found = _parts_of(model, optimizer, optimizer_key, model_key, request, str(location))
         return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
@@ -284,7 +289,12 @@ def _load_part(
     ready = agreement.all_or_raise(
         "fitting the state to the optimizer", lambda: fit(shard.state(), part.live, checked[0])
     )
-    return _LoadedPart(shard, checked[0], ready)
+    left = tuple(
+        f"{key}: was saved as {', '.join(value.class_names)}, which is not plain data; the live value stays"
+        for key, value in values.items()
+        if isinstance(value, LeftLive)
+    )
+    return _LoadedPart(shard, replace(checked[0], warnings=checked[0].warnings + left), ready)
 
 
 def _install(installations: Sequence[Installation], agreement: Agreement) -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 KeyPath = tuple[str | int, ...]  # of a value in nested dicts (by string) and lists (by integer)
+EXTRA_STATE = "_extra_state"  # as torch.nn.Module.state_dict names it
 ParamGroup = dict[str, Any]  # "params": [fqn, ...], and the hyperparameters by name
+
+
+@dataclass(frozen=True, slots=True)
+class LeftLive:
+    """Stands for a saved value of classes that are not plain data: the live value stays."""
+
+    class_names: tuple[str, ...]
 
 
 def nest(entries: Mapping[KeyPath, Any]) -> Any:

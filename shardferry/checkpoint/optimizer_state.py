@@ -21,7 +21,7 @@ from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.megatron import BUFFERS, COMMON_FILE, megatron_entry
 from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
-from shardferry.state_dicts import KeyPath, ParamGroup, nest
+from shardferry.state_dicts import KeyPath, LeftLive, ParamGroup, nest
 
 SCALAR_STATE = frozenset({"step"})  # state that never has its parameter's shape, whatever its size
 
@@ -240,7 +240,8 @@ class SavedOptimizer:
         """
         groups = None
         if values is not None:
-            groups = build_param_groups({path: values[key] for path, key in index.param_groups.items()})
+            read = {path: values[key] for path, key in index.param_groups.items()}
+            groups = build_param_groups({p: value for p, value in read.items() if not isinstance(value, LeftLive)})
         grouped = [saved for group in groups or () for saved in group.get("params", ())]
         names = _positional_names(index, groups, grouped, positions)
 

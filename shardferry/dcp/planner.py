@@ -23,7 +23,7 @@ from shardferry.checkpoint.from_torch import catalog_from_torch
 from shardferry.dcp.sharded_tensors import region_of, size_of
 from shardferry.errors import PlanError
 from shardferry.plan.cover import covering_chunks
-from shardferry.read.items import decode_object
+from shardferry.read.objects import decode_object
 from shardferry.region import Region
 
 

@@ -22,11 +22,9 @@ from shardferry.optimizer import fsdp1
 from shardferry.optimizer.forms import OptimizerForm
 from shardferry.optimizer.module_form import ModuleForm
 from shardferry.optimizer.wrappers import FqnCleaner, torch_optimizers
-from shardferry.state_dicts import flat_entries
+from shardferry.state_dicts import EXTRA_STATE, flat_entries
 
 T = TypeVar("T")
-
-_EXTRA_STATE = "_extra_state"  # as torch.nn.Module.state_dict names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +253,7 @@ def _extra_states_of(root: Module) -> Iterator[tuple[str, Module]]:
     fqns = FqnCleaner.for_model(root)
     for path, module in root.named_modules():
         if type(module).get_extra_state is not Module.get_extra_state:
-            yield fqns.clean(f"{path}.{_EXTRA_STATE}" if path else _EXTRA_STATE), module
+            yield fqns.clean(f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE), module
 
 
 def live_layout(live: LiveModel, *, world_rank: int, world_size: int) -> LiveLayout:

@@ -39,7 +39,7 @@ from shardferry.plan.load_plan import (
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
 from shardferry.plan.state_layout import StateLayouts
 from shardferry.region import BoxCopy
-from shardferry.state_dicts import KeyPath
+from shardferry.state_dicts import KeyPath, LeftLive
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
@@ -246,6 +246,8 @@ class _Planner:
 
     def _add_value(self, key: str, fqn: str, path: KeyPath, section: Section) -> None:
         value = None if self._saved_values is None else self._saved_values[key]
+        if isinstance(value, LeftLive):
+            return
         self._values.append(PlannedValue(key, fqn, path, value, section))
 
     def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:

@@ -6,7 +6,7 @@ an item needs beyond its opening request becomes further tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -305,10 +305,22 @@ class _CountedStorage:
             yield self._storage.mapped(path, start, stop)
 
 
+def _raised(key: str, data: bytes, error: DecodeError) -> Any:
+    raise error
+
+
 def read_objects(
-    keys: Sequence[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
+    keys: Sequence[str],
+    catalog: Catalog,
+    storage: RangeReader,
+    options: ReadOptions,
+    counters: Counters,
+    unread: Callable[[str, bytes, DecodeError], Any] = _raised,
 ) -> dict[str, Any]:
     """Saved Python objects by key. Neighbours in a file are read in one request.
+
+    Args:
+        unread: called for an object that can't be decoded, with its key and its bytes; gives a value, or raises.
 
     Raises:
         StorageError: a file is missing, short, or not the one that the catalog was made of.
@@ -326,7 +338,11 @@ def read_objects(
             source.read_into(group[0].item.path, start, data)
             for read in group:
                 item = read.item
-                values[item.key] = value_of(item, data[item.byte_offset - start : item.byte_stop - start])
+                stored = data[item.byte_offset - start : item.byte_stop - start]
+                try:
+                    values[item.key] = value_of(item, stored)
+                except DecodeError as error:
+                    values[item.key] = unread(item.key, bytes(stored), error)
         counters.add_completed(sum(read.item.byte_length for read in group))
         return ()
 

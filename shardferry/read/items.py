@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +12,13 @@ import torch
 
 from shardferry.checkpoint.catalog import NO_FILE, Catalog, ItemFormat, KnownValue, RawItem, TransformedItem, ZipItem
 from shardferry.errors import DecodeError
+from shardferry.read.objects import ForeignClass, decode_object
 from shardferry.read.transforms import undo_transforms
 from shardferry.read.zip_header import (
     HEADER_BYTES,
     MAX_HEADER_BYTES,
     HeaderTooShort,
     ItemLayout,
-    first_record_start,
     parse_header,
 )
 from shardferry.region import row_major_strides
@@ -224,42 +221,17 @@ def value_of(item: StoredItem, data: bytes | memoryview) -> Any:
         data: the whole item as it is stored; unused where the value was known when the checkpoint was opened.
 
     Raises:
-        DecodeError: the item is damaged or holds a type that is not plain data.
+        ForeignClass: it holds a type that is not plain data.
+        DecodeError: the item is damaged.
     """
     if isinstance(item.format, KnownValue):
         return copy.deepcopy(item.format.value)  # an optimizer counts its steps in place
     try:
         return decode_object(bytes(decoded(item, data)))
+    except ForeignClass as error:
+        raise ForeignClass(f"{item.key}: {item.path} at byte {item.byte_offset}: {error}", error.names) from error
     except DecodeError as error:
         raise DecodeError(f"{item.key}: {item.path} at byte {item.byte_offset}: {error}") from error
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts; refuses every global. Twenty times as fast as `torch.load`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(str(pid))
-
-
-def decode_object(data: bytes) -> Any:
-    """The Python value of a saved object: numbers, strings, lists, dicts and tensors; nothing is executed.
-
-    Args:
-        data: as ``torch.save`` wrote it.
-
-    Raises:
-        DecodeError: the bytes are damaged, or hold a type that is not plain data.
-    """
-    with suppress(Exception):  # not plain: torch's own loader decides
-        return _PlainUnpickler(io.BytesIO(data[first_record_start(data) :])).load()
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged items raise nearly any type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DecodeError(f"the saved object of {len(data)} bytes is damaged or not plain data ({reason})") from error
 
 
 def _check_layout(item: TensorItem, layout: ItemLayout, num_bytes: int) -> None:

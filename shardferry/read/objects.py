@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardferry.errors import DecodeError
+from shardferry.errors import DecodeError, SpecError
 from shardferry.read.zip_header import first_record_start
 
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
@@ -26,8 +27,8 @@ _NUMPY: list[Any] = [
     np.ndarray,
     *_NUMPY_DTYPES,
     *(
-        (getattr(np._core.multiarray, name), f"{package}.multiarray.{name}")
-        for name in ("scalar", "_reconstruct")
+        (function, f"{package}.multiarray.{name}")
+        for name, function in (("scalar", np.float64().__reduce__()[0]), ("_reconstruct", np.zeros(1).__reduce__()[0]))
         for package in ("numpy.core", "numpy._core")
     ),
 ]
@@ -105,3 +106,11 @@ def _leaves(tree: Any) -> Iterator[Any]:
             yield from _leaves(value)
     else:
         yield tree
+
+
+def allowed_classes(names: Sequence[str]) -> list[Any]:
+    """The classes of dotted names, for ``torch.serialization.safe_globals``. Raises SpecError."""
+    try:
+        return [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SpecError(f"safe_globals: {list(names)}: {error}; give dotted names such as collections.deque") from error

@@ -14,7 +14,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from torch.utils.serialization import config
 
 from shardferry.errors import DecodeError
-from shardferry.read.items import decode_object
+from shardferry.read.objects import decode_object
 from shardferry.read.zip_header import MAX_HEADER_BYTES, HeaderTooShort, ItemLayout, parse_header
 
 DTYPES = [
