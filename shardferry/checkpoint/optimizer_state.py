@@ -27,6 +27,7 @@ SCALAR_STATE = frozenset({"step"})  # state that never has its parameter's shape
 
 Positions = Sequence[Sequence[str]]  # FQNs of each param group of the live optimizer, in order
 
+_OF_ONE = "of one parameter"  # before the FQN, in the path of a hyperparameter of an optimizer for one parameter
 _NAMES = "param_names"  # since torch 2.6 in the param groups of optimizers that were made from named parameters
 
 
@@ -99,6 +100,7 @@ def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
     state: dict[KeyPath, str] = {}
     groups: dict[KeyPath, str] = {}
     paths = dict(_below(catalog, optimizer_key))
+    _check_paths(catalog, optimizer_key, paths)
     of_megatron: dict[str, None] = {}
     for key, path in paths.items():
         section, rest = _split_section(path)
@@ -109,6 +111,8 @@ def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
             state[entry or rest] = key
         elif section == "param_groups":
             groups[rest] = key
+    if paths and not (state or groups):
+        state, groups = _below_parameters(paths)
     if optimizer_key in catalog.tensors or optimizer_key in catalog.objects:
         paths.setdefault(optimizer_key, ())
     if not paths:
@@ -193,27 +197,65 @@ def _tail(path: KeyPath, wanted: str) -> KeyPath | None:
     return None
 
 
+def _check_paths(catalog: Catalog, optimizer_key: str, paths: Mapping[str, KeyPath]) -> None:
+    """Every path is one value's, and every value that the metadata lists there is stored. Raises PlanError."""
+    for key, path in (catalog.paths or {}).items():
+        if key not in catalog.tensors and key not in catalog.objects and _tail(path, optimizer_key) is not None:
+            raise PlanError(f"{catalog.location}: {key}: planner_data lists it, and nothing is stored under this key")
+    keys: dict[tuple[str, ...], str] = {}
+    for key, path in paths.items():
+        if (other := keys.setdefault(tuple(map(str, path)), key)) != key:
+            raise PlanError(f"{catalog.location}: {other!r} and {key!r} both stand at {'.'.join(map(str, path))}")
+    for names, key in keys.items():
+        for length in range(1, len(names)):
+            if (parent := keys.get(names[:length])) is not None:
+                raise PlanError(f"{catalog.location}: {parent!r} is one value, and {key!r} stands below it")
+
+
+def _below_parameters(paths: Mapping[str, KeyPath]) -> tuple[dict[KeyPath, str], dict[KeyPath, str]]:
+    """State and hyperparameters of optimizers for one parameter each, saved below its name: ``<fqn>.state.0.exp_avg``."""
+    state: dict[KeyPath, str] = {}
+    groups: dict[KeyPath, str] = {}
+    for key, path in paths.items():
+        parts = path if len(path) > 1 else tuple(str(path[0]).split("."))
+        names = [str(part) for part in parts]
+        for section, found in (("state", state), ("param_groups", groups)):
+            at = next((i for i in range(1, len(names)) if names[i] == section), None)
+            if at is not None and names[at + 1 : at + 2] in ([], ["0"]):
+                rest = parts[at + 2 :]
+                found[
+                    (".".join(names[:at]), *rest) if section == "state" else (_OF_ONE, ".".join(names[:at]), *rest)
+                ] = key
+    return {path: key for path, key in state.items() if len(path) > 1}, groups
+
+
 def _split_section(tail: KeyPath) -> tuple[str, KeyPath]:
     """``("state", ...)`` -> ``"state"`` and the rest of the path."""
     section, rest = str(tail[0]), tail[1:]
-    if not rest and "." in section:  # flattened by the saver: "state.<fqn>.<name>"
-        section, _, dotted = section.partition(".")
-        return section, (dotted,)
+    name, _, dotted = section.partition(".")
+    if dotted and name in ("state", "param_groups"):  # flattened by the saver: "state.<fqn>.<name>"
+        return name, (_Flattened(dotted), *rest)
     return section, rest
+
+
+class _Flattened(str):
+    """An FQN and the name of a state entry or a hyperparameter, joined by dots."""
+
+    __slots__ = ()
 
 
 def _split_state(path: KeyPath, known: set[str]) -> tuple[str, KeyPath]:
     """FQN and path below it. In a flattened name the longest known FQN decides, otherwise the last dot."""
-    if len(path) > 1:
-        return str(path[0]), path[1:]
-    dotted = str(path[0])
+    dotted, rest = str(path[0]), path[1:]
+    if rest and not isinstance(path[0], _Flattened):
+        return dotted, rest
     fqn = dotted
     while "." in fqn:
         fqn = fqn.rpartition(".")[0]
         if fqn in known:
-            return fqn, tuple(dotted[len(fqn) + 1 :].split("."))
+            return fqn, (*dotted[len(fqn) + 1 :].split("."), *rest)
     fqn, _, name = dotted.rpartition(".")
-    return fqn, (name,)
+    return fqn, (name, *rest)
 
 
 @dataclass(frozen=True)
@@ -284,19 +326,34 @@ def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
     Args:
         entries: saved values by their path below ``param_groups``: ``(0, "lr")`` for a flattened list of groups, ``()``
             for a list saved whole, ``("<fqn>.lr",)`` where the saver had flattened the optimizer's state dict.
+
+    Raises:
+        PlanError: a group is empty.
     """
     if () in entries:
         return [dict(group) for group in entries[()]]
-    flattened: dict[str, ParamGroup] = {}
+    flattened: dict[str, dict[KeyPath, Any]] = {}
     nested: dict[KeyPath, Any] = {}
     for path, value in entries.items():
-        if len(path) == 1 and isinstance(path[0], str):
+        if path[0] == _OF_ONE:
+            fqn, names = str(path[1]), path[2:]
+            whole = value[0] if not names and isinstance(value, list) else {}  # the list of its one group
+            flattened.setdefault(fqn, {}).update(
+                {(name,): x for name, x in whole.items()} if not names else {names: value}
+            )
+        elif isinstance(path[0], str) and (len(path) == 1 or isinstance(path[0], _Flattened)):
             fqn, _, name = path[0].rpartition(".")
-            flattened.setdefault(fqn, {"params": [fqn]})[name] = value
+            flattened.setdefault(fqn, {})[(name, *path[1:])] = value
         else:
             nested[path] = value
+    stored = sorted({path[0] for path in nested if isinstance(path[0], int)})
+    if stored != list(range(len(stored))):
+        lacking = next(number for number in range(len(stored) + 1) if number not in stored)
+        raise PlanError(
+            f"param_groups[{lacking}]: nothing of it is stored, and {len(stored)} other param groups are: {stored}"
+        )
     groups: list[ParamGroup] = nest(nested) or []
-    return groups + [flattened[fqn] for fqn in sorted(flattened)]
+    return groups + [{**nest(flattened[fqn]), "params": [fqn]} for fqn in sorted(flattened)]
 
 
 def _positional_names(
