@@ -83,8 +83,9 @@ class CheckpointSpec(Spec):
         _REQUEST.model_key,
         description="key of the model in the saved state dict; '': weights on the top level; null: weights are not loaded",
     )
-    rename: dict[str, str] = Field(
-        {}, description="saved FQN to wanted FQN; `*` stands for the same text in both; the first match wins"
+    rename: dict[str, str | tuple[str, ...]] = Field(
+        {},
+        description="saved FQN to wanted FQN, or to several; `*` stands for the same text in both; the first match wins",
     )
     include: tuple[str, ...] = Field(
         _REQUEST.selection.include, description="globs over wanted FQNs: only these are loaded; empty: all"

@@ -7,7 +7,8 @@ names and defaults from here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -16,6 +17,22 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 
 from shardferry.errors import SpecError
+
+# Wrappers put these into the names of parameters; the FQNs of checkpoints are mostly without them.
+_WRAPPERS = (
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+    "_forward_module.",  # Lightning Fabric's module has both, mostly the same one
+    "_original_module.",
+)
+
+
+def clean_fqn(name: str) -> str:
+    """A parameter's name without what wrappers of modules have put in. To support one more wrapper, add its prefix above."""
+    for prefix in _WRAPPERS:
+        name = name.replace(prefix, "")
+    return name
 
 
 class DtypePolicy(StrEnum):
@@ -97,13 +114,20 @@ class Selection:
 
     @classmethod
     def of(
-        cls, rename: Mapping[str, str] | None, include: Sequence[str] | None, exclude: Sequence[str] | None
+        cls,
+        rename: Mapping[str, str | Sequence[str]] | None,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
     ) -> Selection:
         """From what people write. Raises SpecError."""
         for word, globs in (("include", include), ("exclude", exclude)):
             if isinstance(globs, str):
                 raise SpecError(f"{word}: {globs!r} is one string; give a list of globs, [{globs!r}]")
-        renamings = tuple(Renaming(saved, wanted) for saved, wanted in (rename or {}).items())
+        renamings = tuple(
+            Renaming(saved, name)
+            for saved, wanted in (rename or {}).items()
+            for name in ([wanted] if isinstance(wanted, str) else wanted)
+        )
         return cls(renamings, tuple(include or ()), tuple(exclude or ()))
 
     @property
@@ -112,11 +136,24 @@ class Selection:
         return not (self.rename or self.include or self.exclude)
 
     def wanted_name(self, saved_fqn: str) -> str:
-        """The FQN here of a saved FQN."""
-        if not self.rename:
-            return saved_fqn
-        names = (renaming.apply(saved_fqn) for renaming in self.rename)
-        return next((name for name in names if name is not None), saved_fqn)
+        """The FQN here of a saved FQN; the first one where it has several."""
+        return (self._renamed(saved_fqn) or (saved_fqn,))[0]
+
+    def wanted_names(self, saved: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The FQNs here of saved FQNs.
+
+        A renaming decides. Without one it is the saved FQN without what wrappers of modules have put in, unless another
+        saved FQN would be the same.
+        """
+        renamed = {fqn: self._renamed(fqn) for fqn in saved}
+        cleaned = {fqn: clean_fqn(fqn) for fqn, names in renamed.items() if not names}
+        count = Counter(cleaned.values())
+        return {fqn: names or (cleaned[fqn] if count[cleaned[fqn]] == 1 else fqn,) for fqn, names in renamed.items()}
+
+    def _renamed(self, saved_fqn: str) -> tuple[str, ...]:
+        """By the first pattern that matches; empty where none does."""
+        found = next((renaming.saved for renaming in self.rename if renaming.apply(saved_fqn) is not None), None)
+        return tuple(name for r in self.rename if r.saved == found and (name := r.apply(saved_fqn)) is not None)
 
     def selects(self, fqn: str) -> bool:
         """Whether a parameter is loaded, by its FQN here."""

@@ -52,7 +52,7 @@ def load_optimizer_state(
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keys: str | Sequence[str] = "strict",
-    rename: Mapping[str, str] | None = None,
+    rename: Mapping[str, str | Sequence[str]] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: str = "error",
@@ -82,7 +82,8 @@ def load_optimizer_state(
         keys: ``strict``; or ``allow_missing``, which leaves live state that was not saved as it is; ``ignore_unexpected``,
             which leaves out saved state that no rank wants; or a list of both. Both are for parameters and for the
             entries of their state.
-        rename: glob over saved FQNs to their names here, ``{"_orig_mod.*": "*"}``; the first that matches.
+        rename: glob over saved FQNs to their names here, ``{"net.*": "*"}``; the first that matches. A list gives one saved
+            parameter to several, as where it was tied.
         include, exclude: globs over the FQNs here; the state of other parameters stays as it is.
         dtype: ``error`` or ``cast``, where the optimizer's state (or with ``model_key`` a weight) has another dtype than was
             saved. The state of an optimizer that has not stepped is foretold by a step without memory.
@@ -125,7 +126,7 @@ def load_model_state(
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keys: str | Sequence[str] = "strict",
-    rename: Mapping[str, str] | None = None,
+    rename: Mapping[str, str | Sequence[str]] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: str = "error",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -31,12 +31,15 @@ from shardferry.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
+    shown,
     states_of,
 )
 from shardferry.errors import CatalogError, UnsafeMetadata
 from shardferry.region import Region
 from shardferry.state_dicts import KeyPath
 
+_MAX_PATH_PARTS = 100  # nested values are built and flattened by functions that call themselves
+_MAX_PARAM_GROUPS = 1_000_000
 _PATH_PARTS = frozenset((str, int))
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file directly in the checkpoint
 
@@ -100,7 +103,9 @@ class _CatalogBuilder:
     def add(self, source: str, metadata: Metadata) -> None:
         """Add the tensors, objects and items of one metadata file, whose content is used up. Raises CatalogError."""
         items = ItemColumns.take_from(source, metadata, self._paths, self._formats)
-        self._versions.add(str(metadata.version) if metadata.version else "unversioned")
+        self._versions.add(
+            metadata.version if metadata.version and isinstance(metadata.version, str) else "unversioned"
+        )
         if metadata.planner_data is not None:
             self._add_key_paths(source, metadata.planner_data)
         rows = np.flatnonzero(items.is_object)
@@ -129,18 +134,34 @@ class _CatalogBuilder:
             return
         self._key_paths = {} if self._key_paths is None else self._key_paths
         for key, path in paths.items():
-            is_path = isinstance(path, tuple | list) and path and _PATH_PARTS.issuperset(map(type, path))
+            kinds = set(map(type, path)) if isinstance(path, tuple | list) else set()
+            is_path = kinds and _PATH_PARTS.issuperset(kinds)
             if not isinstance(key, str) or not is_path:
                 raise CatalogError(
-                    f"{source}: planner_data has the path {path!r} for the key {key!r}, which torch's planners don't write: "
+                    f"{source}: planner_data has the path {shown(path)} for the key {shown(key)}, which torch's planners don't write: "
                     "paths are tuples of strings and integers, by key; set planner_data to None, and paths are taken from the keys"
                 )
+            if len(path) > _MAX_PATH_PARTS:
+                raise CatalogError(
+                    f"{source}: {key}: stood {len(path)} levels deep by planner_data; at most {_MAX_PATH_PARTS} can be loaded"
+                )
+            for part, index in pairwise(("", *path)) if int in kinds else ():
+                first, end = (0, _MAX_PARAM_GROUPS) if part == "param_groups" else (-(2**63), 2**63)
+                if isinstance(index, int) and not first <= index < end:
+                    raise CatalogError(
+                        f"{source}: {key}: has the index {shown(index)} below {shown(part)} by planner_data, where it is from "
+                        f"{first} to {end - 1}. The metadata is damaged; use another checkpoint"
+                    )
             if (known := self._key_paths.setdefault(key, tuple(path))) != tuple(path):
-                raise CatalogError(f"{source}: {key}: stood at {tuple(path)}, by another rank's metadata at {known}")
+                raise CatalogError(
+                    f"{source}: {key}: stood at {shown(tuple(path))}, by another rank's metadata at {shown(known)}"
+                )
 
     def _add_tensor(self, source: str, key: str, value: TensorStorageMetadata) -> None:
         try:
             shape, dtype = tuple(map(int, value.size)), value.properties.dtype
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"its dtype is a {type(dtype).__name__}")
         except MALFORMED as error:
             raise CatalogError(f"{source}: {key}: incomplete tensor metadata ({error})") from error
         if key in self._objects:
@@ -148,7 +169,7 @@ class _CatalogBuilder:
         row = self._rows[key]
         if row == len(self._shapes):
             if not is_possible(shape):
-                raise CatalogError(f"{source}: {key}: no tensor has the shape {shape}; the metadata is damaged")
+                raise CatalogError(f"{source}: {key}: no tensor has the shape {shown(shape)}; the metadata is damaged")
             self._shapes.append(shape)
             self._dtypes.append(dtype)
         known = self._dtypes[row], self._shapes[row]
@@ -265,7 +286,7 @@ def _boxes(source: str, tensors: Mapping[str, TensorStorageMetadata]) -> tuple[n
 def _check_key(source: str, key: Any) -> None:
     if not isinstance(key, str):
         raise CatalogError(
-            f"{source}: the key {key!r} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
+            f"{source}: the key {shown(key)} is a {type(key).__name__}, not a string; save with flatten_state_dict=True "
             "(torch's default), which makes strings of all keys"
         )
     try:
@@ -283,6 +304,6 @@ def _flattened_by_megatron(metadata: Metadata) -> Iterator[str]:
         shape = remarks.get("nd_reformulated_orig_global_shape") if isinstance(remarks, dict) else None
         if shape is not None:
             yield (
-                f"{key}: saved by Megatron-Core as flat slices of blocks (fully_sharded_model_space) of the shape "
-                f"{tuple(shape)}; that can't be loaded: save with --dist-ckpt-optim-fully-reshardable"
+                f"{key if isinstance(key, str) else shown(key)}: saved by Megatron-Core as flat slices of blocks (fully_sharded_model_space) of the shape "
+                f"{shown(shape)}; that can't be loaded: save with --dist-ckpt-optim-fully-reshardable"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, repeat
@@ -208,12 +208,11 @@ class ItemColumns:
         key_numbers = {key: number for number, key in enumerate(metadata.state_dict_metadata)}
         try:
             boxes = states_of(table, MetadataIndex)
+            fqns = _strings([box["fqn"] for box in boxes], "fqn")
             place = _places(states_of(table.values(), StorageInfo), paths, formats)
             offsets = [box.get("offset") for box in boxes]
             items = cls(
-                key=np.fromiter(
-                    map(key_numbers.get, [box["fqn"] for box in boxes], repeat(NO_KEY)), np.int64, len(boxes)
-                ),
+                key=np.fromiter(map(key_numbers.get, fqns, repeat(NO_KEY)), np.int64, len(boxes)),
                 is_object=np.fromiter(map(is_, offsets, repeat(None)), np.bool_, len(boxes)),
                 offsets=RaggedArray.from_rows([() if offset is None else offset for offset in offsets]),
                 place=place,
@@ -245,10 +244,14 @@ class ItemColumns:
         return found
 
 
+def _strings(values: Collection[Any], what: str) -> Collection[str]:
+    for kind in set(map(type, values)) - {str}:
+        raise TypeError(f"a {what} is a {kind.__name__}")
+    return values
+
+
 def _places(infos: Sequence[dict[str, Any]], paths: Numbers[str], formats: Numbers[ItemFormat]) -> np.ndarray:
-    names = [info["relative_path"] for info in infos]
-    for kind in set(map(type, names)) - {str}:
-        raise TypeError(f"a relative_path is a {kind.__name__}")
+    names = _strings([info["relative_path"] for info in infos], "relative_path")
     place = np.zeros(len(infos), PLACE)
     place["path"] = np.fromiter(map(paths.__getitem__, names), np.int64, len(infos))
     place["byte_offset"] = np.fromiter([info["offset"] for info in infos], np.int64, len(infos))
@@ -257,5 +260,5 @@ def _places(infos: Sequence[dict[str, Any]], paths: Numbers[str], formats: Numbe
         if infos[row].get("is_raw"):
             place["format"][row] = formats[RawItem()]
         elif descriptors := infos[row].get("transform_descriptors"):
-            place["format"][row] = formats[TransformedItem(tuple(map(str, descriptors)))]
+            place["format"][row] = formats[TransformedItem(tuple(_strings(list(descriptors), "transform")))]
     return place

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 
 from shardferry.errors import CatalogError, UnsafeMetadata
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxtuple, _SHORT.maxlist, _SHORT.maxstring = 2, 16, 16, 300
 _BUFFER_BYTES = 1024 * 1024  # that the unpickler reads at a time
 
 
@@ -111,6 +114,14 @@ class TensorProperties(Record):
                 f"metadata: TensorProperties holds {what}, where torch 2.1 to 2.15 write 5 or 6 values of which the first "
                 "is the dtype; a newer torch may have written it"
             )
+
+
+def shown(value: Any) -> str:
+    """A value out of a pickle, for an error message: a few of its entries, however often and deeply they hold one another."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} with very large integers"
 
 
 def states_of(rows: Collection[Any], kind: type[Row]) -> list[dict[str, Any]]:

@@ -118,12 +118,15 @@ def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
     if not paths:
         raise _not_there(catalog, f"nothing is saved under optimizer_key {optimizer_key!r}")
     # Flattened hyperparameters tell FQNs exactly, as the names of hyperparameters have no dots.
-    known = {str(path[0]).rpartition(".")[0] for path in groups if len(path) == 1 and isinstance(path[0], str)}
+    known = {path[0].rpartition(".")[0] for path in groups if path and isinstance(path[0], _Flattened)}
     by_fqn: dict[str, dict[str, StateEntry]] = {}
     for path, key in state.items():
         fqn, below = _split_state(path, known)
         entry_of_state = StateEntry(key, below)
-        by_fqn.setdefault(fqn, {})[entry_of_state.name] = entry_of_state
+        if (other := by_fqn.setdefault(fqn, {}).setdefault(entry_of_state.name, entry_of_state)).key != key:
+            raise PlanError(
+                f"{catalog.location}: {other.key!r} and {key!r} both are {entry_of_state.name!r} of the parameter {fqn}"
+            )
     if lacking := [fqn for fqn in of_megatron if "exp_avg" in by_fqn[fqn] and "step" not in by_fqn[fqn]]:
         raise _no_step(catalog, lacking, len(of_megatron))
     return OptimizerIndex(optimizer_key, by_fqn, groups, paths)
@@ -290,21 +293,21 @@ class SavedOptimizer:
         def name_of(saved: str | int) -> str:
             return names.get(str(saved), str(saved))
 
-        selection = request.selection
+        selection, saved_names = request.selection, frozenset(map(name_of, (*index.state, *grouped)))
+        wanted = selection.wanted_names(saved_names)
         state: dict[str, Mapping[str, StateEntry]] = {}
         for saved, entries in index.state.items():
-            fqn = selection.wanted_name(name_of(saved))
-            if fqn in state:
-                raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
-            if selection.selects(fqn):
-                state[fqn] = entries
+            for fqn in wanted[name_of(saved)]:
+                if fqn in state:
+                    raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
+                if selection.selects(fqn):
+                    state[fqn] = entries
         named = []
         for group in groups or ():
             rest = {name: value for name, value in group.items() if name not in ("params", _NAMES)}
-            fqns = [selection.wanted_name(name_of(saved)) for saved in group.get("params", ())]
+            fqns = [fqn for saved in group.get("params", ()) for fqn in wanted[name_of(saved)]]
             named.append({**rest, "params": [fqn for fqn in fqns if selection.selects(fqn)]})
-        param_groups = None if groups is None else tuple(named)
-        return cls(index.optimizer_key, state, param_groups, frozenset(map(name_of, (*index.state, *grouped))))
+        return cls(index.optimizer_key, state, None if groups is None else tuple(named), saved_names)
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """All param groups, with only these parameters in them. Groups that hold none of them stay, with no parameters."""

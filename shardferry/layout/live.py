@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -83,8 +84,14 @@ class LiveLayout(RankLayout):
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
         if fqn in self.extras:
             return replicated(shape)  # whole on every rank
+        fqn = self._owners.get(fqn, fqn)
         layout = self.own_weights.get(fqn) or self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
         return self._same_shape(fqn, layout, shape)
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        """The first FQN of each tied parameter, by its other ones."""
+        return {alias: fqn for fqn, aliases in self.tied.items() for alias in aliases}
 
     def aliases(self, fqn: str) -> Sequence[str]:
         return self.tied.get(fqn, ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,8 @@ class _Snapshot:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._attributes = {name: (value, _copied(value)) for name, value in vars(optimizer).items()}
+        self._attributes = {name: _restorer(value) for name, value in vars(optimizer).items()}
+        self._group_list = optimizer.param_groups
         self._groups = [(group, dict(group)) for group in optimizer.param_groups]
         self._state: Any = optimizer.state
         self._entries = {id(p): entries for p, entries in optimizer.state.items()}
@@ -128,9 +129,9 @@ class _Snapshot:
 
     def restore(self) -> None:
         """Make the optimizer what it was."""
+        attributes = {name: restore() for name, restore in self._attributes.items()}
         vars(self._optimizer).clear()
-        for name, (value, contents) in self._attributes.items():
-            vars(self._optimizer)[name] = _refilled(value, contents)
+        vars(self._optimizer).update(attributes)
         for group, contents in self._groups:
             _refilled(group, contents)
         with torch.no_grad():
@@ -147,17 +148,20 @@ class _Snapshot:
             for (group, old), new in zip(self._groups, list(optimizer.param_groups), strict=True):
                 _refilled(group, {name: _in_place(old.get(name), value) for name, value in new.items()})
             optimizer.param_groups[:] = groups
-            held = self._attributes.get("param_groups", (None, None))[0]
-            if isinstance(held, list):
-                held[:] = groups
-                optimizer.param_groups = held
+            if "param_groups" in vars(optimizer):
+                self._group_list[:] = groups
+                optimizer.param_groups = self._group_list
 
 
-def _copied(tree: Any) -> Any:
-    """A copy of nested dicts and lists; all else is the same object."""
+def _restorer(tree: Any) -> Callable[[], Any]:
+    """A function that gives nested dicts and lists their present contents back, and returns the outermost."""
     if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+        values = {key: _restorer(value) for key, value in tree.items()}
+        return lambda: _refilled(tree, {key: restore() for key, restore in values.items()})
+    if isinstance(tree, list):
+        items = [_restorer(value) for value in tree]
+        return lambda: _refilled(tree, [restore() for restore in items])
+    return lambda: tree
 
 
 def _refilled(container: Any, contents: Any) -> Any:

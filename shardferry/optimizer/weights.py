@@ -131,11 +131,25 @@ def _in_place(loaded: LoadedState, live: LiveModel, within: set[str]) -> Iterato
     for part, local in (*parts, *buffers):
         if part.fqn not in within:
             source = _loaded_weight(loaded, part.names, part.layout)
+            _check_tied(loaded, part, source)
             if source is not None:
                 yield CopyInPlace(source, local.to_local() if isinstance(local, DTensor) else local, part.position)
     for fqn, module in live.extra_states.items():
         if fqn not in within and (entry := loaded.weight(fqn)) is not None:
             yield SetExtraState(module, loaded.value_of(entry))
+
+
+def _check_tied(loaded: LoadedState, part: Part, source: torch.Tensor | None) -> None:
+    """Refuse values that differ for one parameter. Raises InstallError."""
+    for name in part.aliases:
+        other = loaded.weight(name)
+        if source is None or other is None:
+            continue
+        if not torch.equal(loaded.local_tensor(checked_tensor(name, other, part.layout)).to(source.dtype), source):
+            raise InstallError(
+                f"{part.fqn} and {name} are one (tied) parameter here, and the checkpoint has different weights for them; "
+                "give the model untied, as it was saved, or exclude one of the two"
+            )
 
 
 def _loaded_weight(loaded: LoadedState, names: tuple[str, ...], layout: TensorLayout) -> torch.Tensor | None:

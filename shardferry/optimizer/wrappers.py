@@ -1,6 +1,6 @@
 """Undo what wrappers do: prefixes in parameters' names, and objects that stand in for torch's own optimizers.
 
-To support one more wrapper of modules, add its prefix to `_PREFIXES`, unless a model may use it as a name of its own:
+To support one more wrapper of modules, add its prefix in `shardferry.config.clean_fqn`, unless a model may use it as a name of its own:
 then find the wrapper by its class, as `FqnCleaner.for_model` does for DDP. To support one more wrapper of optimizers,
 let `torch_optimizers` find the optimizers inside.
 """
@@ -15,16 +15,9 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from shardferry.config import clean_fqn
 from shardferry.errors import InstallError
 
-# Wrappers put these into the names of parameters; the FQNs of checkpoints are without them.
-_PREFIXES = (
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_orig_mod.",
-    "_forward_module.",  # Lightning Fabric's module has both, mostly the same one
-    "_original_module.",
-)
 _DDP = "module."  # also a name that a model may have chosen itself
 
 
@@ -46,9 +39,7 @@ class FqnCleaner:
         for prefix in self.ddp_prefixes:
             if name.startswith(prefix):
                 name = name[: len(prefix) - len(_DDP)] + name[len(prefix) :]
-        for prefix in _PREFIXES:
-            name = name.replace(prefix, "")
-        return name
+        return clean_fqn(name)
 
 
 def torch_optimizers(optimizer: Optimizer) -> tuple[Optimizer, ...]:

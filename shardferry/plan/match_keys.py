@@ -53,10 +53,9 @@ class KeyReport:
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
-def matched_keys(names: Iterable[str], found: Sequence[MatchedParam], layout: RankLayout) -> MatchedKeys:
-    """Which of the saved names a rank takes: a parameter that was found takes all of its tied names."""
-    taken = {name for parameter in found for name in (parameter.saved, *layout.aliases(parameter.fqn))}
-    taken.update(parameter.fqn for parameter in found)
+def matched_keys(names: Iterable[str], found: Sequence[MatchedParam]) -> MatchedKeys:
+    """Which of the saved names a rank takes."""
+    taken = {name for parameter in found for name in (parameter.saved, parameter.fqn)}
     ordered = tuple(sorted(names))
     return MatchedKeys(ordered, tuple(name in taken for name in ordered))
 
@@ -131,7 +130,13 @@ def find_state(
     missing: list[str] = []
     grouped = saved.grouped
     for fqn in filter(request.selection.selects, wanted):
-        name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
+        names = [n for n in (fqn, *layout.aliases(fqn)) if n in saved.state]
+        if len(names) > 1 and not request.keys.ignore_unexpected:
+            raise PlanError(
+                f"{names[0]} and {names[1]} are one (tied) parameter here, and the checkpoint has state of its own for each; "
+                "give the model untied, as it was saved, or set keys: ignore_unexpected to take the state of the first"
+            )
+        name = next((n for n in (*names, fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
         if name is not None:
             found.append(MatchedParam(fqn, name))
         elif not layout.may_lack(fqn):
@@ -146,7 +151,7 @@ def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -
     return (
         f"{first}: the checkpoint has no state for this parameter under {saved.optimizer_key!r} "
         f"({len(missing)} of {num_wanted} wanted parameters are missing: {shown(missing)}; {len(saved.state)} are saved); "
-        f"the nearest saved names are {nearest(first, saved.state)}. Rename them, or set keys: allow_missing"
+        f"the nearest saved names are {nearest(first, saved.state)}. Rename them (a list of names gives one saved parameter, which was tied, to several), or set keys: allow_missing"
     )
 
 
@@ -160,11 +165,12 @@ def find_weights(
     found: list[MatchedParam] = []
     missing: list[str] = []
     for fqn in filter(request.selection.selects, wanted):
-        name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved), None)
-        if name is None:
+        names = [n for n in (fqn, *layout.aliases(fqn)) if n in saved]
+        if not names:
             missing.append(fqn)
-        else:
-            found.append(MatchedParam(fqn, name))
+            continue
+        found.append(MatchedParam(fqn, names[0]))
+        found += [MatchedParam(name, name) for name in names[1:]]  # of a tied parameter: are they equal?
     if missing and not request.keys.allow_missing:
         raise PlanError(
             f"{missing[0]}: {location} has no weights of this name under model_key {request.model_key!r} "

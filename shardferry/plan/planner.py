@@ -85,14 +85,14 @@ def _plan(
         found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
         planner.add_weights(weights, found_weights)
         missing += missing_weights
-        weight_keys = matched_keys(weights, found_weights, layout)
+        weight_keys = matched_keys(weights, found_weights)
     if layout.world_rank == 0:
         planner.add_objects(planned_objects(catalog, request))
     return planner.finish(
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
-        state_keys=matched_keys(saved.state, found, layout),
+        state_keys=matched_keys(saved.state, found),
         weight_keys=weight_keys,
     )
 
@@ -107,12 +107,13 @@ def _names_beside(catalog: Catalog, index: OptimizerIndex) -> set[str]:
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
     """The keys of the saved weights by the FQNs that are used here. Raises PlanError."""
     named: dict[str, str] = {}
-    for saved, key in _weights(catalog, request, index).items():
-        fqn = request.selection.wanted_name(saved)
-        if fqn in named:
-            raise PlanError(f"{fqn}: two saved weights get this name, {saved!r} is one; narrow the renaming")
-        if request.selection.selects(fqn):
-            named[fqn] = key
+    weights = _weights(catalog, request, index)
+    for saved, names in request.selection.wanted_names(weights).items():
+        for fqn in names:
+            if fqn in named:
+                raise PlanError(f"{fqn}: two saved weights get this name, {saved!r} is one; narrow the renaming")
+            if request.selection.selects(fqn):
+                named[fqn] = weights[saved]
     return named
 
 

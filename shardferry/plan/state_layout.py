@@ -112,10 +112,14 @@ def _weight_shapes(catalog: Catalog, request: LoadRequest, index: OptimizerIndex
     """Shapes of the tensors that were saved beside the optimizer, by FQN below their top-level key."""
     shapes: dict[str, Shape] = {}
     of_optimizer = set(index.all_keys())
+    saved_names: dict[str, Shape] = {}
     for key, saved in catalog.tensors.items():
         if key in of_optimizer:
             continue
         path = catalog.path(key)
         if len(path) > 1:
-            shapes.setdefault(request.selection.wanted_name(".".join(map(str, path[1:]))), saved.shape)
+            saved_names.setdefault(".".join(map(str, path[1:])), saved.shape)
+    for name, names in request.selection.wanted_names(saved_names).items():
+        for fqn in names:
+            shapes.setdefault(fqn, saved_names[name])
     return shapes

@@ -6,8 +6,10 @@ import errno
 import logging
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -35,7 +37,16 @@ LOCAL_FILES = StorageTraits(
 
 ALIGNMENT = 4096  # bytes: positions, lengths and addresses of direct reads are multiples of it; all disks accept that
 BOUNCE_BYTES = 4 * MIB  # length of a direct read, at most
-_NO_DIRECT_IO = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
+_NO_DIRECT_IO = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.ESPIPE, errno.EISDIR})
+_OPEN = (
+    os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+)  # opening a FIFO would wait for somebody who writes to it
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a directory",
+}
 
 
 class PageCache(StrEnum):
@@ -108,8 +119,12 @@ class LocalReader(RangeReader):
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, int | None]:
+        files = {}
         with os.scandir(self._directory) as entries:
-            files = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+            for entry in entries:
+                with suppress(FileNotFoundError):  # a link that leads nowhere
+                    if not stat.S_ISDIR((status := entry.stat()).st_mode):  # a FIFO too: to open it is an error
+                        files[entry.name] = status
         self._versions = {name: _version(status) for name, status in files.items()}
         return {name: files[name].st_size for name in sorted(files)}
 
@@ -179,19 +194,31 @@ class LocalReader(RangeReader):
     def _open(self, path: str) -> _File:
         where = self._directory / path
         try:
-            if self._options.direct_io and (descriptor := open_direct(where)) is not None:
-                return _File(descriptor, is_direct=True)
-            return _File(os.open(where, os.O_RDONLY | os.O_CLOEXEC), is_direct=False)
+            descriptor = open_direct(where) if self._options.direct_io else None
+            file = _File(os.open(where, _OPEN), False) if descriptor is None else _File(descriptor, is_direct=True)
         except FileNotFoundError:
             raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise _no_file(f"{self.location}/{path}", "a socket, or a device without a driver") from error
             raise storage_error(f"{self.location}/{path}: can't be opened", error) from error
+        mode = os.fstat(file.descriptor).st_mode  # of what was opened, not of what has the name by now
+        if not stat.S_ISREG(mode):
+            os.close(file.descriptor)
+            raise _no_file(f"{self.location}/{path}", _KINDS.get(stat.S_IFMT(mode), "of an unknown kind"))
+        return file
 
     def _retire(self, path: str, file: _File) -> None:
         """Let the next read open the file again, unless another thread has already done so."""
         with self._lock:
             if self._files.get(path) is file:
                 self._retired.append(self._files.pop(path).descriptor)
+
+
+def _no_file(where: str, what: str) -> StorageError:
+    return StorageError(
+        f"{where}: is {what}, not a regular file, and was not read; restore the file or use another checkpoint"
+    )
 
 
 def _version(status: os.stat_result) -> str:
@@ -209,7 +236,7 @@ def open_direct(path: Path) -> int | None:
     """A descriptor for direct I/O; None where the file system refuses it. Raises OSError if the file can't be opened."""
     descriptor = None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        descriptor = os.open(path, _OPEN | os.O_DIRECT)
         os.preadv(descriptor, [memoryview(mmap.mmap(-1, ALIGNMENT))], 0)  # some file systems refuse only this
     except OSError as error:
         if descriptor is not None:

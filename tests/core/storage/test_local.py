@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import mmap
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import SpecError, StorageError
 from shardferry.storage.local import (
     ALIGNMENT,
@@ -97,9 +99,44 @@ def test_options_that_nobody_knows(tmp_path: Path, options: dict[str, Any], says
         open_storage(tmp_path, options)
 
 
-def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    storage = open_storage(tmp_path)
-    with pytest.raises(StorageError, match=rf"/data: reading at byte 0 failed: .*{errno.EISDIR}"):
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+SPECIAL = [
+    pytest.param(make_fifo, "is a FIFO, not a regular file", id="fifo"),
+    pytest.param(make_socket, "is a socket, or a device without a driver, not", id="socket"),
+    pytest.param(make_device, "is a character device, not a regular file", id="device"),
+    pytest.param(Path.mkdir, "is a directory, not a regular file", id="directory"),
+]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("direct_io", [False, True])
+@pytest.mark.parametrize(("make", "says"), SPECIAL)
+def test_what_is_no_file_is_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], None], says: str, direct_io: bool
+) -> None:
+    make(tmp_path / "data")
+    storage = LocalReader(tmp_path, LocalOptions(direct_io=direct_io))
+    with pytest.raises(StorageError, match=f"/data: {says}"):
         storage.read_into("data", 0, memoryview(bytearray(4)))
     storage.close()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("make", "says"), SPECIAL[:3])
+def test_metadata_that_is_no_file(tmp_path: Path, make: Callable[[Path], None], says: str) -> None:
+    make(tmp_path / ".metadata")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(StorageError, match=rf"/\.metadata: {says}"):
+        open_checkpoint(tmp_path)
