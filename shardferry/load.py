@@ -295,7 +295,7 @@ def read_values(
     objects = [key for key in keys if key in catalog.objects]
     tensors = [key for key in keys if key in catalog.tensors]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
-        values = read_objects(objects, catalog, storage, options, counters, unread)
+        values = read_objects(objects, catalog, storage, options, counters, unread=unread)
     return values | _read_whole(tensors, catalog, storage, options, counters)
 
 

@@ -28,7 +28,8 @@ from shardferry.exchange.agreement import Agreement
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
 from shardferry.optimizer.install import Checked, Installation, check, fit
-from shardferry.optimizer.live import LiveModel, as_tuple, live_layout
+from shardferry.optimizer.live import LiveModel, as_tuple
+from shardferry.optimizer.live_layout import live_layout
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.match_keys import KeyReport
@@ -112,7 +113,7 @@ def load_optimizer_state(
             hyperparameters=HyperparameterPolicy.of(hyperparameters),
             safe_globals=tuple(safe_globals),
         )
-        found = _parts_of(model, optimizer, optimizer_key, model_key, request, str(location))
+        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=str(location))
         return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
 
     return _load(parts, read, storage_options, process_group)
@@ -168,6 +169,7 @@ def _parts_of(
     optimizer: Optimizers,
     optimizer_key: Keys,
     model_key: Keys | None,
+    *,
     request: LoadRequest,
     location: str,
 ) -> list[_Part]:

@@ -16,7 +16,8 @@ from shardferry.errors import LayoutError
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.transport import Recipient
 from shardferry.layout.live import LiveLayout
-from shardferry.optimizer.live import LiveModel, live_layout
+from shardferry.optimizer.live import LiveModel
+from shardferry.optimizer.live_layout import live_layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ A load is tried on a shadow of each optimizer first. Only then are the live ones
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.errors import InstallError
-from shardferry.layout.from_tensor import dtensor_placements
+from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
+from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.optimizer.hyperparameters import GroupValues, group_values, overwritten
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
+from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
 from shardferry.optimizer.replace import Replacement
 from shardferry.optimizer.trial import Entries, SavedParam, compare_entries, try_load
-from shardferry.optimizer.weights import WeightStep, weight_steps
+from shardferry.optimizer.weights import CopyInPlace, LoadModule, SetExtraState, WeightStep
 from shardferry.plan.load_plan import Entry, PlannedTensor, PlannedValue
 from shardferry.plan.match_keys import Overwritten
 from shardferry.state_dicts import nest, with_keys_of
@@ -143,7 +145,7 @@ def fit(loaded: LoadedState, live: LiveModel, checked: Checked | None = None) ->
         Replacement(form.optimizer, _OptimizerUpdate.of(loaded, live, index).state_dict(source, checked.entries[index]))
         for index, form in enumerate(live.forms)
     ]
-    return Installation([*steps, *(weight_steps(loaded, live) if loaded.has_weights else ())])
+    return Installation([*steps, *(_weight_steps(loaded, live) if loaded.has_weights else ())])
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,17 @@ class _OptimizerUpdate:
             for parameter in there:
                 entries = loaded.entries(*parameter.parts[0].names).values()
                 saved = {str(e.path[0]) for e in entries if not isinstance(e, PlannedValue) or e.value is not None}
-                found.append(SavedParam(parameter, group.index, positions[id(parameter)], saved))
+                now = {name.partition(".")[0] for name, value in parameter.state.items() if value is not None}
+                found.append(
+                    SavedParam(
+                        tensor=parameter.tensor,
+                        fqn=parameter.parts[0].fqn,
+                        group=group.index,
+                        position=positions[id(parameter)],
+                        saved=saved if parameter.has_state else frozenset(),
+                        live=now,
+                    )
+                )
         return found
 
     def state_dict(self, source: _Source, entries: Entries) -> dict[str, Any]:
@@ -211,7 +223,11 @@ class _OptimizerUpdate:
             on_device = bool(hyperparameters.get("fused") or hyperparameters.get("capturable"))
             builder = _StateBuilder(source, scalars_on_device=on_device)
             for parameter in there:
-                key, dropped, kept = keys[id(parameter.tensor)], entries.dropped(parameter), entries.kept(parameter)
+                key, dropped, kept = (
+                    keys[id(parameter.tensor)],
+                    entries.dropped(parameter.tensor),
+                    entries.kept(parameter.tensor),
+                )
                 before = state.pop(key, {})
                 new = {name: value for name, value in builder.state_of(parameter).items() if str(name) not in dropped}
                 if new:
@@ -394,3 +410,75 @@ def _like(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
     )
+
+
+def _weight_steps(loaded: LoadedState, live: LiveModel) -> list[WeightStep]:
+    """What to do once everything is checked.
+
+    Raises:
+        InstallError: a weight is missing and must not be, was loaded for other regions than the live one holds, or belongs to
+            a module whose own code can't be run.
+    """
+    for root in live.modules:
+        if has_own_code_in_fsdp1(root):
+            raise InstallError(
+                f"{type(root).__name__}: its own hooks take part in its state dict, and FSDP1 has flattened it; its weights "
+                "can't be loaded rank by rank. Use FSDP2 (fully_shard), or load the optimizer alone"
+            )
+    within = {name for form in live.own_forms for name in form.replaced}
+    return [*_in_place(loaded, live, within), *(_through_module(loaded, form) for form in live.own_forms)]
+
+
+def _in_place(loaded: LoadedState, live: LiveModel, within: set[str]) -> Iterator[WeightStep]:
+    parts = [(part, p.local) for p in live.parameters for part in p.parts if part.layout.local_numel]
+    buffers = [(Part(fqn, layout_of_tensor(buffer, name=fqn)), buffer) for fqn, buffer in live.buffers.items()]
+    for part, local in (*parts, *buffers):
+        if part.fqn not in within:
+            source = _loaded_weight(loaded, part.names, part.layout)
+            _check_tied(loaded, part, source)
+            if source is not None:
+                yield CopyInPlace(source, local.to_local() if isinstance(local, DTensor) else local, part.position)
+    for fqn, module in live.extra_states.items():
+        if fqn not in within and (entry := loaded.weight(fqn)) is not None:
+            yield SetExtraState(module, loaded.value_of(entry))
+
+
+def _check_tied(loaded: LoadedState, part: Part, source: torch.Tensor | None) -> None:
+    """Refuse values that differ for one parameter. Raises InstallError."""
+    for name in part.aliases:
+        other = loaded.weight(name)
+        if source is None or other is None:
+            continue
+        if not torch.equal(loaded.local_tensor(checked_tensor(name, other, part.layout)).to(source.dtype), source):
+            raise InstallError(
+                f"{part.fqn} and {name} are one (tied) parameter here, and the checkpoint has different weights for them; "
+                "give the model untied, as it was saved, or exclude one of the two"
+            )
+
+
+def _loaded_weight(loaded: LoadedState, names: tuple[str, ...], layout: TensorLayout) -> torch.Tensor | None:
+    """The local tensor; None where it was not loaded, and may be missing. Raises InstallError."""
+    entry = loaded.weight(*names)
+    if entry is None:
+        if loaded.may_lack(names[0]):
+            return None
+        raise InstallError(f"{names[0]}: the shard has no weights of this name; set keys: allow_missing to go on")
+    return loaded.local_tensor(checked_tensor(names[0], entry, layout))
+
+
+def _through_module(loaded: LoadedState, form: ModuleForm) -> LoadModule:
+    state_dict: dict[str, Any] = {}
+    for fqn, key in form.keys.items():
+        live = form.tensors.get(fqn)
+        if live is None:
+            if (entry := loaded.weight(fqn)) is not None:
+                state_dict[key] = loaded.value_of(entry)
+            continue
+        local = _loaded_weight(loaded, (fqn,), layout_of_tensor(live, name=fqn))
+        if local is not None and isinstance(live, DTensor):
+            local = DTensor.from_local(
+                local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
+            )
+        if local is not None:
+            state_dict[key] = local
+    return LoadModule(form.root, state_dict)

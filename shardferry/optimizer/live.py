@@ -13,11 +13,9 @@ from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.errors import InstallError, LayoutError
 from shardferry.layout.from_tensor import layout_of_tensor
-from shardferry.layout.live import LiveEntry, LiveLayout
-from shardferry.layout.tensor_layout import TensorLayout, replicated
+from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.optimizer import fsdp1
 from shardferry.optimizer.forms import OptimizerForm
 from shardferry.optimizer.module_form import ModuleForm
@@ -254,62 +252,3 @@ def _extra_states_of(root: Module) -> Iterator[tuple[str, Module]]:
     for path, module in root.named_modules():
         if type(module).get_extra_state is not Module.get_extra_state:
             yield fqns.clean(f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE), module
-
-
-def live_layout(live: LiveModel, *, world_rank: int, world_size: int) -> LiveLayout:
-    """The layout that a live model and its optimizers want on this rank.
-
-    Raises:
-        InstallError: an optimizer trains a tensor that is not a parameter of the model.
-        LayoutError: the layout of a parameter is not supported.
-    """
-    trained = [parameter for group in live.groups for parameter in group.parameters]
-    own = {id(parameter.tensor) for parameter in trained}
-    parts = [part for parameter in live.parameters for part in parameter.parts]
-    return LiveLayout(
-        world_rank,
-        world_size,
-        _layouts(trained),
-        entries={(p.fqn, name): entry for parameter in trained for p, name, entry in _entries_of(parameter)},
-        tied={part.fqn: part.aliases for part in parts if part.aliases},
-        frozen=frozenset(p.fqn for x in trained if not x.tensor.requires_grad for p in x.parts),
-        groups=_fqns_of(live.groups),
-        buffers={fqn: layout_of_tensor(buffer, name=fqn) for fqn, buffer in live.buffers.items()},
-        untrained=_layouts([p for p in live.parameters if id(p.tensor) not in own]),
-        extras=frozenset(live.extra_states),
-        own_weights={fqn: layout_of_tensor(t, name=fqn) for form in live.own_forms for fqn, t in form.tensors.items()},
-        within_own=frozenset(name for form in live.own_forms for name in form.replaced),
-        dtypes={part.fqn: parameter.tensor.dtype for parameter in live.parameters for part in parameter.parts}
-        | {fqn: buffer.dtype for fqn, buffer in live.buffers.items()}
-        | {fqn: tensor.dtype for form in live.own_forms for fqn, tensor in form.tensors.items()},
-    )
-
-
-def _layouts(parameters: Sequence[LiveParameter]) -> dict[str, TensorLayout]:
-    return {part.fqn: part.layout for parameter in parameters for part in parameter.parts}
-
-
-def _fqns_of(groups: Sequence[LiveGroup]) -> tuple[tuple[str, ...], ...] | None:
-    """The FQNs of each group in order; None where a flat parameter stands for several."""
-    if any(parameter.flattened for group in groups for parameter in group.parameters):
-        return None
-    return tuple(tuple(parameter.parts[0].fqn for parameter in group.parameters) for group in groups)
-
-
-def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry]]:
-    """Layout and dtype of the state tensors that the optimizer has, or will have."""
-    for name in {**parameter.foretold, **parameter.state}:
-        value, is_foretold = parameter.expected(name), parameter.state.get(name) is None
-        if isinstance(value, torch.Tensor) and value.ndim and name not in SCALAR_STATE:
-            for part in parameter.parts:
-                yield part, name, LiveEntry(_layout_of_entry(parameter, part, value, name), value.dtype, is_foretold)
-
-
-def _layout_of_entry(parameter: LiveParameter, part: Part, value: torch.Tensor, name: str) -> TensorLayout | None:
-    """The layout of a state tensor; None where it is its parameter's."""
-    if isinstance(value, DTensor):
-        layout = layout_of_tensor(value, name=f"{part.fqn}: {name!r}")
-        return None if layout == part.layout else layout
-    if parameter.flattened or value.shape == parameter.local.shape:
-        return None
-    return replicated(tuple(value.shape))

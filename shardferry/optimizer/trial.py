@@ -7,12 +7,12 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.config import KeyPolicy
 from shardferry.errors import InstallError
-from shardferry.optimizer.live import LiveParameter
 from shardferry.optimizer.shadow import Foretold, NoShadow, Shadow, foretell, has_load_hooks, plain_hyperparameters
 
 _MANY_STEPS = 12  # entries that an optimizer makes late, as Lookahead's slow weights, are there after so many
@@ -22,20 +22,12 @@ _MANY_STEPS = 12  # entries that an optimizer makes late, as Lookahead's slow we
 class SavedParam:
     """A live parameter that a load is for, and the names of its saved state entries."""
 
-    live: LiveParameter
+    tensor: torch.Tensor  # as the optimizer knows it
+    fqn: str  # the first one of a flat parameter
     group: int  # in its optimizer
     position: int  # in its group
     saved: AbstractSet[str]  # top-level names; of values that are not None
-
-    @property
-    def live_names(self) -> set[str]:
-        """Of the entries that the optimizer has now: its constructor may have made them."""
-        return {name.partition(".")[0] for name, value in self.live.state.items() if value is not None}
-
-    @property
-    def fqn(self) -> str:
-        """The FQN, or the first one of a flat parameter."""
-        return self.live.parts[0].fqn
+    live: AbstractSet[str]  # of the entries that the optimizer has now: its constructor may have made them
 
 
 @dataclass
@@ -46,13 +38,13 @@ class Entries:
     unexpected: list[tuple[SavedParam, str]] = field(default_factory=list)  # saved, and the optimizer makes none
     unknown: str = ""  # why the optimizer's entries are not known
 
-    def dropped(self, parameter: LiveParameter) -> set[str]:
+    def dropped(self, tensor: torch.Tensor) -> set[str]:
         """The names that a parameter does not get."""
-        return {name for param, name in self.unexpected if param.live is parameter}
+        return {name for param, name in self.unexpected if param.tensor is tensor}
 
-    def kept(self, parameter: LiveParameter) -> set[str]:
+    def kept(self, tensor: torch.Tensor) -> set[str]:
         """The names that a parameter keeps from its live state."""
-        return {name for param, name in self.missing if param.live is parameter}
+        return {name for param, name in self.missing if param.tensor is tensor}
 
 
 def compare_entries(
@@ -77,7 +69,7 @@ def compare_entries(
     found = Entries()
     for param, made in _with_made(params, later):
         found.missing += [(param, name) for name in sorted(made - param.saved)]
-        found.unexpected += [(param, name) for name in sorted(param.saved - made - param.live_names)]
+        found.unexpected += [(param, name) for name in sorted(param.saved - made - param.live)]
     if found.unexpected:
         found.unexpected = _without_late(optimizer, params, hyperparameters, found.unexpected)
     _refuse_another_optimizer(optimizer, found, later)
@@ -93,7 +85,7 @@ def compare_entries(
 def _with_made(params: Sequence[SavedParam], later: Foretold) -> Iterator[tuple[SavedParam, set[str]]]:
     """Parameters that have saved state, each with the names that the optimizer makes. One that never stepped has none."""
     for param in params:
-        if param.saved and param.live.has_state and param.live.tensor.requires_grad:
+        if param.saved and param.tensor.requires_grad:
             yield param, _names(later.entries[param.group][param.position])
 
 
@@ -112,14 +104,14 @@ def _without_late(
         late = foretell(optimizer, hyperparameters, num_steps=_MANY_STEPS)
     except NoShadow:
         return list(unexpected)
-    made = {id(param.live): names for param, names in _with_made(params, late)}
-    return [(param, name) for param, name in unexpected if name not in made[id(param.live)]]
+    made = {id(param.tensor): names for param, names in _with_made(params, late)}
+    return [(param, name) for param, name in unexpected if name not in made[id(param.tensor)]]
 
 
 def _refuse_another_optimizer(optimizer: Optimizer, found: Entries, later: Foretold) -> None:
     """Where nothing but the step is the same."""
     for param, _ in found.unexpected:
-        made = _names(later.entries[param.group][param.position]) | param.live_names
+        made = _names(later.entries[param.group][param.position]) | param.live
         if not (made & param.saved) - SCALAR_STATE and (made or not later.has_guessed):
             raise InstallError(
                 f"{param.fqn}: was saved by another optimizer: it has the state {sorted(param.saved)}, and "
@@ -134,7 +126,7 @@ def _only_one_side(
     made = _names(later.entries[param.group][param.position])
     return (
         f"{param.fqn}: {name!r} {what}, and {type(optimizer).__name__} makes {sorted(made)}; saved are "
-        f"{sorted(param.saved)} ({len(entries)} entries of {len({id(p.live) for p, _ in entries})} parameters are only on one "
+        f"{sorted(param.saved)} ({len(entries)} entries of {len({id(p.tensor) for p, _ in entries})} parameters are only on one "
         f"side). Give the optimizer that was saved, or set keys: {policy}; nothing was changed"
     )
 

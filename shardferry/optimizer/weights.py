@@ -1,22 +1,15 @@
-"""Load weights, buffers and extra states into live modules: in place, or through the modules' own code where they have some."""
+"""The ways in which weights, buffers and extra states get into live modules: in place, or through the modules' own code."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from shardferry.errors import InstallError
-from shardferry.layout.from_tensor import layout_of_tensor
-from shardferry.layout.tensor_layout import TensorLayout
-from shardferry.optimizer.live import LiveModel, Part
-from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
-from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
 
 
 @dataclass
@@ -106,75 +99,3 @@ def _refused(module: Module, method: str, error: Exception) -> InstallError:
         f"{type(module).__name__}.{method} raised {type(error).__name__}: {error}; the model is as it was. The checkpoint is "
         "another model's, or of another version of it"
     )
-
-
-def weight_steps(loaded: LoadedState, live: LiveModel) -> list[WeightStep]:
-    """What to do once everything is checked.
-
-    Raises:
-        InstallError: a weight is missing and must not be, was loaded for other regions than the live one holds, or belongs to
-            a module whose own code can't be run.
-    """
-    for root in live.modules:
-        if has_own_code_in_fsdp1(root):
-            raise InstallError(
-                f"{type(root).__name__}: its own hooks take part in its state dict, and FSDP1 has flattened it; its weights "
-                "can't be loaded rank by rank. Use FSDP2 (fully_shard), or load the optimizer alone"
-            )
-    within = {name for form in live.own_forms for name in form.replaced}
-    return [*_in_place(loaded, live, within), *(_through_module(loaded, form) for form in live.own_forms)]
-
-
-def _in_place(loaded: LoadedState, live: LiveModel, within: set[str]) -> Iterator[WeightStep]:
-    parts = [(part, p.local) for p in live.parameters for part in p.parts if part.layout.local_numel]
-    buffers = [(Part(fqn, layout_of_tensor(buffer, name=fqn)), buffer) for fqn, buffer in live.buffers.items()]
-    for part, local in (*parts, *buffers):
-        if part.fqn not in within:
-            source = _loaded_weight(loaded, part.names, part.layout)
-            _check_tied(loaded, part, source)
-            if source is not None:
-                yield CopyInPlace(source, local.to_local() if isinstance(local, DTensor) else local, part.position)
-    for fqn, module in live.extra_states.items():
-        if fqn not in within and (entry := loaded.weight(fqn)) is not None:
-            yield SetExtraState(module, loaded.value_of(entry))
-
-
-def _check_tied(loaded: LoadedState, part: Part, source: torch.Tensor | None) -> None:
-    """Refuse values that differ for one parameter. Raises InstallError."""
-    for name in part.aliases:
-        other = loaded.weight(name)
-        if source is None or other is None:
-            continue
-        if not torch.equal(loaded.local_tensor(checked_tensor(name, other, part.layout)).to(source.dtype), source):
-            raise InstallError(
-                f"{part.fqn} and {name} are one (tied) parameter here, and the checkpoint has different weights for them; "
-                "give the model untied, as it was saved, or exclude one of the two"
-            )
-
-
-def _loaded_weight(loaded: LoadedState, names: tuple[str, ...], layout: TensorLayout) -> torch.Tensor | None:
-    """The local tensor; None where it was not loaded, and may be missing. Raises InstallError."""
-    entry = loaded.weight(*names)
-    if entry is None:
-        if loaded.may_lack(names[0]):
-            return None
-        raise InstallError(f"{names[0]}: the shard has no weights of this name; set keys: allow_missing to go on")
-    return loaded.local_tensor(checked_tensor(names[0], entry, layout))
-
-
-def _through_module(loaded: LoadedState, form: ModuleForm) -> LoadModule:
-    state_dict: dict[str, Any] = {}
-    for fqn, key in form.keys.items():
-        live = form.tensors.get(fqn)
-        if live is None:
-            if (entry := loaded.weight(fqn)) is not None:
-                state_dict[key] = loaded.value_of(entry)
-            continue
-        local = _loaded_weight(loaded, (fqn,), layout_of_tensor(live, name=fqn))
-        if local is not None and isinstance(live, DTensor):
-            local = DTensor.from_local(
-                local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
-            )
-        if local is not None:
-            state_dict[key] = local
-    return LoadModule(form.root, state_dict)

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import shardferry
 from shardferry.layout.live import LiveLayout
-from shardferry.optimizer.live import LiveModel, live_layout
+from shardferry.optimizer.live import LiveModel
+from shardferry.optimizer.live_layout import live_layout
 from tests.support.networks import HYPERPARAMETERS, OTHERS, STATES, STEP, group_of, state_of
 from tests.support.topologies import Topology
 
