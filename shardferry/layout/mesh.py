@@ -29,20 +29,6 @@ def parse_placement(text: str) -> Placement:
     return Replicate() if match[1] is None else Shard(int(match[1]))
 
 
-def sharded_dim(placement: Placement) -> int | None:
-    """The tensor dimension that a placement shards; None for Replicate.
-
-    Raises:
-        LayoutError: a placement of another class. Partial holds no whole elements, and torch's _StridedShard is not a
-            placement of a spec; in some versions of torch it is a subclass of Shard.
-    """
-    if type(placement) is Shard:
-        return placement.dim
-    if isinstance(placement, Replicate):
-        return None
-    raise LayoutError(f"placement {placement!r} can't be loaded; only Shard and Replicate hold whole elements")
-
-
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """Named axes and their sizes, outermost first. World ranks are the row-major positions in the mesh."""

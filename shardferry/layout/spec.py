@@ -11,9 +11,9 @@ import numpy as np
 from torch.distributed.tensor import Placement, Replicate
 
 from shardferry.errors import LayoutError
-from shardferry.layout.mesh import Mesh, sharded_dim
+from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, replicated, shard_on_mesh
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, replicated, shard_on_mesh, sharded_dim
 from shardferry.region import Region
 
 _REPLICATE = Replicate()

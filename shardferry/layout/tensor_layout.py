@@ -10,11 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torch.distributed.tensor import Placement, Replicate
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from shardferry.errors import LayoutError
-from shardferry.layout.mesh import sharded_dim
 from shardferry.region import Region, row_major_strides
+
+
+def sharded_dim(placement: Placement) -> int | None:
+    """The tensor dimension that a placement shards; None for Replicate.
+
+    Raises:
+        LayoutError: a placement of another class. Partial holds no whole elements, and torch's _StridedShard is not a
+            placement of a spec; in some versions of torch it is a subclass of Shard.
+    """
+    if type(placement) is Shard:
+        return placement.dim
+    if isinstance(placement, Replicate):
+        return None
+    raise LayoutError(f"placement {placement!r} can't be loaded; only Shard and Replicate hold whole elements")
 
 
 @dataclass(frozen=True, slots=True)
