@@ -17,7 +17,7 @@ from shardferry.errors import RankError
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.transports import transport_named
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.reports import build_report
+from shardferry.pipeline.reports import build_report, told_by_trainers
 from shardferry.pipeline.waiting import Wait, gather
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import StageReport
@@ -117,6 +117,7 @@ class StageResult:
     def __init__(self, loading: Loading, driver_phases: dict[str, float]) -> None:
         self._loading = loading
         self._driver_phases = driver_phases
+        self._receipts: list[Any] = []
 
     def __enter__(self) -> StageResult:
         return self
@@ -132,7 +133,8 @@ class StageResult:
         catalog, ranks = ray.get(refs.catalog), ray.get(list(refs.reports))
         receptions = ray.get(list(refs.receptions))
         layouts = [r.layout for r in receptions] or [spec.rank(rank) for rank in range(len(ranks)) if spec is not None]
-        return build_report(submission.config, catalog, layouts, ranks, self._driver_phases)
+        report = build_report(submission.config, catalog, layouts, ranks, self._driver_phases)
+        return report.model_copy(update=told_by_trainers(self._receipts))
 
     @cached_property
     def handles(self) -> list[ShardHandle]:
@@ -146,6 +148,10 @@ class StageResult:
     def add_phase(self, name: str, seconds: float) -> None:
         """Add seconds of a phase of the driver to the report. Call it before the first use of `report`."""
         self._driver_phases[name] = seconds
+
+    def add_receipts(self, receipts: Sequence[Any]) -> None:
+        """Add what the trainers answered to their shards, by rank. Call it before the first use of `report`."""
+        self._receipts += receipts
 
     def close(self) -> None:
         """Take the loaders down and give their GPUs back. Opened shards stay valid."""

@@ -61,6 +61,13 @@ def build_report(
     )
 
 
+def told_by_trainers(receipts: Sequence[Any]) -> dict[str, list[Any]]:
+    """What the report lists of the trainers' answers: each entry once. A receiver of the user's own may answer anything."""
+    told = [receipt for receipt in receipts if isinstance(receipt, Mapping)]
+    names = ("missing_entries", "unexpected_entries", "overwritten", "warnings")
+    return {name: sorted({entry for receipt in told for entry in receipt.get(name, ())}) for name in names}
+
+
 def _values(catalog: Catalog, request: LoadRequest) -> dict[str, Any]:
     with opened_storage(catalog) as storage:
         return read_values(catalog, request, storage)

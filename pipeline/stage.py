@@ -149,7 +149,7 @@ class OptimizerLoadStage:
         receipts = [
             trainer.shardferry_receive.remote(handle) for trainer, handle in zip(trainers, loading.refs, strict=True)
         ]
-        gather(receipts, Wait("delivering to the trainers", timeout_s, "timeouts.handoff_s"))
+        result.add_receipts(gather(receipts, Wait("delivering to the trainers", timeout_s, "timeouts.handoff_s")))
         result.add_phase("handoff", time.time() - start)
         loading.close()
 

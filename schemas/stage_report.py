@@ -52,7 +52,7 @@ class StageReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     location: str
-    optimizer_key: str
+    optimizer_key: str | None
     world_size: int
     strategy: str  # all of them, if nodes differ
     strategy_reason: str
@@ -62,6 +62,12 @@ class StageReport(BaseModel):
     num_requests: int
     missing: list[str] = []  # FQNs that some rank needs and the checkpoint doesn't have
     unexpected: list[str] = []  # FQNs that the checkpoint has and no rank needs
+    missing_entries: list[str] = []  # <fqn>.<name>: state that the optimizer makes and that was not saved, if allowed
+    unexpected_entries: list[
+        str
+    ] = []  # <fqn>.<name>: state that was saved and that the optimizer has no use for, if allowed
+    overwritten: list[tuple[int, str, str, str]] = []  # hyperparameters of trainers: group, name, old and new value
+    warnings: list[str] = []
     phases: dict[str, float]  # seconds; of the slowest rank
     busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; of the busiest rank
     lower_bound_s: float

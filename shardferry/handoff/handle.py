@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from shardferry.arena import Arena
 from shardferry.handoff.transport import Transport
 from shardferry.handoff.transports import transport_named
-from shardferry.optimizer.install import load_into
+from shardferry.optimizer.install import Checked, load_into
 from shardferry.optimizer.live import LiveModel
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import Manifest
@@ -26,17 +26,21 @@ class Shard(LoadedState):
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def load_into(self, model: Module | Sequence[Module], optimizer: Optimizer | Sequence[Optimizer]) -> None:
+    def load_into(self, model: Module | Sequence[Module], optimizer: Optimizer | Sequence[Optimizer]) -> Checked:
         """Replace state, hyperparameters and, where they were loaded, weights; see `shardferry.optimizer.install.load_into`.
 
         Args:
             model, optimizer: one each, or several where a rank has several.
 
+        Returns:
+            The hyperparameters that were overwritten, the state entries that only one side has, and warnings.
+
         Raises:
-            InstallError: the shard was loaded for other regions than the model's parameters hold, or lacks one of them.
+            InstallError: the shard was loaded for other regions than the model's parameters hold, or lacks one of them, or is
+                another optimizer's. Nothing was changed.
             LayoutError: the layout of a parameter is not supported.
         """
-        load_into(self, LiveModel.of(model, optimizer))
+        return load_into(self, LiveModel.of(model, optimizer))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class OptimizerReceiver:
         """Install this rank's shard; the stage calls this once all ranks are loaded.
 
         Returns:
-            ``world_rank`` and the ``transport`` of the shard.
+            ``world_rank``, the ``transport`` of the shard, and what the stage's report lists of the load: ``overwritten``
+            hyperparameters (group, name, old and new value in words), ``missing_entries``, ``unexpected_entries``, ``warnings``.
 
         Raises:
             HandoffError: the shard can't be opened here.
@@ -89,5 +90,12 @@ class OptimizerReceiver:
         """
         model, optimizer = self.shardferry_target()
         with handle.open() as shard:
-            shard.load_into(model, optimizer)
-        return {"world_rank": handle.world_rank, "transport": handle.transport}
+            missing, unexpected, overwritten, warnings = shard.load_into(model, optimizer).report()
+        return {
+            "world_rank": handle.world_rank,
+            "transport": handle.transport,
+            "overwritten": [(change.group, change.name, repr(change.old), repr(change.new)) for change in overwritten],
+            "missing_entries": list(missing),
+            "unexpected_entries": list(unexpected),
+            "warnings": list(warnings),
+        }

@@ -30,25 +30,30 @@ from shardferry.plan.match_keys import Overwritten
 from shardferry.state_dicts import nest, with_keys_of
 
 
-def load_into(loaded: LoadedState, live: LiveModel) -> None:
+def load_into(loaded: LoadedState, live: LiveModel) -> Checked:
     """Load state and hyperparameters into the optimizers, and the weights where they were loaded too.
 
     State that the live optimizer has already, of the same shape, dtype and device, is filled in place. Everything is checked
     and tried before anything is changed. Parameters that the load was not for (missing and allowed, or not selected) keep
     their state.
 
+    Returns:
+        What the load has overwritten, and what of it the request tolerated.
+
     Raises:
         InstallError: the state was loaded for other regions than the model's parameters hold, or lacks one of them, or it
             is another optimizer's. Nothing has been changed.
         LayoutError: the layout of a parameter is not supported.
     """
-    installation = fit(loaded, live)
+    checked = check(loaded, live)
+    installation = fit(loaded, live, checked)
     try:
         installation.apply()
     except BaseException:
         installation.undo()
         raise
     installation.finish()
+    return checked
 
 
 @dataclass(frozen=True)
@@ -131,16 +136,16 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     return Checked(found, tuple(changes), tuple(warnings))
 
 
-def fit(loaded: LoadedState, live: LiveModel, checked: Checked | None = None) -> Installation:
+def fit(loaded: LoadedState, live: LiveModel, checked: Checked) -> Installation:
     """Prepare a load that was read.
 
     Args:
-        checked: what `check` has found; None: it is called.
+        checked: what `check` has found.
 
     Raises:
         InstallError, LayoutError: as `load_into`.
     """
-    checked, source = checked or check(loaded, live), _Source(loaded)
+    source = _Source(loaded)
     steps: list[Replacement | WeightStep] = [
         Replacement(form.optimizer, _OptimizerUpdate.of(loaded, live, index).state_dict(source, checked.entries[index]))
         for index, form in enumerate(live.forms)
