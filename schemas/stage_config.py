@@ -58,12 +58,6 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LiveHyperparametersSpec(Spec):
-    """Hyperparameters that stay as the live optimizer has them."""
-
-    live: tuple[str, ...] = Field(min_length=1, description="names, such as `lr`")
-
-
 class CheckpointSpec(Spec):
     """Which checkpoint is read, and what of it is loaded."""
 
@@ -105,9 +99,10 @@ class CheckpointSpec(Spec):
         description="glob over state names to the wanted dtype, such as `float32`; the dtype of live state takes precedence",
     )
 
-    hyperparameters: Literal["saved", "live"] | LiveHyperparametersSpec = Field(
+    hyperparameters: Literal["saved", "live"] | dict[Literal["live"], tuple[str, ...]] = Field(
         "saved",
-        description="whose hyperparameters hold after the load: the saved ones, the live ones, or the live ones of some names",
+        description="whose hyperparameters hold after the load: the saved ones, the live ones, or `{live: [lr, ...]}`: the live ones of "
+        "these names",
     )
 
     safe_globals: tuple[str, ...] = Field(
@@ -144,9 +139,7 @@ class CheckpointSpec(Spec):
             keys=KeyPolicy.of(self.keys),
             dtype=self.dtype,
             wanted_dtypes=tuple((glob, getattr(torch, name)) for glob, name in self.wanted_dtypes.items()),
-            hyperparameters=HyperparameterPolicy.of(
-                self.hyperparameters if isinstance(self.hyperparameters, str) else {"live": self.hyperparameters.live}
-            ),
+            hyperparameters=HyperparameterPolicy.of(self.hyperparameters),
             safe_globals=self.safe_globals,
         )
 

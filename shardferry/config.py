@@ -168,7 +168,7 @@ class HyperparameterPolicy:
     live: tuple[str, ...] | None = ()  # names; None: all of them
 
     @classmethod
-    def of(cls, given: str | Mapping[str, Sequence[str]]) -> HyperparameterPolicy:
+    def of(cls, given: str | Mapping[Any, Sequence[str]]) -> HyperparameterPolicy:
         """From ``"saved"``, ``"live"``, or ``{"live": ["lr", ...]}``. Raises SpecError."""
         if given == "saved":
             return cls()
