@@ -24,6 +24,7 @@ from shardferry.errors import ArenaError
 from shardferry.stats import BusyTimes
 
 _NOWHERE: np.ndarray = np.empty(0, dtype=np.int64)
+_NO_BYTES = torch.empty(0, dtype=torch.uint8)
 NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
 _PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
 
@@ -128,7 +129,7 @@ class HostArena(_Bytes):
 
     def detach(self) -> None:
         """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = _NO_BYTES
         self.memory = memoryview(b"")
         self.directory = _NOWHERE
 
@@ -175,7 +176,7 @@ class DeviceArena(_Bytes):
 
     def close(self) -> None:
         """Forget the memory; tensors made before keep it."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = _NO_BYTES
 
 
 Arena = HostArena | DeviceArena

@@ -210,9 +210,8 @@ class SplitLimits:
     max_part_bytes: int  # that one rank reads at a time for others; a single row may be longer
     window_bytes: int = 0  # of a file: small parts in one window have one reader; 0: each chunk has its own
     min_part_bytes: int = 1 << 20  # a part is divided among its ranks down to this
-    long_run_bytes: int = (
-        1 << 20
-    )  # boxes that share nothing, with contiguous runs this long, are read by their own ranks
+    # Boxes that share nothing, with contiguous runs this long, are read by their own ranks.
+    long_run_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,7 +131,9 @@ class LocalReader(RangeReader):
                     count = os.preadv(file.descriptor, left, position)
             except OSError as error:
                 if error.errno == errno.ESTALE:  # of a network file system: the next attempt needs a new descriptor
-                    self._retire(path, file)
+                    with self._lock:
+                        if self._files.get(path) is file:  # no other thread has opened it again
+                            self._retired.append(self._files.pop(path).descriptor)
                 raise storage_error(f"{self.location}/{path}: reading at byte {position} failed", error) from error
             if count == 0:
                 raise StorageError(
@@ -186,12 +188,6 @@ class LocalReader(RangeReader):
             raise missing_file(f"{self.location}/{path}") from None
         except OSError as error:
             raise storage_error(f"{self.location}/{path}: can't be opened", error) from error
-
-    def _retire(self, path: str, file: _File) -> None:
-        """Let the next read open the file again, unless another thread has already done so."""
-        with self._lock:
-            if self._files.get(path) is file:
-                self._retired.append(self._files.pop(path).descriptor)
 
 
 def _version(status: os.stat_result) -> str:
