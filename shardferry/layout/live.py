@@ -49,18 +49,13 @@ class LiveLayout(RankLayout):
         return None if layout is None else layout.global_shape
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        return self._same_shape(fqn, self.parameters[fqn], shape)
+        return _same_shape(self.parameters[fqn], shape, f"{fqn}: the model's parameter", "model")
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
         known = self.entries.get((fqn, name))  # none for an entry that doesn't exist yet
         if known is None or known.layout is None:
             return None
-        if known.layout.global_shape != shape:
-            raise LayoutError(
-                f"{fqn}: the live optimizer's {name!r} has the shape {known.layout.global_shape}, the saved one {shape}; "
-                "this checkpoint belongs to another optimizer"
-            )
-        return known.layout
+        return _same_shape(known.layout, shape, f"{fqn}: the live optimizer's {name!r}", "optimizer")
 
     def dtype(self, fqn: str, name: str) -> torch.dtype | None:
         if not name:
@@ -75,7 +70,7 @@ class LiveLayout(RankLayout):
         if fqn in self.extras:
             return replicated(shape)  # whole on every rank
         layout = self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
-        return self._same_shape(fqn, layout, shape)
+        return _same_shape(layout, shape, f"{fqn}: the model's parameter", "model")
 
     def aliases(self, fqn: str) -> Sequence[str]:
         return self.tied.get(fqn, ())
@@ -86,11 +81,10 @@ class LiveLayout(RankLayout):
     def may_lack(self, fqn: str) -> bool:
         return fqn in self.frozen
 
-    @staticmethod
-    def _same_shape(fqn: str, layout: TensorLayout, shape: tuple[int, ...]) -> TensorLayout:
-        if layout.global_shape != shape:
-            raise LayoutError(
-                f"{fqn}: the model's parameter has the shape {layout.global_shape}, the saved one {shape}; "
-                "this checkpoint belongs to another model"
-            )
-        return layout
+
+def _same_shape(layout: TensorLayout, shape: tuple[int, ...], what: str, owner: str) -> TensorLayout:
+    if layout.global_shape != shape:
+        raise LayoutError(
+            f"{what} has the shape {layout.global_shape}, the saved one {shape}; this checkpoint belongs to another {owner}"
+        )
+    return layout

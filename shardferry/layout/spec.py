@@ -106,11 +106,6 @@ class SpecLayout:
             for axis in self.mesh.names
         )
 
-    def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
-        """Whether the rank at a coordinate (by mesh axis, outermost first) holds any part of a parameter."""
-        holders = self.holder_coordinates(fqn)
-        return all(kept is None or index in kept for kept, index in zip(holders, coordinate, strict=True))
-
 
 class SpecRank(RankLayout):
     """What one rank of a spec holds. Only the checkpoint knows the parameters, their shapes and dtypes."""
@@ -125,7 +120,8 @@ class SpecRank(RankLayout):
         self._known_layouts: dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout] = {}
 
     def holds(self, fqn: str) -> bool:
-        return not self.spec.held_by or self.spec.holds(fqn, self._coordinate)
+        holders = self.spec.holder_coordinates(fqn)
+        return all(kept is None or index in kept for kept, index in zip(holders, self._coordinate, strict=True))
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
         return self._shard(fqn, shape, self.spec.placements(fqn))

@@ -89,10 +89,7 @@ class RangeReader(ByteReader):
         """
 
     def versions(self) -> dict[str, str]:
-        """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change.
-
-        The version of a file changes when the file is written again.
-        """
+        """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change."""
         return dict(self._versions)
 
     def expect(self, versions: Mapping[str, str]) -> None:

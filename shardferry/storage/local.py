@@ -56,8 +56,7 @@ class LocalOptions:
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> LocalOptions:
         """Convert ``storage_options``. Raises SpecError for an unknown option or value."""
-        unknown = sorted(set(options) - {"direct_io", "page_cache"})
-        if unknown:
+        if unknown := sorted(set(options) - {"direct_io", "page_cache"}):
             raise SpecError(
                 f"storage_options: local files have no option {unknown[0]!r}; they have direct_io and page_cache"
             )
