@@ -12,10 +12,11 @@ import math
 import mmap
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from shardferry.errors import ArenaError
 from shardferry.stats import BusyTimes
 
 _NOWHERE: np.ndarray = np.empty(0, dtype=np.int64)
+_NO_BYTES = torch.empty(0, dtype=torch.uint8)
 NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
 _PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
 
@@ -48,14 +50,7 @@ def available_host_bytes() -> int:
 
 
 def check_host_room(arenas_bytes: Sequence[int], *, available_bytes: int, host: str) -> None:
-    """Refuse arenas that the host has no memory for, before any takes it.
-
-    Args:
-        available_bytes: see `available_host_bytes`.
-
-    Raises:
-        ArenaError: says how much is missing.
-    """
+    """Raise ArenaError, before any arena takes memory, if the host has less than all of them need."""
     needed = sum(arenas_bytes)
     if needed > available_bytes:
         raise ArenaError(
@@ -128,7 +123,7 @@ class HostArena(_Bytes):
 
     def detach(self) -> None:
         """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = _NO_BYTES
         self.memory = memoryview(b"")
         self.directory = _NOWHERE
 
@@ -175,7 +170,7 @@ class DeviceArena(_Bytes):
 
     def close(self) -> None:
         """Forget the memory; tensors made before keep it."""
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = _NO_BYTES
 
 
 Arena = HostArena | DeviceArena
@@ -186,15 +181,19 @@ def allocate_arena(nbytes: int, device: torch.device) -> Arena:
     return HostArena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)
 
 
-class Destination(Protocol):
+class Destination(ABC):
     """Memory that read bytes are put into: an arena, or a buffer. Safe to use from several threads."""
 
+    @abstractmethod
     def writable(self, byte_offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
         """Contiguous host memory to fill inside the ``with``; on leaving, the bytes are at ``byte_offset``."""
 
     def write(self, byte_offset: int, data: memoryview) -> None:
         """Copy contiguous bytes."""
+        with self.writable(byte_offset, len(data)) as target:
+            target[:] = data
 
+    @abstractmethod
     def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         """Copy an array of elements to strided positions.
 
@@ -204,7 +203,7 @@ class Destination(Protocol):
         """
 
 
-class HostMemory:
+class HostMemory(Destination):
     """A `Destination` in this process's memory."""
 
     def __init__(self, memory: memoryview) -> None:
@@ -213,14 +212,11 @@ class HostMemory:
     def writable(self, byte_offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
         return nullcontext(self.memory[byte_offset : byte_offset + nbytes])
 
-    def write(self, byte_offset: int, data: memoryview) -> None:
-        self.memory[byte_offset : byte_offset + len(data)] = data
-
     def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         np.ndarray(elements.shape, elements.dtype, self.memory, byte_offset, byte_strides)[...] = elements
 
 
-class DeviceMemory:
+class DeviceMemory(Destination):
     """A `Destination` on a GPU: bytes go through a pinned staging buffer.
 
     Args:
@@ -238,10 +234,6 @@ class DeviceMemory:
             with self._busy.at("device copy"):
                 self._arena.tensor(byte_offset, (nbytes,), torch.uint8).copy_(staging, non_blocking=True)
                 self._arena.wait_for_copies()
-
-    def write(self, byte_offset: int, data: memoryview) -> None:
-        with self.writable(byte_offset, len(data)) as staging:
-            staging[:] = data
 
     def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         itemsize = elements.itemsize

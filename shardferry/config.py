@@ -1,8 +1,4 @@
-"""Every option of a load, with its one default: which keys, how they are read, and the limits that follow from a storage.
-
-People set these through the stage's spec (schemas/stage_config.py) or as keywords of `load_optimizer_state`; both take their
-names and defaults from here.
-"""
+"""Every option of a load, with its one name and default, for the stage's spec and for the keywords of `load_optimizer_state`."""
 
 from __future__ import annotations
 
@@ -52,11 +48,8 @@ def dtype_policy(name: str) -> DtypePolicy:
 
 def can_convert(saved: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a cast keeps the numbers: between floating-point dtypes, between integer ones, or between complex ones."""
-
-    def kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
-        return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
-
-    return kind(saved) == kind(wanted)
+    kinds = {(dtype.is_floating_point, dtype.is_complex, dtype is torch.bool) for dtype in (saved, wanted)}
+    return len(kinds) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +266,8 @@ class SplitLimits:
     max_part_bytes: int  # that one rank reads at a time for others; a single row may be longer
     window_bytes: int = 0  # of a file: small parts in one window have one reader; 0: each chunk has its own
     min_part_bytes: int = 1 << 20  # a part is divided among its ranks down to this
-    long_run_bytes: int = (
-        1 << 20
-    )  # boxes that share nothing, with contiguous runs this long, are read by their own ranks
+    # Boxes that share nothing, with contiguous runs this long, are read by their own ranks.
+    long_run_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

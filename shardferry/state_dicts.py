@@ -44,15 +44,10 @@ def flat_entries(tree: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    children: Any
-    if isinstance(tree, Mapping):
-        children = tree.items()
-    elif isinstance(tree, list | tuple):
-        children = enumerate(tree)
-    else:
+    if not isinstance(tree, Mapping | list | tuple):
         yield prefix, tree
         return
-    for key, value in children:
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         yield from _leaves(f"{prefix}.{key}" if prefix else str(key), value)
 
 

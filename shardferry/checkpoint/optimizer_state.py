@@ -236,7 +236,7 @@ def _split_section(tail: KeyPath) -> tuple[str, KeyPath]:
     """``("state", ...)`` -> ``"state"`` and the rest of the path."""
     section, rest = str(tail[0]), tail[1:]
     name, _, dotted = section.partition(".")
-    if dotted and name in ("state", "param_groups"):  # flattened by the saver: "state.<fqn>.<name>"
+    if dotted and name in ("state", "param_groups", BUFFERS):  # flattened by the saver: "state.<fqn>.<name>"
         return name, (_Flattened(dotted), *rest)
     return section, rest
 
@@ -340,10 +340,9 @@ def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
     for path, value in entries.items():
         if path[0] == _OF_ONE:
             fqn, names = str(path[1]), path[2:]
-            whole = value[0] if not names and isinstance(value, list) else {}  # the list of its one group
-            flattened.setdefault(fqn, {}).update(
-                {(name,): x for name, x in whole.items()} if not names else {names: value}
-            )
+            group = flattened.setdefault(fqn, {})
+            if names != ("params",):  # a number: its only parameter
+                group |= {names: value} if names else {(name,): x for name, x in value[0].items() if name != "params"}
         elif isinstance(path[0], str) and (len(path) == 1 or isinstance(path[0], _Flattened)):
             fqn, _, name = path[0].rpartition(".")
             flattened.setdefault(fqn, {})[(name, *path[1:])] = value
@@ -356,7 +355,7 @@ def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
             f"param_groups[{lacking}]: nothing of it is stored, and {len(stored)} other param groups are: {stored}"
         )
     groups: list[ParamGroup] = nest(nested) or []
-    return groups + [{**nest(flattened[fqn]), "params": [fqn]} for fqn in sorted(flattened)]
+    return groups + [{"params": [fqn], **nest(flattened[fqn])} for fqn in sorted(flattened)]
 
 
 def _positional_names(

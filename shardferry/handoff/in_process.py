@@ -20,7 +20,6 @@ class InProcess(Transport):
 
     @classmethod
     def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:
-        """Any arena, within one process."""
         return recipient.same_process
 
     @classmethod
@@ -29,7 +28,6 @@ class InProcess(Transport):
         return cls(arena)
 
     def open(self) -> torch.Tensor:
-        """A view of the whole arena."""
         return self.arena.as_bytes()
 
     def __reduce__(self) -> Any:

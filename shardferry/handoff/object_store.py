@@ -20,14 +20,11 @@ class ObjectStore(Transport):
 
     @classmethod
     def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:
-        """Any arena to anybody."""
         return True
 
     @classmethod
     def from_arena(cls, arena: Arena, *, exclusive: bool) -> Self:
-        """The arena's bytes; those of an arena on a GPU are copied to the host."""
         return cls(arena.as_bytes().cpu().numpy())
 
     def open(self) -> torch.Tensor:
-        """A copy of the bytes: others share those in the object store, which are read-only."""
-        return torch.from_numpy(self.data.copy())
+        return torch.from_numpy(self.data.copy())  # others share those in the object store, which are read-only

@@ -34,16 +34,11 @@ class SharedMemory(Transport):
 
     @classmethod
     def can_carry(cls, arena: Arena, recipient: Recipient) -> bool:
-        """An arena that is a memory file, to a process of the same host."""
         return recipient.same_host and isinstance(arena, HostArena) and arena.is_shareable
 
     @classmethod
     def from_arena(cls, arena: Arena, *, exclusive: bool) -> Self:
-        """Unmap the arena here; freeze it unless one trainer gets it. This process must live until it was opened.
-
-        Raises:
-            HandoffError: the arena is on a GPU, or private to this process.
-        """
+        """Unmap the arena here; freeze it unless one trainer gets it. This process must live until it was opened."""
         if not isinstance(arena, HostArena):
             raise HandoffError(
                 f"shared_memory needs an arena on the host, this one is on {arena.device}; use device: cpu"
@@ -64,11 +59,6 @@ class SharedMemory(Transport):
         )
 
     def open(self) -> torch.Tensor:
-        """Map the memory file.
-
-        Raises:
-            HandoffError: it is on another host, the loader has ended, or another trainer has taken it.
-        """
         if self.host != host_identity():
             raise HandoffError(
                 "this shard is in the shared memory of another node or container than the trainer's; "

@@ -1,8 +1,4 @@
-"""Find the layout of a live tensor on this rank: a DTensor, ShardedTensor, CheckpointableTensor or plain tensor.
-
-Torch's placements alone don't tell a DTensor's layout: FSDP2 over TP shards uneven tensors in another order than torch
-reads the placements. The shape of the local tensor decides between the orders.
-"""
+"""Find the layout of a live tensor on this rank: a DTensor, ShardedTensor, CheckpointableTensor or plain tensor."""
 
 from __future__ import annotations
 
@@ -84,7 +80,7 @@ def layout_of_placements(
             )
     cuts = [AxisCut(mesh.size(axis), coordinate[axis], placement) for axis, placement in enumerate(placements)]
     # Torch reads placements from left to right. FSDP2 over TP, `(_StridedShard(0, split_factor=tp), Shard(0))`, was sharded by
-    # TP first. Both orders give one layout if tensors are even; of uneven tensors, memory has the second.
+    # TP first. Both orders give one layout if tensors are even; of uneven tensors, memory has the second. The local shape tells.
     orders = (_innermost_first, _strided_last, shard_left_to_right)  # the likeliest first
     candidates = [layout for order in orders if (layout := order(global_shape, cuts)) is not None]
     for layout in candidates:

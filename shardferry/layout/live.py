@@ -53,23 +53,18 @@ class LiveLayout(RankLayout):
         return None if layout is None else layout.global_shape
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        return self._same_shape(fqn, self.parameters[fqn], shape)
+        return _same_shape(self.parameters[fqn], shape, f"{fqn}: the model's parameter", "model")
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
         known = self.entries.get((fqn, name))  # none for an entry that doesn't exist yet
         if known is None:
             return None
         if known.layout is None:
-            self._same_shape(fqn, self.parameters[fqn], shape, f" ({name!r})")
+            _same_shape(self.parameters[fqn], shape, f"{fqn}: the model's parameter (of {name!r})", "model")
             return None
-        if known.layout.global_shape != shape:
-            if known.is_foretold:  # state whose shape changes as the optimizer goes on
-                return None
-            raise LayoutError(
-                f"{fqn}: the live optimizer's {name!r} has the shape {known.layout.global_shape}, the saved one {shape}; "
-                "this checkpoint belongs to another optimizer"
-            )
-        return known.layout
+        if known.is_foretold and known.layout.global_shape != shape:  # it may change as the optimizer goes on
+            return None
+        return _same_shape(known.layout, shape, f"{fqn}: the live optimizer's {name!r}", "optimizer")
 
     def dtype(self, fqn: str, name: str) -> torch.dtype | None:
         if not name:
@@ -86,7 +81,7 @@ class LiveLayout(RankLayout):
             return replicated(shape)  # whole on every rank
         fqn = self._owners.get(fqn, fqn)
         layout = self.own_weights.get(fqn) or self.parameters.get(fqn) or self.untrained.get(fqn) or self.buffers[fqn]
-        return self._same_shape(fqn, layout, shape)
+        return _same_shape(layout, shape, f"{fqn}: the model's parameter", "model")
 
     @cached_property
     def _owners(self) -> dict[str, str]:
@@ -102,11 +97,10 @@ class LiveLayout(RankLayout):
     def may_lack(self, fqn: str) -> bool:
         return fqn in self.frozen
 
-    @staticmethod
-    def _same_shape(fqn: str, layout: TensorLayout, shape: tuple[int, ...], what: str = "") -> TensorLayout:
-        if layout.global_shape != shape:
-            raise LayoutError(
-                f"{fqn}: the model's parameter has the shape {layout.global_shape}, the saved one {shape}{what}; "
-                "this checkpoint belongs to another model"
-            )
-        return layout
+
+def _same_shape(layout: TensorLayout, shape: tuple[int, ...], what: str, owner: str) -> TensorLayout:
+    if layout.global_shape != shape:
+        raise LayoutError(
+            f"{what} has the shape {layout.global_shape}, the saved one {shape}; this checkpoint belongs to another {owner}"
+        )
+    return layout

@@ -1,8 +1,4 @@
-"""Name the ranks of a job by mesh axes, and parse the placement that each axis has for a tensor.
-
-Placements are torch's own: ``Shard(dim)`` gives each rank of an axis one part of a tensor's dimension, ``Replicate()``
-gives each rank all of it.
-"""
+"""Name the ranks of a job by mesh axes, and parse the placement, one of torch's own, that each axis has for a tensor."""
 
 from __future__ import annotations
 

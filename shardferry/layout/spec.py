@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
 
 import numpy as np
 from torch.distributed.tensor import Placement, Replicate
@@ -51,6 +50,8 @@ class SpecLayout:
     rules: tuple[Rule, ...] = ()
     default: Mapping[str, Placement] | None = None  # by axis, for parameters that no rule matches
     held_by: tuple[HeldBy, ...] = ()  # the first match per axis decides; every coordinate holds the other parameters
+    # By FQN: the ranks of a node ask for each parameter once per state entry.
+    _known: dict[str, tuple[Placement, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rules = [(f"rule {rule.match!r}", rule.placements) for rule in self.rules]
@@ -81,28 +82,17 @@ class SpecLayout:
 
     def placements(self, fqn: str) -> tuple[Placement, ...]:
         """The placements of a parameter, by mesh axis, outermost first."""
-        known = self._known_placements.get(fqn)
-        if known is None:
-            rule = next((rule for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match)), None)
-            known = self._by_axis((self.default or {}) if rule is None else rule.placements)
-            self._known_placements[fqn] = known
-        return known
+        if fqn not in self._known:
+            rules = (rule.placements for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match))
+            self._known[fqn] = self._by_axis(next(rules, self.default or {}))
+        return self._known[fqn]
 
     def entry_placements(self, fqn: str, name: str) -> tuple[Placement, ...] | None:
         """The placements of one state entry, by mesh axis, outermost first; None if no rule is for this entry."""
-        for rule in self._entry_rules:
-            if fnmatchcase(name, rule.state or "") and fnmatchcase(fqn, rule.match):
+        for rule in self.rules:
+            if rule.state and fnmatchcase(name, rule.state) and fnmatchcase(fqn, rule.match):
                 return self._by_axis(rule.placements)
         return None
-
-    @cached_property
-    def _known_placements(self) -> dict[str, tuple[Placement, ...]]:
-        """By FQN. The ranks of a node ask for each parameter once per state entry."""
-        return {}
-
-    @cached_property
-    def _entry_rules(self) -> list[Rule]:
-        return [rule for rule in self.rules if rule.state]
 
     def _by_axis(self, placements: Mapping[str, Placement]) -> tuple[Placement, ...]:
         return tuple(placements.get(axis, _REPLICATE) for axis in self.mesh.names)
@@ -115,11 +105,6 @@ class SpecLayout:
             )
             for axis in self.mesh.names
         )
-
-    def holds(self, fqn: str, coordinate: Sequence[int]) -> bool:
-        """Whether the rank at a coordinate (by mesh axis, outermost first) holds any part of a parameter."""
-        holders = self.holder_coordinates(fqn)
-        return all(kept is None or index in kept for kept, index in zip(holders, coordinate, strict=True))
 
 
 class SpecRank(RankLayout):
@@ -135,7 +120,8 @@ class SpecRank(RankLayout):
         self._known_layouts: dict[tuple[tuple[int, ...], tuple[Placement, ...]], TensorLayout] = {}
 
     def holds(self, fqn: str) -> bool:
-        return not self.spec.held_by or self.spec.holds(fqn, self._coordinate)
+        holders = self.spec.holder_coordinates(fqn)
+        return all(kept is None or index in kept for kept, index in zip(holders, self._coordinate, strict=True))
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
         return self._shard(fqn, shape, self.spec.placements(fqn))
@@ -189,14 +175,11 @@ class MeshBoxes:
         for (_, num_ranks), index, placement in reversed(list(zip(mesh.axes, indices, placements, strict=True))):
             dim = sharded_dim(placement)
             if dim is not None:
-                self._shard(dim, num_ranks, index)
-
-    def _shard(self, dim: int, num_ranks: int, index: np.ndarray) -> None:
-        sizes = self.sizes[:, dim]
-        full = -(-sizes // num_ranks)
-        start = np.minimum(index * full, sizes)
-        self.offsets[:, dim] += start
-        self.sizes[:, dim] = np.minimum(full, sizes - start)
+                sizes = self.sizes[:, dim]
+                full = -(-sizes // num_ranks)
+                start = np.minimum(index * full, sizes)
+                self.offsets[:, dim] += start
+                self.sizes[:, dim] = np.minimum(full, sizes - start)
 
     def holders(self, region: Region) -> list[int]:
         """The world ranks that hold at least one element of a region of the tensor, ascending."""

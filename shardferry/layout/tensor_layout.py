@@ -75,9 +75,8 @@ class TensorLayout:
         return offset, row_major_strides(box.region.sizes)
 
 
-@lru_cache(
-    maxsize=1024
-)  # Most tensors of a model share a few dozen shapes, and the planner recognises one object sooner.
+# Most tensors of a model share a few dozen shapes, and the planner recognises one object sooner.
+@lru_cache(maxsize=1024)
 def replicated(shape: tuple[int, ...], num_axes: int | None = None) -> TensorLayout:
     """The layout of a rank that holds the whole tensor.
 
@@ -132,22 +131,17 @@ def flat_range(shape: Sequence[int], *, start: int, stop: int) -> list[Region]:
     if not shape:
         return [Region((), ())]
     inner = math.prod(shape[1:])
-    first, last = start // inner, (stop - 1) // inner
+    first, last = -(-start // inner), stop // inner  # rows in between are whole
 
     def part(row: int, begin: int, end: int) -> list[Region]:
-        boxes = flat_range(shape[1:], start=begin, stop=end)
+        boxes = flat_range(shape[1:], start=begin - row * inner, stop=end - row * inner)
         return [Region((row, *box.offsets), (1, *box.sizes)) for box in boxes]
 
-    head, tail = start - first * inner, stop - last * inner
-    if first == last and (head or tail < inner):
-        return part(first, head, tail)
-    boxes = part(first, head, inner) if head else []
-    begin, end = first + bool(head), last + (tail == inner)
-    if begin < end:
-        boxes.append(Region((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:])))
-    if tail < inner:
-        boxes += part(last, 0, tail)
-    return boxes
+    if first > last:
+        return part(last, start, stop)
+    rows = Region((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+    before, after = part(first - 1, start, first * inner), part(last, last * inner, stop)
+    return [*before, *([rows] if first < last else []), *after]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,6 +56,7 @@ OBJECT_STORE = StorageTraits(max_gap_bytes=64 * KIB, max_over_read=8.0, max_requ
 class ByteReader(Protocol):
     """Reads byte ranges of files. Safe to use from several threads."""
 
+    @abstractmethod
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
         """Fill the buffers, one after the other, with the bytes from ``byte_offset`` on, in one request.
 
@@ -64,8 +65,8 @@ class ByteReader(Protocol):
         """
 
 
-class RangeReader(ABC):
-    """The files of one checkpoint, and the expected version of each. Safe to use from several threads.
+class RangeReader(ByteReader):
+    """The files of one checkpoint, and the expected version of each.
 
     Args:
         location: as `open_storage` takes it.
@@ -88,10 +89,7 @@ class RangeReader(ABC):
         """
 
     def versions(self) -> dict[str, str]:
-        """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change.
-
-        The version of a file changes when the file is written again.
-        """
+        """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change."""
         return dict(self._versions)
 
     def expect(self, versions: Mapping[str, str]) -> None:
@@ -107,10 +105,6 @@ class RangeReader(ABC):
             StorageError: the request failed.
         """
 
-    @abstractmethod
-    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        """As `ByteReader.read_into`."""
-
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         """The bytes ``[start, stop)`` of a file, mapped: each page is fetched when it is accessed.
 
@@ -119,7 +113,7 @@ class RangeReader(ABC):
         """
         raise StorageError(f"{self.location}: its files can't be mapped into memory; their bytes have to be read")
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing
+    def close(self) -> None:
         """Release files and connections."""
 
 

@@ -67,8 +67,7 @@ class LocalOptions:
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> LocalOptions:
         """Convert ``storage_options``. Raises SpecError for an unknown option or value."""
-        unknown = sorted(set(options) - {"direct_io", "page_cache"})
-        if unknown:
+        if unknown := sorted(set(options) - {"direct_io", "page_cache"}):
             raise SpecError(
                 f"storage_options: local files have no option {unknown[0]!r}; they have direct_io and page_cache"
             )
@@ -146,7 +145,9 @@ class LocalReader(RangeReader):
                     count = os.preadv(file.descriptor, left, position)
             except OSError as error:
                 if error.errno == errno.ESTALE:  # of a network file system: the next attempt needs a new descriptor
-                    self._retire(path, file)
+                    with self._lock:
+                        if self._files.get(path) is file:  # no other thread has opened it again
+                            self._retired.append(self._files.pop(path).descriptor)
                 raise storage_error(f"{self.location}/{path}: reading at byte {position} failed", error) from error
             if count == 0:
                 raise StorageError(
@@ -207,12 +208,6 @@ class LocalReader(RangeReader):
             os.close(file.descriptor)
             raise _no_file(f"{self.location}/{path}", _KINDS.get(stat.S_IFMT(mode), "of an unknown kind"))
         return file
-
-    def _retire(self, path: str, file: _File) -> None:
-        """Let the next read open the file again, unless another thread has already done so."""
-        with self._lock:
-            if self._files.get(path) is file:
-                self._retired.append(self._files.pop(path).descriptor)
 
 
 def _no_file(where: str, what: str) -> StorageError:

@@ -154,11 +154,7 @@ _NOT_FOUND, _RANGE_NOT_SATISFIABLE = 404, 416
 
 
 def _storage_error(error: Exception, what: str) -> StorageError:
-    """Turn an error of obstore into one that says whether another attempt may succeed.
-
-    Args:
-        what: where and what went wrong.
-    """
+    """Turn an error of obstore into one that says what went wrong, and whether another attempt may succeed."""
     from obstore.exceptions import NotSupportedError, PermissionDeniedError, UnauthenticatedError
 
     text, _, details = str(error).partition("\n")
@@ -229,16 +225,11 @@ def taken_place(location: str, client: object) -> StorePlace | None:
 
 Kind = Literal["s3", "gcs", "azure", "http"]
 
-_KIND_OF_SCHEME: Mapping[str, Kind] = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-    "http": "http",
-    "https": "http",
+_SCHEMES: Mapping[Kind, Sequence[str]] = {
+    "s3": ("s3", "s3a"),
+    "gcs": ("gs", "gcs"),
+    "azure": ("az", "abfs", "abfss"),
+    "http": ("http", "https"),
 }
 
 
@@ -255,7 +246,7 @@ class StorePlace:
 def place_of(url: str) -> StorePlace | None:
     """The directory that a URL names; None where obstore has no such storage."""
     scheme, _, rest = url.partition("://")
-    kind = _KIND_OF_SCHEME.get(scheme)
+    kind = next((kind for kind, schemes in _SCHEMES.items() if scheme in schemes), None)
     if kind is None:
         return None
     if kind == "http":

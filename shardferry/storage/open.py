@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,9 @@ from shardferry.storage import fsspec, local, obstore
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import RetryingReader, RetryPolicy
 
-# The storage of a location, made with some storage options; None if another kind of storage reads this location.
-Opener = Callable[[str, Mapping[str, Any]], RangeReader | None]
-
-_KINDS: tuple[Opener, ...] = (
-    local.open_location,
-    obstore.open_location,
-    fsspec.open_location,  # takes every location
-)
+# Each makes the storage of a location, or returns None where another kind reads it; fsspec takes every location.
+_KINDS: Sequence[Callable[[str, Mapping[str, Any]], RangeReader | None]]
+_KINDS = (local.open_location, obstore.open_location, fsspec.open_location)
 
 
 def open_storage(
