@@ -9,9 +9,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported: tests leave no token in anybody's home
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_worker_niceness"] = "0"  # by default other processes, as those of other tests, come long before workers
 
 import hypothesis
 import pytest
@@ -38,9 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> LongestFirst:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst:
     """How ``pytest -n 3`` shares the tests among processes."""
-    return LongestFirst(config)
+    return LongestFirst(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     """The demo, run once, in a process of its own: its output, and the checkpoint it kept."""
     directory = tmp_path_factory.mktemp("demo")
     with nothing_left():
-        done = run_process("demo", "--directory", directory, timeout_s=240)
+        done = run_process("demo", "--directory", directory, timeout_s=270)
     return done, directory / "checkpoint"
 
 

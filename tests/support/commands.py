@@ -24,7 +24,7 @@ class Finished:
 Command = Callable[..., Finished]  # called with the arguments; tests/pipeline/conftest.py makes one
 
 
-def run_process(*arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 90) -> Finished:
+def run_process(*arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 180) -> Finished:
     """``python -m pipeline ...``"""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     environment.pop("RAY_ADDRESS", None)

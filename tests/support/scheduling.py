@@ -6,17 +6,17 @@ The longest work comes first, so that at the end no process waits for one that h
 from __future__ import annotations
 
 import pytest
+from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 # By the start of the file's path: tests that share something costly, a Ray or a server or ranks, run in one process.
 _TOGETHER = (
+    ("tests/pipeline/test_stage.py", "tests/pipeline/test_larger_pipeline.py", "tests/actors/"),
+    ("tests/pipeline/test_bad_input.py", "tests/programs/", "tests/package/"),
     ("tests/pipeline/test_cli.py",),
-    ("tests/pipeline/test_stage.py", "tests/pipeline/test_larger_pipeline.py", "tests/actors/", "tests/programs/"),
-    ("tests/pipeline/test_bad_input.py", "tests/package/"),
-    ("tests/pipeline/test_job.py",),
-    ("benchmarks/",),
     ("tests/conformance/test_matrix.py",),
-    ("tests/core/test_load_matrix.py",),
+    ("benchmarks/",),
+    ("tests/pipeline/test_job.py",),
     ("tests/core/storage/",),
 )
 
@@ -24,8 +24,8 @@ _TOGETHER = (
 class LongestFirst(LoadScopeScheduling):
     """Gives each process the tests of whole files."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: pytest.Config, log: Producer) -> None:
+        super().__init__(config, log)
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:
