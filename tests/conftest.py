@@ -13,7 +13,8 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported: tests leave no token in anybody's home
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ["RAY_worker_niceness"] = "0"  # by default other processes, as those of other tests, come long before workers
+# By default all other processes, as those of other tests, come before Ray's workers.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import hypothesis
 import pytest

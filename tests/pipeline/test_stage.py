@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -234,7 +235,10 @@ def spoil(trainer: Fsdp2Trainer) -> None:
 
 
 def forget(trainer: Fsdp2Trainer) -> None:
+    """Drop all loaded state, that of earlier tests too."""
     del trainer.kept
+    trainer.begin(never_stepped)
+    gc.collect()
 
 
 def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path, two_trainers: list[Any]) -> None:
