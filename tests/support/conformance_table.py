@@ -94,7 +94,7 @@ class Recorder:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--conformance-table", metavar="FILE", type=Path, required=True)
+    parser.addoption("--conformance-table", metavar="FILE", type=Path, default=Path("docs/conformance.md"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
