@@ -15,6 +15,9 @@ import torch.distributed as dist
 from shardferry.errors import RankError
 from shardferry.pipeline.demo.training import build, save, train
 
+# Imported once, for all processes; torch imports the second with its first optimizer.
+_PRELOADED = ["shardferry.pipeline.demo.training", "torch._dynamo"]
+
 
 def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 120.0) -> list[float]:
     """Train on ``world_size`` processes and save to ``path``.
@@ -25,7 +28,8 @@ def pretrain(path: Path, *, world_size: int, num_steps: int, timeout_s: float = 
     Raises:
         RankError: a process failed, or was not done within ``timeout_s``. All processes have ended.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as directory:
         started: list[tuple[BaseProcess, Connection]] = []
         try:

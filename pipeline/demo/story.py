@@ -60,8 +60,9 @@ def tell(directory: Path | None) -> bool:
         )
         config = StageConfig.model_validate({"checkpoint": {"location": str(checkpoint)}})
         with ray_for(config, 2 * LOADED_ON, address=None, num_gpus=None):
-            report, ours = _through_the_stage(config, Path(scratch))
-            control = _with_stock_torch(checkpoint, Path(scratch))
+            trainers = _start_trainers(Path(scratch) / "rendezvous")
+            report, ours = _through_the_stage(config, trainers)
+            control = _with_stock_torch(checkpoint, trainers)
     _print_losses(ours, control)
     _print_report(report, ours, control)
     same = ours.losses == control.losses
@@ -70,13 +71,13 @@ def tell(directory: Path | None) -> bool:
 
 
 def _start_trainers(rendezvous: Path) -> list[Any]:
+    """Actors for both endings: the processes, and what they have imported, are the same."""
     actor = ray.remote(num_cpus=1, num_gpus=1)(DemoTrainer)
     return [actor.remote(rank, LOADED_ON, str(rendezvous)) for rank in range(LOADED_ON)]
 
 
-def _through_the_stage(config: StageConfig, scratch: Path) -> tuple[StageReport, Ending]:
+def _through_the_stage(config: StageConfig, trainers: list[Any]) -> tuple[StageReport, Ending]:
     print(f"loading on {LOADED_ON} ranks through the stage", flush=True)
-    trainers = _start_trainers(scratch / "ours")
     weights = [trainer.load_model.remote(config.checkpoint.location) for trainer in trainers]
     ray.get(weights, timeout=_TIMEOUT_S)
     start = time.time()
@@ -87,10 +88,9 @@ def _through_the_stage(config: StageConfig, scratch: Path) -> tuple[StageReport,
     return result.report, Ending(_train_on(trainers), took)
 
 
-def _with_stock_torch(checkpoint: Path, scratch: Path) -> Ending:
+def _with_stock_torch(checkpoint: Path, trainers: list[Any]) -> Ending:
     print(f"the control: stock dcp.load on {LOADED_ON} ranks", flush=True)
-    trainers = _start_trainers(scratch / "control")
-    ray.get([trainer.train.remote(0, 0) for trainer in trainers], timeout=_TIMEOUT_S)  # started and joined
+    ray.get([trainer.start_over.remote() for trainer in trainers], timeout=_TIMEOUT_S)
     start = time.time()
     ray.get([trainer.load_all.remote(str(checkpoint)) for trainer in trainers], timeout=_TIMEOUT_S)
     took = time.time() - start
@@ -100,8 +100,6 @@ def _with_stock_torch(checkpoint: Path, scratch: Path) -> Ending:
 def _train_on(trainers: list[Any]) -> list[list[float]]:
     steps = (PRETRAINED_STEPS, PRETRAINED_STEPS + FURTHER_STEPS)
     losses: list[list[float]] = ray.get([trainer.train.remote(*steps) for trainer in trainers], timeout=_TIMEOUT_S)
-    for trainer in trainers:
-        ray.kill(trainer)
     return losses
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
 import shardferry
@@ -13,10 +14,15 @@ class DemoTrainer(shardferry.OptimizerReceiver):
     """One rank of the second job."""
 
     model: GPT
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
         store = dist.FileStore(rendezvous, world_size)
         dist.init_process_group("gloo", store=store, rank=world_rank, world_size=world_size)
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget the weights and the optimizer state."""
         self.model, self.optimizer = training.build()
 
     def load_model(self, path: str) -> None:

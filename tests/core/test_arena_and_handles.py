@@ -19,6 +19,7 @@ from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryErr
 from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.layout.tensor_layout import replicated
 from shardferry.plan.load_plan import Manifest, PlannedTensor, PlannedValue
+from tests.support.leftovers import no_shared_files_left
 from tests.support.processes import forking
 
 SHAPE = (3, 5)
@@ -57,16 +58,15 @@ def filled_arena() -> HostArena:
 
 
 def test_memory_lives_as_long_as_a_tensor_uses_it() -> None:
-    files = set(Path("/dev/shm").iterdir())
     before = mappings()
-    arena = filled_arena()
-    tensor = arena.tensor(256, SHAPE, torch.float32)
-    arena.close()
-    assert torch.equal(tensor, CONTENT)
-    assert mappings() == before + 1
-    del tensor, arena
-    assert mappings() == before
-    assert set(Path("/dev/shm").iterdir()) == files
+    with no_shared_files_left():
+        arena = filled_arena()
+        tensor = arena.tensor(256, SHAPE, torch.float32)
+        arena.close()
+        assert torch.equal(tensor, CONTENT)
+        assert mappings() == before + 1
+        del tensor, arena
+        assert mappings() == before
 
 
 def test_an_arena_for_its_own_process_alone_is_no_file() -> None:

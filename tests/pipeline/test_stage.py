@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import ray
 import torch
 
 from shardferry import ShardHandle
+from shardferry.actors.progress import Progress
 from shardferry.errors import HandoffError, InstallError, LayoutError, PlanError, RankError, SpecError
 from shardferry.pipeline import Loading, OptimizerLoadStage
 from shardferry.schemas import StageConfig
+from shardferry.schemas.stage_report import StageReport
 from tests.support.leftovers import arena_holders
-from tests.support.models import SHAPES, STATES, STEP, Model, adamw, check_state, fsdp2
+from tests.support.models import SHAPES, STATES, STEP, Model, adamw, fsdp2
 from tests.support.oracle import full_tensor
-from tests.support.trainers import Fsdp2Trainer, start_trainers
+from tests.support.trainers import Fsdp2Trainer, Target, never_stepped, start_trainers
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -50,18 +54,23 @@ def _gpus_are_given_back() -> Iterator[None]:
     pytest.fail(f"GPUs still taken: {ray.available_resources()}")
 
 
-@pytest.fixture
-def trainers_of(tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
-    """Starts trainers, and ends them after the test."""
-    started: list[Any] = []
-
-    def start(world_size: int, trainer: type = Fsdp2Trainer) -> list[Any]:
-        started.extend(start_trainers(world_size, str(tmp_path / "store"), trainer))
-        return started
-
-    yield start
-    for trainer in started:
+@pytest.fixture(scope="module")
+def two_trainers(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    trainers = start_trainers(2, str(tmp_path_factory.mktemp("trainers") / "store"))
+    yield trainers
+    for trainer in trainers:
         ray.kill(trainer)
+
+
+@pytest.fixture
+def trainers_with(two_trainers: list[Any]) -> Callable[[Callable[[], Target]], list[Any]]:
+    """Two trainers that have what ``build`` returns; they are the same processes in all tests."""
+
+    def trainers(build: Callable[[], Target]) -> list[Any]:
+        ray.get([trainer.begin.remote(build) for trainer in two_trainers])
+        return two_trainers
+
+    return trainers
 
 
 @ray.remote(num_cpus=0)
@@ -88,8 +97,8 @@ def check_shard(handle: ShardHandle) -> int:
 
 
 @pytest.mark.parametrize("transport", ["auto", "object_store"])
-def test_run_delivers_to_trainers(four_saved: Path, trainers_of: Callable[..., list[Any]], transport: str) -> None:
-    trainers = trainers_of(2)
+def test_run_delivers_to_trainers(four_saved: Path, trainers_with: Callable[..., list[Any]], transport: str) -> None:
+    trainers = trainers_with(never_stepped)
     stage = OptimizerLoadStage(
         StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}, "handoff": {"transport": transport}})
     )
@@ -104,20 +113,61 @@ def test_run_delivers_to_trainers(four_saved: Path, trainers_of: Callable[..., l
     assert report.lower_bound_s > 0
 
 
-@pytest.mark.conformance(18)
-def test_loaders_are_pinned_to_gpus_of_their_own(four_saved: Path) -> None:
-    with OptimizerLoadStage(config(four_saved, 4)).run() as result:
-        assert sorted(gpu for rank in result.report.ranks for gpu in rank.gpu_ids) == ["0", "1", "2", "3"]
+@ray.remote(num_cpus=0)
+def newest(path: str) -> str:
+    return path
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_submit_gives_one_ref_a_rank(four_saved: Path, world_size: int) -> None:
-    loading = OptimizerLoadStage(config(four_saved, world_size)).submit()
+@ray.remote(num_cpus=0)
+def wait_elsewhere(loading: list[Loading]) -> int:
+    loading[0].wait()
+    return len(loading[0].refs)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load on four ranks told, from an upstream task's location."""
+
+    num_waited_for_elsewhere: int
+    world_ranks: list[int]
+    num_elements: int  # compared with the oracle
+    progress: list[Progress]
+    report: StageReport
+
+
+@pytest.fixture(scope="module")
+def loaded(cluster: None, saved_by: dict[int, Path]) -> Loaded:
+    loading = OptimizerLoadStage(config(None, 4)).submit(location=newest.remote(str(saved_by[4])))
+    elsewhere = ray.get(wait_elsewhere.remote([loading]))
     handles = ray.get(loading.refs)
-    assert [handle.world_rank for handle in handles] == list(range(world_size))
-    assert sum(map(check_shard, handles)) == NUM_ELEMENTS
-    loading.result()
+    found = Loaded(
+        elsewhere,
+        [handle.world_rank for handle in handles],
+        sum(map(check_shard, handles)),
+        loading.progress(),
+        loading.result().report,
+    )
     loading.close()
+    return found
+
+
+@pytest.mark.conformance(18)
+def test_loaders_are_pinned_to_gpus_of_their_own(loaded: Loaded) -> None:
+    assert sorted(gpu for rank in loaded.report.ranks for gpu in rank.gpu_ids) == ["0", "1", "2", "3"]
+
+
+def test_submit_gives_one_ref_a_rank(loaded: Loaded) -> None:
+    assert loaded.world_ranks == list(range(4))
+    assert loaded.num_elements == NUM_ELEMENTS
+
+
+def test_location_of_an_upstream_task_and_waiting_elsewhere(loaded: Loaded, four_saved: Path) -> None:
+    assert loaded.num_waited_for_elsewhere == 4
+    assert loaded.report.location == str(four_saved)
+
+
+def test_progress_reaches_the_needed_bytes(loaded: Loaded) -> None:
+    assert [rank.bytes_done for rank in loaded.progress] == [rank.bytes_needed for rank in loaded.report.ranks]
 
 
 def test_stages_hold_parameters_of_their_own_and_weights_come_along(four_saved: Path) -> None:
@@ -153,11 +203,11 @@ def test_stages_hold_parameters_of_their_own_and_weights_come_along(four_saved: 
 
 
 def test_what_does_not_fit_is_reported_where_it_is_allowed(
-    four_saved: Path, trainers_of: Callable[..., list[Any]]
+    four_saved: Path, trainers_with: Callable[..., list[Any]]
 ) -> None:
     checkpoint = {"location": str(four_saved), "rename": {"five.*": "six.*"}}
-    trainers = trainers_of(2)
-    with pytest.raises(PlanError, match=r"five\.weight: the checkpoint has no state for this parameter"):
+    trainers = trainers_with(never_stepped)
+    with pytest.raises(PlanError, match=r"five\.weight: .* has no state for this parameter .* nearest saved names"):
         OptimizerLoadStage(StageConfig.model_validate({"checkpoint": checkpoint})).run(trainers)
     lenient = {**checkpoint, "keys": ["allow_missing", "ignore_unexpected"]}
     report = OptimizerLoadStage(StageConfig.model_validate({"checkpoint": lenient})).run(trainers).report
@@ -165,41 +215,53 @@ def test_what_does_not_fit_is_reported_where_it_is_allowed(
 
 
 def test_refs_of_a_forgotten_stage_are_kept_and_its_gpus_given_back(four_saved: Path) -> None:
-    refs = OptimizerLoadStage(config(four_saved, 2, handoff={"transport": "object_store"})).submit().refs
+    refs = OptimizerLoadStage(config(four_saved, 1, handoff={"transport": "object_store"})).submit().refs
     assert sum(map(check_shard, ray.get(refs))) == NUM_ELEMENTS
 
 
-class Keeper:
-    """A trainer that opens its shard and keeps a tensor of it."""
-
-    def take(self, handle: ShardHandle) -> int:
-        with handle.open() as shard:
-            self._tensor = shard.state_dict()["state"]["seven.weight"]["exp_avg"]
-        self._offset = handle.manifest.by_fqn["seven.weight"]["exp_avg"].layout.boxes[0].region.offsets[0]
-        return os.getpid()
-
-    def still_right(self) -> bool:
-        rows = slice(self._offset, self._offset + self._tensor.shape[0])
-        return torch.equal(self._tensor, full_tensor("seven.weight", "exp_avg", (7, 11))[rows])
-
-    def spoil(self) -> None:
-        self._tensor.fill_(-1.0)
+def take(trainer: Fsdp2Trainer, handle: ShardHandle) -> int:
+    """Open the shard and keep a tensor of it."""
+    with handle.open() as shard:
+        trainer.kept = shard.state_dict()["state"]["seven.weight"]["exp_avg"]
+    return os.getpid()
 
 
-def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path) -> None:
-    keepers = [ray.remote(num_cpus=0)(Keeper).remote() for _ in range(2)]
-    loading = OptimizerLoadStage(config(four_saved, 1)).submit()
-    pids = ray.get([keeper.take.remote(loading.refs[0]) for keeper in keepers])
-    ray.get(keepers[0].spoil.remote())
-    assert ray.get(keepers[1].still_right.remote())
+def is_still_right(trainer: Fsdp2Trainer) -> bool:
+    return torch.equal(trainer.kept, full_tensor("seven.weight", "exp_avg", (7, 11)))
+
+
+def spoil(trainer: Fsdp2Trainer) -> None:
+    trainer.kept.fill_(-1.0)
+
+
+def forget(trainer: Fsdp2Trainer) -> None:
+    """Drop all loaded state, that of earlier tests too."""
+    del trainer.kept
+    trainer.begin(never_stepped)
+    gc.collect()
+
+
+def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path, two_trainers: list[Any]) -> None:
+    """But a shard whose loader has gone can't be opened any more."""
+    one, other = two_trainers
+    loading = OptimizerLoadStage(config(four_saved, 1, handoff={"transport": "shared_memory"})).submit()
+    (handle,) = ray.get(loading.refs)
+    assert check_shard(handle) == NUM_ELEMENTS
+    pids = ray.get([trainer.do.remote(take, loading.refs[0]) for trainer in (one, other)])
+    ray.get(one.do.remote(spoil))
+    assert ray.get(other.do.remote(is_still_right))
+    loading.result()
     loading.close()
-    assert ray.get(keepers[1].still_right.remote())
-    for keeper, pid in zip(keepers, pids, strict=True):
-        ray.kill(keeper)
-        assert pid not in arena_holders() or _gone(pid)
+    assert _gone(handle.source.pid)
+    assert ray.get(other.do.remote(is_still_right))
+    with pytest.raises(HandoffError, match=r"has ended before the shard was opened; keep the stage's result"):
+        handle.open()
+    ray.get([trainer.do.remote(forget) for trainer in (one, other)])
+    assert all(map(_gone, pids))
 
 
 def _gone(pid: int) -> bool:
+    """Whether a process holds no arena, at last."""
     for _ in range(50):
         if pid not in arena_holders():
             return True
@@ -207,49 +269,10 @@ def _gone(pid: int) -> bool:
     return False
 
 
-def test_a_shard_whose_loader_has_gone_is_an_error(four_saved: Path) -> None:
-    loading = OptimizerLoadStage(config(four_saved, 1, handoff={"transport": "shared_memory"})).submit()
-    (handle,) = ray.get(loading.refs)
-    loading.result()
-    pid = handle.source.pid
-    loading.close()
-    assert _gone(pid)
-    with pytest.raises(HandoffError, match=r"has ended before the shard was opened; keep the stage's result"):
-        handle.open()
-
-
-@ray.remote(num_cpus=0)
-def newest(path: str) -> str:
-    return path
-
-
-@ray.remote(num_cpus=0)
-def wait_elsewhere(loading: list[Loading]) -> int:
-    loading[0].wait()
-    return len(loading[0].refs)
-
-
-def test_location_of_an_upstream_task_and_waiting_elsewhere(four_saved: Path) -> None:
-    loading = OptimizerLoadStage(config(None, 2)).submit(location=newest.remote(str(four_saved)))
-    assert ray.get(wait_elsewhere.remote([loading])) == 2
-    assert sum(map(check_shard, ray.get(loading.refs))) == NUM_ELEMENTS
-    assert loading.result().report.location == str(four_saved)
-    loading.close()
-
-
 def test_a_bad_location_of_an_upstream_task_is_the_loads_error(tmp_path: Path) -> None:
-    loading = OptimizerLoadStage(config(None, 2)).submit(location=newest.remote(str(tmp_path / "nowhere")))
+    loading = OptimizerLoadStage(config(None, 1)).submit(location=newest.remote(str(tmp_path / "nowhere")))
     with pytest.raises(FileNotFoundError, match="no such directory"):
         loading.wait()
-
-
-def test_progress_reaches_the_needed_bytes(four_saved: Path) -> None:
-    seen: list[Any] = []
-    loading = OptimizerLoadStage(config(four_saved, 2)).submit()
-    loading.wait(on_progress=seen.append)
-    done = loading.progress()
-    assert [rank.bytes_done for rank in done] == [rank.bytes_needed for rank in loading.result().report.ranks]
-    loading.close()
 
 
 def test_more_ranks_than_gpus(four_saved: Path) -> None:
@@ -288,38 +311,15 @@ def test_refused_before_any_actor_starts(
     assert ray.available_resources()["GPU"] == 4
 
 
-class WrongTrainer(Fsdp2Trainer):
-    """Has a parameter that was never saved."""
-
-    def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
-        self.model = torch.nn.Linear(3, 3)
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
-
-
-def test_trainer_of_another_model(four_saved: Path, trainers_of: Callable[..., list[Any]]) -> None:
-    trainers = trainers_of(1, WrongTrainer)
-    with pytest.raises(PlanError, match=r"weight: .* has no state for this parameter .* nearest saved names"):
-        OptimizerLoadStage(StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}})).run(trainers)
+def two_parts() -> Target:
+    """Two model parts, each with an optimizer of its own, and without one parameter."""
+    kept = [fqn for fqn in SHAPES if fqn != "cube.weight"]
+    parts = [fsdp2(Model({fqn: SHAPES[fqn] for fqn in fqns})) for fqns in (kept[:3], kept[3:])]
+    return parts, [adamw(part) for part in parts]
 
 
-class TrainerOfParts(Fsdp2Trainer):
-    """One rank with two model parts, each with an optimizer of its own, and without one parameter."""
-
-    def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
-        super().__init__(world_rank, world_size, rendezvous)
-        kept = [fqn for fqn in SHAPES if fqn != "cube.weight"]
-        self.parts = [fsdp2(Model({fqn: SHAPES[fqn] for fqn in fqns})) for fqns in (kept[:3], kept[3:])]
-        self.optimizers = [adamw(part) for part in self.parts]
-
-    def shardferry_target(self) -> Any:
-        return self.parts, self.optimizers
-
-    def check(self) -> int:
-        return sum(check_state(part, optimizer) for part, optimizer in zip(self.parts, self.optimizers, strict=True))
-
-
-def test_trainers_of_several_parts(four_saved: Path, trainers_of: Callable[..., list[Any]]) -> None:
-    trainers = trainers_of(2, TrainerOfParts)
+def test_trainers_of_several_parts(four_saved: Path, trainers_with: Callable[..., list[Any]]) -> None:
+    trainers = trainers_with(two_parts)
     spec = {"checkpoint": {"location": str(four_saved), "exclude": ["cube.*"]}}
     OptimizerLoadStage(StageConfig.model_validate(spec)).run(trainers)
     left_out = 2 * torch.Size(SHAPES["cube.weight"]).numel()
@@ -328,23 +328,21 @@ def test_trainers_of_several_parts(four_saved: Path, trainers_of: Callable[..., 
 
 def test_state_in_another_dtype_than_it_was_saved(four_saved: Path) -> None:
     checkpoint = {"location": str(four_saved), "wanted_dtypes": {"exp_avg": "bfloat16"}, "dtype": "cast"}
-    stage = OptimizerLoadStage(config(None, checkpoint=checkpoint))
+    stage = OptimizerLoadStage(config(None, 1, checkpoint=checkpoint))
     with stage.run() as result:
-        shards = [handle.open().state_dict()["state"]["even.weight"] for handle in result.handles]
+        state = result.handles[0].open().state_dict()["state"]["even.weight"]
     expected = full_tensor("even.weight", "exp_avg", SHAPES["even.weight"]).to(torch.bfloat16)
-    assert torch.equal(torch.cat([shard["exp_avg"] for shard in shards]), expected)
-    assert {shard["exp_avg_sq"].dtype for shard in shards} == {torch.float32}
+    assert torch.equal(state["exp_avg"], expected)
+    assert state["exp_avg_sq"].dtype == torch.float32
 
 
-class BrokenTrainer(WrongTrainer):
-    """Fails when it is asked for its layout."""
-
-    def shardferry_layout(self, world_rank: int, world_size: int) -> Any:
-        raise InstallError("the model is not built yet")
+def not_built() -> Target:
+    """Fails when the trainer is asked for its layout."""
+    raise InstallError("the model is not built yet")
 
 
-def test_trainer_that_fails_ends_the_load(four_saved: Path, trainers_of: Callable[..., list[Any]]) -> None:
-    trainers = trainers_of(2, BrokenTrainer)
+def test_trainer_that_fails_ends_the_load(four_saved: Path, trainers_with: Callable[..., list[Any]]) -> None:
+    trainers = trainers_with(not_built)
     with pytest.raises(InstallError, match="the model is not built yet"):
         OptimizerLoadStage(StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}})).run(trainers)
 

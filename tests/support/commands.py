@@ -24,10 +24,12 @@ class Finished:
 Command = Callable[..., Finished]  # called with the arguments; tests/pipeline/conftest.py makes one
 
 
-def run_process(*arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 90) -> Finished:
-    """``python -m pipeline ...``"""
+def run_process(
+    *arguments: str | Path, python: tuple[str, ...] = ("-m", "pipeline"), timeout_s: float = 180
+) -> Finished:
+    """``python -m pipeline ...``, or another program."""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    command = [sys.executable, *python, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout_s)
     return Finished(done.returncode, done.stdout, done.stderr)

@@ -77,21 +77,15 @@ class Recorder:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._labels: dict[str, list[str]] = {}
         self._shown: dict[str, Shown] = defaultdict(Shown)
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            marks = [mark for mark in item.iter_markers() if mark.name in MARKS]
-            self._labels[item.nodeid] = sorted({str(mark.args[0]) for mark in marks})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        for label in self._labels[report.nodeid]:
+        said = [str(value) for name, value in report.user_properties if name == "stock"]
+        for label in sorted({str(value) for name, value in report.user_properties if name in MARKS}):
             shown = self._shown[label]
             shown.outcomes[report.nodeid.partition("[")[0]][report.outcome] += 1
-            said = [str(value) for name, value in report.user_properties if name == "stock"]
             shown.stock += [text for text in said if text not in shown.stock]
 
     def pytest_sessionfinish(self) -> None:
@@ -100,11 +94,18 @@ class Recorder:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--conformance-table", metavar="FILE", type=Path, required=True)
+    parser.addoption("--conformance-table", metavar="FILE", type=Path, default=Path("docs/conformance.md"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Recorder(config.getoption("--conformance-table")))
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist sends its reports to the process that has none
+        config.pluginmanager.register(Recorder(config.getoption("--conformance-table")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the reports of a test say what its marks say."""
+    for item in items:
+        item.user_properties += [(mark.name, mark.args[0]) for mark in item.iter_markers() if mark.name in MARKS]
 
 
 def render(shown: Mapping[str, Shown], version: str) -> str:

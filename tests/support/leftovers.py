@@ -1,43 +1,62 @@
-"""What a failed or finished run must not leave behind: processes, and files in shared memory."""
+"""What a failed or finished run must not leave behind: processes, and files in shared memory.
+
+Other tests run on the same machine meanwhile. A process is ours if it is a descendant of this one, or has inherited
+`MARK` from it; a file in shared memory is somebody else's while a process that is not ours has it open or mapped.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import ray
 
+MARK = "SHARDFERRY_TESTS"  # environment variable that tests/conftest.py sets: the process id of this pytest
 _PATIENCE_S = 15.0
 
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Fails where processes of ours, or files in /dev/shm, are there afterwards that were not there before."""
-    processes, files = _processes(), _shared_files()
-    yield
-    deadline = time.monotonic() + _PATIENCE_S
-    while (_processes() - processes or _shared_files() - files) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = [_describe(pid) for pid in _processes() - processes]
-    assert not left, f"processes left running: {left}"
-    assert not _shared_files() - files, f"left in shared memory: {sorted(_shared_files() - files)}"
+    processes = _running()
+    with no_shared_files_left():
+        yield
+        _wait_while(lambda: _running() - processes)
+        left = [_describe(pid) for pid in _running() - processes]
+        assert not left, f"processes left running: {left}"
 
 
 @contextmanager
 def nothing_held() -> Iterator[None]:
     """Fails where a run on this process's cluster keeps an arena, files in /dev/shm, or resources of the cluster."""
-    files, holders, resources = _shared_files(), arena_holders(), ray.cluster_resources()
+    holders, resources = arena_holders(), ray.cluster_resources()
+    with no_shared_files_left():
+        yield
+        _wait_while(lambda: _held(resources) or arena_holders() - holders)
+        assert not _held(resources), f"still taken of the cluster: {_held(resources)}"
+        left = [_describe(pid) for pid in arena_holders() - holders]
+        assert not left, f"these processes have arenas: {left}"
+
+
+@contextmanager
+def no_shared_files_left() -> Iterator[None]:
+    """Fails where files in /dev/shm are there afterwards that were not there before."""
+    before = _names_in_shared_memory()
     yield
+    _wait_while(lambda: _new_shared_files(before))
+    left = _new_shared_files(before)
+    assert not left, f"left in shared memory: {sorted(left)}"
+
+
+def _wait_while(is_left: Callable[[], object]) -> None:
+    """Return once nothing is left, or patience has ended."""
     deadline = time.monotonic() + _PATIENCE_S
-    while (_held(resources) or arena_holders() - holders or _shared_files() - files) and time.monotonic() < deadline:
+    while is_left() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not _held(resources), f"still taken of the cluster: {_held(resources)}"
-    left = [_describe(pid) for pid in arena_holders() - holders]
-    assert not left, f"these processes have arenas: {left}"
-    assert not _shared_files() - files, f"left in shared memory: {sorted(_shared_files() - files)}"
 
 
 def _held(resources: dict[str, float]) -> dict[str, float]:
@@ -49,41 +68,47 @@ def _held(resources: dict[str, float]) -> dict[str, float]:
 
 
 def arena_holders() -> set[int]:
-    """Processes that have a loader's arena open or mapped."""
-    return {process.pid for process in psutil.process_iter() if _holds_arena(process.pid)}
+    """Processes of ours that have a loader's arena open or mapped."""
+    return {pid for pid in _running() if any("memfd:shardferry-arena" in place for place in _files_of(pid))}
 
 
-def _holds_arena(pid: int) -> bool:
-    name = "memfd:shardferry-arena"
+def _running() -> set[int]:
+    """Processes of ours, zombies excepted."""
+    descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+    return {
+        process.pid
+        for process in psutil.process_iter(["status"])
+        if (process.pid in descendants or _is_marked(process.pid)) and process.info["status"] != psutil.STATUS_ZOMBIE
+    } | {os.getpid()}
+
+
+def _is_marked(pid: int) -> bool:
     try:
-        opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return name in Path(f"/proc/{pid}/maps").read_text() or any(name in target for target in opened)
+        return f"{MARK}={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
 
 
-def _processes() -> set[int]:
-    """Running descendants of this process, and orphans that say they are of Ray or of ours."""
-    mine = {child.pid for child in psutil.Process().children(recursive=True)}
-    return {pid for pid in mine if psutil.pid_exists(pid) and _running(pid)} | _orphans()
-
-
-def _orphans() -> set[int]:
-    found = set()
-    for process in psutil.process_iter(["ppid", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or ())
-        if process.info["ppid"] == 1 and any(
-            word in words for word in ("raylet", "gcs_server", "ray::", "-m pipeline")
-        ):
-            found.add(process.pid)
-    return found
-
-
-def _running(pid: int) -> bool:
+def _files_of(pid: int) -> set[str]:
+    """Where the files are that a process has open or mapped."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        opened = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        return opened | {line.partition("/")[2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
+    except OSError:
+        return set()
+
+
+def _names_in_shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _new_shared_files(before: set[str]) -> set[str]:
+    """Names of files in /dev/shm that are not among those before, and that only processes of ours have, or none."""
+    new = _names_in_shared_memory() - before
+    if new:
+        others = set().union(*(_files_of(pid) for pid in set(psutil.pids()) - _running()))
+        new = {name for name in new if not any(place.endswith(f"dev/shm/{name}") for place in others)}
+    return new
 
 
 def _describe(pid: int) -> str:
