@@ -149,20 +149,41 @@ class Executor:
         return ()
 
     def _open(self, task: OpenItems) -> Sequence[ReadTask]:
-        if task.has_whole_items:
-            with self._buffers.buffer(task.stop - task.start) as data:
+        if task.in_place is not None:
+            return self._open_in_place(task.in_place)
+        if task.mapped_bytes is not None:
+            with self._storage.mapped(task.path, task.start, task.stop, looked_at=task.mapped_bytes) as window:
+                return self._copy_opened(task.reads[0], window)
+        if len(task.reads) == 1:
+            (read,) = task.reads
+            num_bytes = max(task.stop - task.start, min(self._layouts.header_bytes, read.item.byte_length))
+            with self._buffers.buffer(num_bytes) as data:
                 self._storage.read_into(task.path, task.start, data)
-                for read in task.reads:
-                    item = read.item
-                    content = data[item.byte_offset - task.start : item.byte_stop - task.start]
-                    self._copy_all(read, content, self._layouts.layout(item, content))
-            self._counters.add_completed(sum(read.wanted_bytes for read in task.reads))
-            return ()
-        (read,) = task.reads
-        num_bytes = max(task.stop - task.start, min(self._layouts.header_bytes, read.item.byte_length))
-        with self._buffers.buffer(num_bytes) as data:
+                return self._copy_opened(read, data)
+        with self._buffers.buffer(task.stop - task.start) as data:
             self._storage.read_into(task.path, task.start, data)
-            return self._copy_opened(read, data)
+            for read in task.reads:
+                item = read.item
+                content = data[item.byte_offset - task.start : item.byte_stop - task.start]
+                self._copy_all(read, content, self._layouts.layout(item, content))
+        self._counters.add_completed(sum(read.wanted_bytes for read in task.reads))
+        return ()
+
+    def _open_in_place(self, first: ReadData) -> Sequence[ReadTask]:
+        """Fetch an item's header into a buffer and its first data into the arena; returns the reads of the rest.
+
+        Where the header contradicts the expected layout, what was fetched is fetched again.
+        """
+        item, (request,) = first.read.item, first.requests
+        with self._buffers.buffer(request.start) as header:
+            with self._destination.writable(first.arena_offset + request.offset, request.wanted_bytes) as memory:
+                self._storage.read_into(item.path, item.byte_offset, header, memory)
+            layout = self._layout(item, header)
+        found = data_reads(first.read, layout, self._requests)
+        if (found[0].requests, found[0].arena_offset) != (first.requests, first.arena_offset):
+            return found
+        self._counters.add_completed(first.wanted_bytes)
+        return found[1:]
 
     def _copy_opened(self, read: ItemRead, data: memoryview) -> Sequence[ReadTask]:
         """Copy what an item's first bytes hold; returns the reads of the rest."""
@@ -260,8 +281,11 @@ class Executor:
         """Bytes that a task holds at most beside the arena."""
         match task:
             case OpenItems():
+                nbytes = task.stop - task.start
+                if task.in_place is not None:
+                    return buffer_bytes(task.in_place.start) + (self._body_copies - 1) * nbytes
                 largest_part = max((read.part_bytes(part) for read in task.reads for part in read.parts), default=0)
-                return self._body_copies * buffer_bytes(task.stop - task.start) + largest_part
+                return largest_part + (0 if task.mapped_bytes is not None else self._body_copies * buffer_bytes(nbytes))
             case ReadWhole():  # as it is stored, and decoded
                 decoded_bytes = 2 * task.read.item.byte_length + task.read.bytes_to_read
                 return decoded_bytes + (self._body_copies - 1) * task.read.item.byte_length
@@ -330,7 +354,7 @@ def read_objects(
         counters.add_completed(sum(read.item.byte_length for read in group))
         return ()
 
-    groups = [group for group, _ in open_together(reads, storage.traits.read_limits(options))]
+    groups = open_together(reads, storage.traits.read_limits(options))
     num_threads = num_read_threads(concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=1)
     with _checked_files([read.item for read in reads], catalog, storage, options):
         run_tasks(read_group, groups, num_threads=num_threads, timeout_s=options.load_s)

@@ -17,7 +17,7 @@ import numpy as np
 
 from shardferry.arena import Destination, strided_view
 from shardferry.config import ReadLimits
-from shardferry.read.coalesce import is_one_request, over_read, strided_is_one_request
+from shardferry.read.coalesce import strided_is_one_request
 from shardferry.read.zip_header import HEADER_BYTES, ItemLayout
 from shardferry.region import BoxCopy
 
@@ -94,23 +94,6 @@ class StridedRead:
 
 
 Request = ContiguousRead | StridedRead
-
-
-def is_one_with_header(first: Request, header_bytes: int, limits: ReadLimits) -> bool:
-    """Whether an item's header and the first request for its data are one request.
-
-    Args:
-        first: the request that starts first in the item.
-        header_bytes: where the item's data starts.
-    """
-    gap = first.start - header_bytes
-    return is_one_request(
-        gap_bytes=gap,
-        wanted_bytes=first.wanted_bytes,
-        unwanted_bytes=over_read(gap, limits),
-        request_bytes=first.stop,
-        limits=limits,
-    )
 
 
 def requests_for(layout: ItemLayout, copy: BoxCopy, limits: ReadLimits) -> list[Request]:

@@ -1,14 +1,14 @@
 """Turn a load plan into read tasks: which byte ranges are fetched together, and what is copied out of them. Pure.
 
-An item starts with a header that says where its data is (zip_header.py). A task that opens an item therefore fetches its header
-first, together with as much data as belongs to the same request; the other data of the item follows once the header is parsed::
+An item starts with a header that says where its data is (zip_header.py). The task that opens an item fetches its header together
+with the first data, if both are one request; the other data of the item follows once the header is parsed::
 
     item      |header|raw bytes ...                              |tail|
     opened    [------------]     one request: header and first data
     then                   [-----------][-----------]
 
-Small items that are neighbours in a file are opened by one request, whole. The dry run counts the same tasks with the layouts
-that items are expected to have.
+Where the first data is expected follows from the item's length. Small items that are neighbours in a file are opened by one
+request, whole. The dry run counts the same tasks with the layouts that items are expected to have.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from shardferry.checkpoint.catalog import Catalog, KnownValue, RawItem
 from shardferry.config import ReadLimits
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
 from shardferry.plan.load_plan import LoadPlan, ReadItem
-from shardferry.read.coalesce import WantedRange, coalesce, is_mostly_wanted
+from shardferry.read.coalesce import WantedRange, coalesce, header_is_one_request
 from shardferry.read.items import StoredItem, TensorItem, assumed_layout, expected_layout, object_item, tensor_item
-from shardferry.read.requests import Request, is_one_with_header, requests_for
+from shardferry.read.requests import ContiguousRead, Request, requests_for
 from shardferry.read.zip_header import HEADER_BYTES, ItemLayout
 from shardferry.region import BoxCopy, Region, row_major_strides
 
@@ -77,11 +77,13 @@ class OpenItems:
     start: int  # bytes, in the file
     stop: int  # bytes, exclusive
     reads: tuple[ItemRead, ...]
+    in_place: ReadData | None = None  # the first data, where it goes straight into the arena
+    mapped_bytes: int | None = None  # the range is mapped, and so many bytes of it are accessed
 
     @property
-    def has_whole_items(self) -> bool:
-        """Whether the request fetches its items whole."""
-        return self.stop >= self.reads[-1].item.byte_stop
+    def nbytes(self) -> int:
+        """Bytes that the request takes from storage."""
+        return self.stop - self.start if self.mapped_bytes is None else self.mapped_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,69 +207,56 @@ def schedule(reads: Sequence[ItemRead], requests: RequestCache) -> list[ReadTask
         reads: in reading order, see `item_reads`.
     """
     tasks: list[ReadTask] = []
-    for group, is_whole in open_together(reads, requests.limits):
+    for group in open_together(reads, requests.limits):
         item = group[0].item
-        if is_whole:
+        if len(group) > 1:
             tasks.append(OpenItems(item.path, item.byte_offset, group[-1].item.byte_stop, tuple(group)))
         elif not item.is_ranged:
             tasks.append(ReadWhole(group[0]))
         elif isinstance(item.format, RawItem):
             tasks += data_reads(group[0], assumed_layout(item), requests)
         else:
-            stop = item.byte_offset + _opening_bytes(group[0], requests)
-            tasks.append(OpenItems(item.path, item.byte_offset, stop, tuple(group)))
+            tasks.append(_opening(group[0], requests))
     return tasks
 
 
-def open_together(reads: Sequence[AnyRead], limits: ReadLimits) -> Iterator[tuple[Sequence[AnyRead], bool]]:
-    """Group the items that are opened by one request.
+def open_together(reads: Sequence[AnyRead], limits: ReadLimits) -> Iterator[Sequence[AnyRead]]:
+    """Group the items that are opened by one request. A group of several is fetched whole.
 
     Args:
         reads: of each file in one run, ascending.
-
-    Yields:
-        Items, and whether they are fetched whole. An item that is not comes alone.
     """
-    small: list[AnyRead] = []
-    for read in reads:
-        if small and (read.item.path != small[-1].item.path or not _is_small(read, limits)):
-            yield from _coalesced(small, limits)
-            small = []
-        if _is_small(read, limits):
-            small.append(read)
-        else:
-            yield (read,), False
-    yield from _coalesced(small, limits)
-
-
-def _coalesced(small: Sequence[AnyRead], limits: ReadLimits) -> Iterator[tuple[Sequence[AnyRead], bool]]:
-    for members in coalesce([_wanted(read) for read in small], limits):
-        group = small[members]
-        # Alone, an item's tail and its unwanted bytes need not be fetched, if that costs no second request.
-        needs_ranges = isinstance(group[0].item.format, RawItem) or limits.opens_with_data
-        yield group, len(group) > 1 or isinstance(group[0], ObjectRead) or not needs_ranges
-
-
-def _wanted(read: AnyRead) -> WantedRange:
-    return WantedRange(read.item.byte_offset, read.item.byte_stop, read.bytes_to_read)
-
-
-def _is_small(read: AnyRead, limits: ReadLimits) -> bool:
-    item = read.item
-    return item.byte_length <= limits.max_item_bytes and item.is_ranged and is_mostly_wanted(_wanted(read), limits)
-
-
-def _opening_bytes(read: ItemRead, requests: RequestCache) -> int:
-    """How many of an item's first bytes open it: its header, and with it the first data where that is one request."""
-    item, limits = read.item, requests.limits
-    layout = expected_layout(item) if limits.opens_with_data else None
-    if layout is not None:
-        first = min(
-            (one.requests[0] for one in data_reads(read, layout, requests)), key=lambda r: r.start, default=None
+    ranges = [
+        WantedRange(
+            read.item.byte_offset,
+            read.item.byte_stop,
+            read.bytes_to_read,
+            path=read.item.path,
+            is_ranged=read.item.is_ranged,
         )
-        if first is not None and is_one_with_header(first, layout.raw_start, limits):
-            return min(max(first.stop, HEADER_BYTES), item.byte_length)
-    return min(HEADER_BYTES, item.byte_length)
+        for read in reads
+    ]
+    for members in coalesce(ranges, limits):
+        yield reads[members]
+
+
+def _opening(read: ItemRead, requests: RequestCache) -> OpenItems:
+    """The task that opens an item by itself: its header, with the first data where both are one request."""
+    item, limits = read.item, requests.limits
+    num_bytes, in_place, mapped_bytes = HEADER_BYTES, None, None
+    layout = expected_layout(item)
+    expected = [] if layout is None else data_reads(read, layout, requests)
+    if layout is not None and expected and len(expected[0].requests) == 1:
+        first, (request,) = expected[0], expected[0].requests
+        if header_is_one_request(layout.raw_start, request.start, request.stop, request.wanted_bytes, limits):
+            num_bytes = request.stop
+            inside = [one.requests[0].wanted_bytes for one in expected if one.stop <= num_bytes]
+            if isinstance(request, ContiguousRead) and first.part is None and len(inside) == 1:
+                in_place = first
+            elif limits.maps_files:
+                mapped_bytes = layout.raw_start + sum(inside)
+    stop = item.byte_offset + min(num_bytes, item.byte_length)
+    return OpenItems(item.path, item.byte_offset, stop, (read,), in_place, mapped_bytes)
 
 
 def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:
@@ -294,7 +283,7 @@ def count_requests(tasks: Iterable[ReadTask], requests: RequestCache) -> tuple[i
     for task in _with_following(tasks, requests):
         match task:
             case OpenItems():
-                nbytes, num_requests = nbytes + task.stop - task.start, num_requests + 1
+                nbytes, num_requests = nbytes + task.nbytes, num_requests + 1
             case ReadWhole():
                 nbytes, num_requests = nbytes + task.read.item.byte_length, num_requests + 1
             case ReadData():
@@ -312,23 +301,17 @@ def _with_following(tasks: Iterable[ReadTask], requests: RequestCache) -> Iterat
     layouts: dict[ItemLayout, ItemLayout] = {}  # one object for equal layouts
     for task in tasks:
         yield task
-        if isinstance(task, OpenItems) and not task.has_whole_items:
+        if isinstance(task, OpenItems) and len(task.reads) == 1:
             (read,) = task.reads
             layout = assumed_layout(read.item)
-            yield from following(read, layouts.setdefault(layout, layout), task.stop - task.start, requests)
-
-
-def following(read: ItemRead, layout: ItemLayout, num_bytes: int, requests: RequestCache) -> list[ReadData]:
-    """The reads of an item that are not within its first ``num_bytes``."""
-    return [one for one in data_reads(read, layout, requests) if one.stop > num_bytes]
+            found = data_reads(read, layouts.setdefault(layout, layout), requests)
+            yield from (one for one in found if one.stop > task.stop - task.start)
 
 
 def count_objects(catalog: Catalog, keys: Iterable[str], limits: ReadLimits) -> tuple[int, int]:
     """Bytes and number of the requests that read some saved Python objects, and small tensors whole."""
     keys = list(dict.fromkeys(keys))
     tensors = [catalog.tensors[key].nbytes for key in keys if key in catalog.tensors]
-    groups = [
-        group for group, _ in open_together(object_reads(catalog, [k for k in keys if k in catalog.objects]), limits)
-    ]
+    groups = open_together(object_reads(catalog, [k for k in keys if k in catalog.objects]), limits)
     lengths = [group[-1].item.byte_stop - group[0].item.byte_offset for group in groups] + tensors
     return sum(lengths), len(lengths)
