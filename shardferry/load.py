@@ -146,7 +146,9 @@ def load_rank(
                 limits=traits.split_limits(traits.read_limits(job.read)),
             )
         with clock.phase("read"):
-            agreement.all_or_raise("reading", lambda: _read(job, ready[0], ranks, strategy, agreement, counters))
+            agreement.all_or_raise(
+                "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
+            )
     return LoadedShard(
         plan=plan,
         manifest=plan.manifest(),
@@ -173,6 +175,7 @@ def _read(
     ready: _Ready,
     ranks: Sequence[RankInfo],
     strategy: ChosenStrategy,
+    *,
     agreement: Agreement,
     counters: Counters,
 ) -> None:

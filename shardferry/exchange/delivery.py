@@ -141,7 +141,7 @@ def open_delivery(
     """
     with ExitStack() as stack:
         peers = stack.enter_context(PeerArenas(addresses)) if isinstance(arena, HostArena) else None
-        delivery = Delivery(plan, cooperative, destination_of(arena, busy), rows, busy, peers)
+        delivery = Delivery(plan, cooperative, destination_of(arena, busy), rows=rows, busy=busy, peers=peers)
         if channel is not None and (cooperative.relays or cooperative.forwarded):
             budget_bytes = memory_budget_bytes // 2
             exchange = Exchange(channel, cooperative, delivery.receive, memory_budget_bytes=budget_bytes, limits=limits)

@@ -231,7 +231,7 @@ def _opening(read: ItemRead, requests: RequestCache) -> OpenItems:
             elif isinstance(request, StridedRead) and limits.maps_files:
                 mapped_bytes = layout.raw_start + sum(inside)
     stop = item.byte_offset + min(num_bytes, item.byte_length)
-    return OpenItems(item.path, item.byte_offset, stop, (read,), in_place, mapped_bytes)
+    return OpenItems(item.path, item.byte_offset, stop, (read,), in_place=in_place, mapped_bytes=mapped_bytes)
 
 
 def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:

@@ -166,11 +166,11 @@ class _ItemUnpickler(pickle.Unpickler):
 def _tensor_v2(
     storage_dtype: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, remarks: Any = None
 ) -> ItemLayout:
-    return _tensor_v3(None, offset, size, stride, grad, hooks, storage_dtype, remarks)
+    return _tensor_v3(None, offset, size, stride, grad, hooks=hooks, dtype=storage_dtype, remarks=remarks)
 
 
 def _tensor_v3(
-    _storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, remarks: Any = None
+    _storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, remarks: Any = None
 ) -> ItemLayout:
     """Where the raw bytes start is not known yet."""
     if not isinstance(dtype, torch.dtype):
