@@ -53,13 +53,13 @@ def choose_strategy(
     because = next((rank.direct_because for rank in ranks if rank.direct_because), "")
     if not because and asked == "auto" and is_local and len({rank.node for rank in ranks}) == 1:
         because = "all ranks read local files on one node, whose page cache serves every rank after the first read"
+    if because:
+        return ChosenStrategy(because)
     memory_groups = {rank: info.memory_group for rank, info in enumerate(ranks)}
     own = memory_groups[plan.world_rank]
     members = [rank for rank, group in memory_groups.items() if is_connected or group == own]
-    if not because and len(members) < 2:
-        because = "no other rank shares memory with this one, and the process group carries no host memory"
-    if because:
-        return ChosenStrategy(because)
+    if len(members) < 2:
+        return ChosenStrategy("no other rank shares memory with this one, and the process group carries no host memory")
     num_groups = len(set(memory_groups.values()))
     where = "on this node share memory" if num_groups == 1 else f"in {num_groups} memory groups"
     spec = spec_of(layout)

@@ -118,13 +118,17 @@ class Executor:
         claimed = self._bytes_held(task)
         with self._buffers.claim(claimed) if claimed else nullcontext():
             if isinstance(task, OpenItems):
-                return self._open(task) if task.in_place is None else self._open_in_place(task.in_place)
+                return self._open(task) if task.first is None else self._open_with_first(task, task.first)
             self._carry_out(task, partial(self._fetch, task.read.item))
             return ()
 
     def _open(self, task: OpenItems) -> Sequence[ReadTask]:
         left: list[ReadData] = []
-        with self._opened(task) as data:
+        num_bytes = task.stop - task.start
+        if len(task.reads) == 1:
+            num_bytes = max(num_bytes, min(self._layouts.header_bytes, task.reads[0].item.byte_length))
+        with self._buffers.buffer(num_bytes) as data:
+            self._storage.read_into(task.path, task.start, data)
             for read in task.reads:
                 item = read.item
                 content = memoryview(decoded(item, data[item.byte_offset - task.start : item.byte_stop - task.start]))
@@ -135,34 +139,24 @@ class Executor:
                         self._carry_out(one, partial(_copy, content), content)
         return left
 
-    @contextmanager
-    def _opened(self, task: OpenItems) -> Iterator[memoryview]:
-        if task.mapped_bytes is not None:
-            with self._storage.mapped(task.path, task.start, task.stop, looked_at=task.mapped_bytes) as window:
-                yield window
-            return
-        num_bytes = task.stop - task.start
-        if len(task.reads) == 1:
-            num_bytes = max(num_bytes, min(self._layouts.header_bytes, task.reads[0].item.byte_length))
-        with self._buffers.buffer(num_bytes) as data:
-            self._storage.read_into(task.path, task.start, data)
-            yield data
-
-    def _open_in_place(self, first: ReadData) -> Sequence[ReadTask]:
-        """Fetch an item's header into a buffer and its first data into the arena; returns the reads of the rest.
-
-        Where the header contradicts the expected layout, what was fetched is fetched again.
-        """
+    def _open_with_first(self, task: OpenItems, first: ReadData) -> Sequence[ReadTask]:
+        """Fetch an item's header and its first data; returns the reads of the rest, or all where the header contradicts."""
         item, (request,) = first.read.item, first.requests
-        with self._buffers.buffer(request.start) as header:
-            with self._destination.writable(first.arena_offset + request.offset, request.wanted_bytes) as memory:
-                self._storage.read_into(item.path, item.byte_offset, header, memory)
-            layout = self._layout(item, header)
-        found = data_reads(first.read, layout, self._requests)
-        if (found[0].requests, found[0].arena_offset) != (first.requests, first.arena_offset):
-            return found
-        self._counters.add_completed(first.wanted_bytes)
-        return found[1:]
+        if isinstance(request, ContiguousRead):
+            with self._buffers.buffer(request.start) as header:
+                with self._destination.writable(first.arena_offset + request.offset, request.wanted_bytes) as memory:
+                    self._storage.read_into(item.path, item.byte_offset, header, memory)
+                found = data_reads(first.read, self._layout(item, header), self._requests)
+            if found[0] != first:
+                return found
+            self._counters.add_completed(first.wanted_bytes)
+            return found[1:]
+        with self._storage.mapped(task.path, task.start, task.stop, looked_at=task.nbytes) as window:
+            found = data_reads(first.read, self._layout(item, window), self._requests)
+            if found[0] != first:
+                return found
+            self._carry_out(first, partial(_copy, window))
+            return found[1:]
 
     def _layout(self, item: TensorItem, content: memoryview) -> ItemLayout:
         try:
@@ -214,12 +208,12 @@ class Executor:
             part = 0 if task.part is None else buffer_bytes(task.read.part_bytes(task.part))
             return part + max(map(self._request_bytes_held, task.requests))
         nbytes, read = task.stop - task.start, task.reads[0]
-        if task.in_place is not None:
-            return buffer_bytes(task.in_place.start) + (self._body_copies - 1) * nbytes
         largest_part = max((read.part_bytes(part) for read in task.reads for part in read.parts), default=0)
+        if task.first is not None:  # a buffer for the header, or one for a part
+            return max(buffer_bytes(task.first.start), largest_part) + (self._body_copies - 1) * nbytes
         if not read.item.is_ranged:  # as it is stored, and decoded
             return (1 + self._body_copies) * nbytes + read.bytes_to_read
-        return largest_part + (0 if task.mapped_bytes is not None else self._body_copies * buffer_bytes(nbytes))
+        return largest_part + self._body_copies * buffer_bytes(nbytes)
 
     def _request_bytes_held(self, request: Request) -> int:
         nbytes = request.stop - request.start

@@ -68,13 +68,14 @@ class OpenItems:
     start: int  # bytes, in the file
     stop: int  # bytes, exclusive
     reads: tuple[ItemRead, ...]
-    in_place: ReadData | None = None  # the first data, where it goes straight into the arena
-    mapped_bytes: int | None = None  # the range is mapped, and so many bytes of it are accessed
+    first: ReadData | None = None  # the expected first data, where it goes straight into the arena or out of a mapping
 
     @property
     def nbytes(self) -> int:
         """Bytes that the request takes from storage."""
-        return self.stop - self.start if self.mapped_bytes is None else self.mapped_bytes
+        if self.first is None or isinstance(self.first.requests[0], ContiguousRead):
+            return self.stop - self.start
+        return assumed_layout(self.first.read.item).raw_start + self.first.requests[0].wanted_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,20 +219,17 @@ def open_together(reads: Sequence[AnyRead], limits: ReadLimits) -> Iterator[Sequ
 def _opening(read: ItemRead, requests: RequestCache) -> OpenItems:
     """The task that opens an item by itself: its header, with the first data where both are one request."""
     item, limits = read.item, requests.limits
-    num_bytes, in_place, mapped_bytes = HEADER_BYTES, None, None
+    num_bytes, first = HEADER_BYTES, None
     layout = expected_layout(item)
     expected = [] if layout is None else data_reads(read, layout, requests)
     if layout is not None and expected and len(expected[0].requests) == 1:
-        first, (request,) = expected[0], expected[0].requests
+        (request,) = expected[0].requests
         if header_is_one_request(layout.raw_start, request.start, request.stop, request.wanted_bytes, limits):
             num_bytes = request.stop
-            inside = [one.requests[0].wanted_bytes for one in expected if one.stop <= num_bytes]
-            if isinstance(request, ContiguousRead) and first.part is None and len(inside) == 1:
-                in_place = first
-            elif isinstance(request, StridedRead) and limits.maps_files:
-                mapped_bytes = layout.raw_start + sum(inside)
-    stop = item.byte_offset + min(num_bytes, item.byte_length)
-    return OpenItems(item.path, item.byte_offset, stop, (read,), in_place=in_place, mapped_bytes=mapped_bytes)
+            is_in_place = isinstance(request, ContiguousRead) and expected[0].part is None
+            is_mapped = isinstance(request, StridedRead) and limits.maps_files
+            first = expected[0] if is_in_place or is_mapped else None
+    return OpenItems(item.path, item.byte_offset, item.byte_offset + min(num_bytes, item.byte_length), (read,), first)
 
 
 def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:
@@ -259,7 +257,7 @@ def requests_of_plan(
         item = task.reads[0].item
         if len(task.reads) == 1 and item.is_ranged:
             found = data_reads(task.reads[0], assumed_layout(item), requests)
-            data += [one for one in found if one.stop > task.stop - task.start]
+            data += found[1:] if task.first else [one for one in found if one.stop > task.stop - task.start]
     fetched = [fetched_bytes(request, limits) for one in data for request in one.requests]
     return sum(task.nbytes for task in opened) + sum(fetched), len(opened) + len(fetched)
 
