@@ -254,7 +254,6 @@ class ReadLimits:
     max_request_bytes: int
     max_item_bytes: int  # a larger item is never fetched whole together with its neighbours
     maps_files: bool = False  # strided ranges are looked at through a mapping: the bytes between them are not fetched
-    opens_with_data: bool = True  # an item's header and its first data are one request
     free_gap_bytes: int = 4096  # smaller gaps don't count as over-read: disks, page caches and networks give no less
     long_run_bytes: int = 64 * 1024  # of a mapped file: longer contiguous runs are read one by one
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,25 +14,20 @@ from shardferry._gc import paused_gc
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage, read_catalog
-from shardferry.config import (
-    LoadRequest,
-    MessageLimits,
-    ReadOptions,
-)
+from shardferry.config import LoadRequest, MessageLimits, ReadOptions
 from shardferry.errors import DecodeError
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.delivery import open_delivery
-from shardferry.exchange.peer_memory import ArenaAddress
-from shardferry.exchange.point_to_point import Channel, Deadline
+from shardferry.exchange.point_to_point import Channel
 from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken_by_any
-from shardferry.exchange.strategy import ChosenStrategy, choose_strategy, plan_cooperation
+from shardferry.exchange.strategy import ChosenStrategy, choose_strategy
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import replicated
 from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.plan.match_keys import unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
-from shardferry.read.execute import Cooperation, read_objects, read_plan
+from shardferry.read.execute import read_objects, read_plan
 from shardferry.read.objects import ForeignClass, allowed_classes
 from shardferry.state_dicts import EXTRA_STATE, LeftLive
 from shardferry.stats import Counters, PhaseClock
@@ -112,31 +107,52 @@ def load_rank(
     """
     counters, clock = counters or Counters(), PhaseClock()
     if values is None:
+
+        def read_own_values() -> dict[str, Any]:
+            with _opened(job) as files:
+                return read_values(job.catalog, job.request, files, job.read, counters)
+
         with clock.phase("values"):
-            values = agreement.from_rank0("reading the param groups", lambda: _read_values(job, counters))
+            values = agreement.from_rank0("reading the param groups", read_own_values)
     with ExitStack() as opened, paused_gc():
+        ready: list[_Ready] = []
+
+        def prepare() -> RankInfo:
+            with clock.phase("plan"):
+                plan = plan_load(job.catalog, job.layout, job.request, values)
+                check_plan(plan)
+            with clock.phase("allocate"):
+                to_fill = _allocate(job, plan, arena)
+            files = storage or opened.enter_context(_opened(job))
+            files.expect(job.catalog.file_versions)
+            ready.append(_Ready(plan, to_fill, arena is None, files))
+            return rank_info(plan, to_fill, job.layout, job.read, agreement, is_new_arena=arena is None)
+
         with clock.phase("agree"):
-            ready, ranks = _prepare(
-                job,
-                agreement,
-                values,
-                clock,
-                arena=arena,
-                open_files=lambda: storage or opened.enter_context(_opened(job)),
-                check_plan=check_plan,
-            )
-            unexpected = _check_unexpected(ready.plan, job, ranks)
-            announce(ready.plan)
+            ranks = agreement.gather("planning", prepare)
+            plan = ready[0].plan
+            unexpected = _check_unexpected(plan, job, ranks)
+            announce(plan)
             check_room(ranks)
-            strategy = _choose_strategy(job, ready, ranks, agreement)
+            traits = ready[0].storage.traits
+            strategy = choose_strategy(
+                plan,
+                job.catalog,
+                job.layout,
+                ranks,
+                asked=job.read.strategy,
+                is_local=traits.is_local,
+                is_connected=agreement.host_group is not None,
+                limits=traits.split_limits(traits.read_limits(job.read)),
+            )
         with clock.phase("read"):
             agreement.all_or_raise(
-                "reading", lambda: _read(job, ready, ranks, strategy, agreement=agreement, counters=counters)
+                "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
             )
     return LoadedShard(
-        plan=ready.plan,
-        manifest=ready.plan.manifest(),
-        arena=ready.arena,
+        plan=plan,
+        manifest=plan.manifest(),
+        arena=ready[0].arena,
         counters=counters,
         seconds=clock.seconds,
         strategy=strategy,
@@ -154,51 +170,6 @@ class _Ready:
     storage: RangeReader
 
 
-def _prepare(
-    job: LoadJob,
-    agreement: Agreement,
-    values: Mapping[str, Any],
-    clock: PhaseClock,
-    *,
-    arena: Arena | None,
-    open_files: Callable[[], RangeReader],
-    check_plan: Callable[[LoadPlan], None],
-) -> tuple[_Ready, list[RankInfo]]:
-    """This rank's plan, arena and storage, and what every rank tells once it has them."""
-    made: list[_Ready] = []
-
-    def prepare() -> RankInfo:
-        with clock.phase("plan"):
-            plan = plan_load(job.catalog, job.layout, job.request, values)
-            check_plan(plan)
-        with clock.phase("allocate"):
-            to_fill = _allocate(job, plan, arena)
-        storage = open_files()
-        storage.expect(job.catalog.file_versions)
-        made.append(_Ready(plan, to_fill, arena is None, storage))
-        return rank_info(plan, to_fill, job.layout, job.read, agreement, is_new_arena=arena is None)
-
-    ranks = agreement.gather("planning", prepare)
-    return made[0], ranks
-
-
-def _choose_strategy(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> ChosenStrategy:
-    """The strategy, with this rank's part where ranks read for each other."""
-    traits, is_connected = ready.storage.traits, agreement.host_group is not None
-    chosen = choose_strategy(
-        ranks,
-        world_rank=agreement.rank,
-        asked=job.read.strategy,
-        is_local=traits.is_local,
-        is_connected=is_connected,
-    )
-    if chosen.name == "direct":
-        return chosen
-    limits = traits.split_limits(traits.read_limits(job.read))
-    plan = plan_cooperation(ready.plan, job.catalog, job.layout, ranks, is_connected=is_connected, limits=limits)
-    return replace(chosen, plan=plan)
-
-
 def _read(
     job: LoadJob,
     ready: _Ready,
@@ -208,61 +179,40 @@ def _read(
     agreement: Agreement,
     counters: Counters,
 ) -> None:
-    plan, own = ready.plan, ranks[agreement.rank]
-    ranks_on_node = sum(rank.node == own.node for rank in ranks)
-    if strategy.plan is None:
-        if job.stays_here and ready.is_new and isinstance(ready.arena, HostArena):
+    plan, own, group = ready.plan, ranks[agreement.rank], agreement.host_group
+    with ExitStack() as stack:
+        delivery = None
+        if strategy.plan is not None:
+            members = {rank: info for rank, info in enumerate(ranks) if info.memory_group == own.memory_group}
+            opened = open_delivery(
+                plan,
+                strategy.plan,
+                ready.arena,
+                rows=_rows_of(job.catalog),
+                addresses={rank: info.address for rank, info in members.items() if info.address is not None},
+                channel=None if group is None else Channel(group, job.read.load_s, counters.busy),
+                memory_budget_bytes=job.read.memory_budget,
+                busy=counters.busy,
+                limits=job.messages,
+            )
+            delivery = stack.enter_context(opened)
+        elif job.stays_here and ready.is_new and isinstance(ready.arena, HostArena):
             ready.arena.close()
             ready.arena = HostArena(plan.arena_bytes, is_shareable=False)
-        _read_plan(job, ready, counters, None, ranks_on_node)
-        return
-    group = agreement.host_group
-    delivery = open_delivery(
-        plan,
-        strategy.plan,
-        ready.arena,
-        rows=_rows_of(job.catalog),
-        addresses=_addresses(ranks, own.memory_group),
-        channel=None if group is None else Channel(group, Deadline(job.read.load_s)),
-        memory_budget_bytes=job.read.memory_budget,
-        busy=counters.busy,
-        limits=job.messages,
-    )
-    with delivery as way:
-        _read_plan(job, ready, counters, Cooperation(strategy.plan, way), ranks_on_node)
-
-
-def _read_plan(
-    job: LoadJob, ready: _Ready, counters: Counters, cooperation: Cooperation | None, ranks_on_node: int
-) -> None:
-    read_plan(
-        ready.plan,
-        job.catalog,
-        ready.storage,
-        ready.arena,
-        options=job.read,
-        counters=counters,
-        cooperation=cooperation,
-        ranks_on_node=ranks_on_node,
-    )
-
-
-def _addresses(ranks: Sequence[RankInfo], memory_group: str) -> dict[int, ArenaAddress]:
-    """The arenas of a memory group, by world rank."""
-    return {
-        rank: info.address
-        for rank, info in enumerate(ranks)
-        if info.memory_group == memory_group and info.address is not None
-    }
+        read_plan(
+            plan,
+            job.catalog,
+            ready.storage,
+            ready.arena,
+            options=job.read,
+            counters=counters,
+            delivery=delivery,
+            ranks_on_node=sum(rank.node == own.node for rank in ranks),
+        )
 
 
 def _opened(job: LoadJob) -> AbstractContextManager[RangeReader]:
     return opened_storage(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
-
-
-def _read_values(job: LoadJob, counters: Counters) -> dict[str, Any]:
-    with _opened(job) as storage:
-        return read_values(job.catalog, job.request, storage, job.read, counters)
 
 
 def read_values(
@@ -293,21 +243,14 @@ def read_values(
     options, counters = options or ReadOptions(), counters or Counters()
     keys = value_keys(catalog, request)
     objects = [key for key in keys if key in catalog.objects]
-    tensors = [key for key in keys if key in catalog.tensors]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
         values = read_objects(objects, catalog, storage, options, counters, unread=unread)
-    return values | _read_whole(tensors, catalog, storage, options, counters)
-
-
-def _read_whole(
-    keys: list[str], catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
-) -> dict[str, torch.Tensor]:
-    """Small tensors: hyperparameters such as a learning rate."""
-    wanted = [(key, replicated(catalog.tensors[key].shape)) for key in keys]
+    # Small tensors, such as a learning rate, are read whole.
+    wanted = [(key, replicated(catalog.tensors[key].shape)) for key in keys if key in catalog.tensors]
     plan = plan_tensors(catalog, wanted, world_rank=0, world_size=1)
     arena = HostArena(plan.arena_bytes)
     read_plan(plan, catalog, storage, arena, options=options, counters=counters)
-    return {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
+    return values | {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
 def _check_unexpected(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:

@@ -40,8 +40,12 @@ class Agreement:
             RankError: another rank failed; names it and carries its message.
         """
         value, error = _attempt(work)
-        if self._group is not None and self._somebody_failed(error is not None):
-            _raise_failures(step, self._gather(_Outcome(None, None if error is None else _message(error))), error)
+        if self._group is not None:
+            # One number per rank: a tenth of the cost of gathering objects. Messages are gathered only after a failure.
+            failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=_collective_device(self._group))
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+            if failed.item():
+                _raise_failures(step, self._gather(_Outcome.of(None, error)), error)
         if error is not None:
             raise error
         return cast(T, value)
@@ -49,26 +53,20 @@ class Agreement:
     def gather(self, step: str, work: Callable[[], T]) -> list[T]:
         """Like `all_or_raise`, and returns every rank's result, by rank; results should be small."""
         value, error = _attempt(work)
-        outcomes = self._gather(_Outcome(value, None if error is None else _message(error)))
+        outcomes = self._gather(_Outcome.of(value, error))
         _raise_failures(step, outcomes, error)
         return [cast(T, outcome.value) for outcome in outcomes]
 
     def from_rank0(self, step: str, work: Callable[[], T]) -> T:
         """Like `all_or_raise`, for a step that rank 0 does for all: every rank gets its result."""
         value, error = _attempt(work) if self.rank == 0 else (None, None)
-        outcome = _Outcome(value, None if error is None else _message(error))
+        outcome = _Outcome.of(value, error)
         if self._group is not None:
             outcomes = [outcome]
             dist.broadcast_object_list(outcomes, group=self._group, group_src=0)
             (outcome,) = outcomes
         _raise_failures(step, [outcome], error)
         return cast(T, outcome.value)
-
-    def _somebody_failed(self, failed: bool) -> bool:
-        """One number per rank: a tenth of the cost of gathering objects. Messages are gathered only after a failure."""
-        flag = torch.tensor([int(failed)], dtype=torch.int32, device=_collective_device(self._group))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
 
     def _gather(self, value: T) -> list[T]:
         if self._group is None:
@@ -85,11 +83,25 @@ class _Outcome:
     value: Any
     failure: str | None
 
+    @classmethod
+    def of(cls, value: Any, error: Exception | None) -> _Outcome:
+        if error is None or isinstance(error, ShardferryError):
+            return cls(value, None if error is None else str(error))
+        return cls(value, f"{type(error).__name__}: {error}")
+
 
 def _raise_failures(step: str, outcomes: Sequence[_Outcome], own: Exception | None) -> None:
-    failures = {rank: outcome.failure for rank, outcome in enumerate(outcomes) if outcome.failure is not None}
-    if failures:
-        raise _error_for_all(step, failures, own)
+    """Raise this rank's own error, or one that names the ranks that failed; nothing if none did."""
+    by_message: dict[str, list[int]] = {}
+    for rank, outcome in enumerate(outcomes):
+        if outcome.failure is not None:
+            by_message.setdefault(outcome.failure, []).append(rank)
+    if isinstance(own, ShardferryError):
+        raise own
+    if by_message:
+        parts = [f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in by_message.items()]
+        failed = sorted(rank for ranks in by_message.values() for rank in ranks)
+        raise RankError(f"{step} failed on {'; '.join(parts)}", failed) from own
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -106,19 +118,3 @@ def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
     return accelerator
-
-
-def _message(error: Exception) -> str:
-    return str(error) if isinstance(error, ShardferryError) else f"{type(error).__name__}: {error}"
-
-
-def _error_for_all(step: str, failures: dict[int, str], own: Exception | None) -> Exception:
-    if isinstance(own, ShardferryError):
-        return own
-    by_message: dict[str, list[int]] = {}
-    for rank, message in failures.items():
-        by_message.setdefault(message, []).append(rank)
-    parts = [f"rank {', '.join(map(str, ranks))}: {message}" for message, ranks in by_message.items()]
-    error = RankError(f"{step} failed on {'; '.join(parts)}", sorted(failures))
-    error.__cause__ = own
-    return error

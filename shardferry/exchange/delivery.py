@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,17 +39,20 @@ class Delivery:
     """The way from one rank's reads to every rank that wants something of them. Safe to use from several threads.
 
     Attributes:
+        cooperative: this rank's part in the reads.
         message_bytes: of the memory budget, held for messages to and from other memory groups.
     """
 
     def __init__(
         self,
         plan: LoadPlan,
+        cooperative: CooperativePlan,
         own: Destination,
         rows: Mapping[str, int],
         busy: BusyTimes,
         peers: PeerArenas | None,
     ) -> None:
+        self.cooperative = cooperative
         self.message_bytes = 0
         self._plan = plan
         self._own = own
@@ -137,17 +140,10 @@ def open_delivery(
         StorageError: another rank's arena is gone, or a message was late.
     """
     with ExitStack() as stack:
-        peers = None
-        if isinstance(arena, HostArena):
-            peers = stack.enter_context(PeerArenas(addresses))
-        delivery = Delivery(plan, destination_of(arena, busy), rows, busy, peers)
+        peers = stack.enter_context(PeerArenas(addresses)) if isinstance(arena, HostArena) else None
+        delivery = Delivery(plan, cooperative, destination_of(arena, busy), rows=rows, busy=busy, peers=peers)
         if channel is not None and (cooperative.relays or cooperative.forwarded):
-            exchange = Exchange(
-                replace(channel, busy=busy),
-                cooperative,
-                delivery.receive,
-                memory_budget_bytes=memory_budget_bytes // 2,
-                limits=limits,
-            )
+            budget_bytes = memory_budget_bytes // 2
+            exchange = Exchange(channel, cooperative, delivery.receive, memory_budget_bytes=budget_bytes, limits=limits)
             delivery.connect(stack.enter_context(exchange))
         yield delivery

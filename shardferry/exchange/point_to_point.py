@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -39,49 +38,43 @@ _FAILED = -1  # in a header, instead of the number of boxes
 Deliver = Callable[[ForwardedBox, memoryview], None]  # a box, and its elements packed row-major
 
 
-class Deadline:
-    """Until when an exchange must be done."""
+class Channel:
+    """How ranks talk: a process group that carries host memory, and a deadline for all messages.
 
-    def __init__(self, timeout_s: float | None) -> None:
+    Args:
+        timeout_s: from now on; None: no deadline.
+        busy: clocks the waits.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, timeout_s: float | None, busy: BusyTimes) -> None:
+        self.busy = busy
+        self._process_group = process_group
         self._timeout_s = timeout_s
         self._stop_s = None if timeout_s is None else time.monotonic() + timeout_s
-
-    def wait(self, work: dist.Work, world_rank: int) -> None:
-        """Raises StorageError where a message to or from a rank doesn't come through in time, or the rank has ended."""
-        try:
-            if self._stop_s is None:
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=max(0.001, self._stop_s - time.monotonic())))
-        except RuntimeError as error:
-            late = self._stop_s is not None and time.monotonic() >= self._stop_s
-            what = (
-                f"not done within timeouts.load_s ({self._timeout_s} s)"
-                if late
-                else "it has ended, or can't be reached"
-            )
-            raise StorageError(f"the exchange with rank {world_rank} failed: {what} ({error})") from error
-
-
-@dataclass(frozen=True)
-class Channel:
-    """How ranks talk: a process group that carries host memory."""
-
-    process_group: dist.ProcessGroup
-    deadline: Deadline
-    busy: BusyTimes = field(default_factory=BusyTimes)
 
     def send(self, world_rank: int, header: torch.Tensor, data: torch.Tensor | None) -> list[dist.Work]:
         """Post a message; it is sent when the works are done."""
         parts = [(header, _HEADER_TAG), *([] if data is None else [(data, _BYTES_TAG)])]
-        works = [dist.isend(part, group=self.process_group, group_dst=world_rank, tag=tag) for part, tag in parts]
+        works = [dist.isend(part, group=self._process_group, group_dst=world_rank, tag=tag) for part, tag in parts]
         return [work for work in works if work is not None]
 
     def receive(self, world_rank: int, into: torch.Tensor, tag: int) -> None:
         """Wait for a part of a message. Raises StorageError."""
-        work = dist.irecv(into, group=self.process_group, group_src=world_rank, tag=tag)
+        work = dist.irecv(into, group=self._process_group, group_src=world_rank, tag=tag)
         assert work is not None
-        self.deadline.wait(work, world_rank)
+        self.wait(work, world_rank)
+
+    def wait(self, work: dist.Work, world_rank: int) -> None:
+        """Raises StorageError where a message to or from a rank doesn't come through in time, or the rank has ended."""
+        left_s = None if self._stop_s is None else max(0.001, self._stop_s - time.monotonic())
+        try:
+            work.wait(*([] if left_s is None else [timedelta(seconds=left_s)]))
+        except RuntimeError as error:
+            late = self._stop_s is not None and time.monotonic() >= self._stop_s
+            what = "it has ended, or can't be reached"
+            if late:
+                what = f"not done within timeouts.load_s ({self._timeout_s} s)"
+            raise StorageError(f"the exchange with rank {world_rank} failed: {what} ({error})") from error
 
 
 @dataclass(slots=True)
@@ -113,10 +106,10 @@ def _empty_header() -> torch.Tensor:
 
 
 class Outbox:
-    """What a rank sends to relays on other islands. `put` may be called from several threads.
+    """What a rank sends to relays in other memory groups. `put` may be called from several threads.
 
     Args:
-        message_bytes: a message holds as much; one larger box gets a message of its own.
+        message_bytes: that a message holds; a larger box gets a message of its own.
     """
 
     def __init__(self, channel: Channel, relays: Sequence[int], *, message_bytes: int, max_in_flight: int) -> None:
@@ -157,7 +150,7 @@ class Outbox:
         try:
             with self._channel.busy.at("exchange"):
                 for work in works:
-                    self._channel.deadline.wait(work, relay)
+                    self._channel.wait(work, relay)
         except StorageError as error:
             self._failure = error
         finally:
@@ -181,7 +174,7 @@ class Outbox:
         for relay in self._locks:
             with suppress(RuntimeError, StorageError):  # the relay has ended
                 for work in self._channel.send(relay, header, None):
-                    self._channel.deadline.wait(work, relay)
+                    self._channel.wait(work, relay)
         self._waiters.shutdown(wait=True)
 
 
@@ -195,30 +188,19 @@ class _Buffers:
 
     def take(self, nbytes: int) -> torch.Tensor:
         self._left.acquire()
-        if nbytes > self._nbytes:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        try:
-            return self._free.pop()
-        except IndexError:
-            return torch.empty(self._nbytes, dtype=torch.uint8)
+        if nbytes <= self._nbytes:
+            with suppress(IndexError):
+                return self._free.pop()
+        return torch.empty(max(nbytes, self._nbytes), dtype=torch.uint8)
 
     def give(self, buffer: torch.Tensor) -> None:
         if buffer.numel() == self._nbytes:
             self._free.append(buffer)
         self._left.release()
 
-    @contextmanager
-    def lent(self, nbytes: int) -> Iterator[torch.Tensor]:
-        """A buffer with room for so many bytes."""
-        buffer = self.take(nbytes)
-        try:
-            yield buffer
-        finally:
-            self.give(buffer)
-
 
 class Inbox:
-    """What a rank takes from readers on other islands, each on a thread of its own."""
+    """What a rank receives from readers in other memory groups, each on a thread of its own."""
 
     def __init__(
         self,
@@ -237,7 +219,7 @@ class Inbox:
 
     def finish(self) -> None:
         """Wait until everything has come, or the readers have failed. Raises the first error of delivering."""
-        self._pool.shutdown(wait=True)
+        self.drain()
         for taken in self._readers:
             taken.result()
 
@@ -254,23 +236,27 @@ class Inbox:
             if num_boxes == _FAILED:  # it raises its own error, and the ranks' agreement brings that to all
                 return
             num_left -= num_boxes
-            with self._buffers.lent(nbytes) as buffer:
+            buffer = self._buffers.take(nbytes)
+            try:
                 with self._channel.busy.at("exchange"):
                     self._channel.receive(reader, buffer[:nbytes], _BYTES_TAG)
-                try:
-                    if failure is None:
-                        self._deliver_all([boxes[index] for index in indices[:num_boxes]], buffer.numpy().data)
-                except Exception as error:  # the reader goes on sending: its messages must be taken
-                    failure = error
+                if failure is None:
+                    failure = self._deliver_all([boxes[index] for index in indices[:num_boxes]], buffer.numpy().data)
+            finally:
+                self._buffers.give(buffer)
         if failure is not None:
             raise failure
 
-    def _deliver_all(self, boxes: Sequence[ForwardedBox], data: memoryview) -> None:
+    def _deliver_all(self, boxes: Sequence[ForwardedBox], data: memoryview) -> Exception | None:
+        """Returns what went wrong: the reader goes on sending, and its messages must be taken."""
         start = 0
-        for box in boxes:
-            nbytes = box.nbytes
-            self._deliver(box, data[start : start + nbytes])
-            start += nbytes
+        try:
+            for box in boxes:
+                self._deliver(box, data[start : start + box.nbytes])
+                start += box.nbytes
+        except Exception as error:
+            return error
+        return None
 
 
 class Exchange:
@@ -299,9 +285,7 @@ class Exchange:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _where: object) -> None:
         if error is not None:
             self.outbox.give_up()
             self._inbox.drain()

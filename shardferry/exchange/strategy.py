@@ -20,15 +20,26 @@ from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec
 class ChosenStrategy:
     """Who reads what, and why."""
 
-    name: Literal["direct", "cooperative"]
     reason: str
-    plan: CooperativePlan | None = None  # of cooperative reads
+    plan: CooperativePlan | None = None  # of cooperative reads; None: each rank reads for itself
+
+    @property
+    def name(self) -> Literal["direct", "cooperative"]:
+        return "direct" if self.plan is None else "cooperative"
 
 
 def choose_strategy(
-    ranks: Sequence[RankInfo], *, world_rank: int, asked: Strategy, is_local: bool, is_connected: bool
+    plan: LoadPlan,
+    catalog: Catalog,
+    layout: RankLayout,
+    ranks: Sequence[RankInfo],
+    *,
+    asked: Strategy,
+    is_local: bool,
+    is_connected: bool,
+    limits: SplitLimits,
 ) -> ChosenStrategy:
-    """The strategy of a load, without a plan. Every rank finds the same name.
+    """The strategy of a load, with this rank's part of cooperative reads. Every rank computes its own, from the same facts.
 
     ``auto`` reads directly where all ranks find local files on one node: the page cache gives to all of them what one has read.
     Everywhere else ranks that can reach each other read each byte once.
@@ -37,46 +48,27 @@ def choose_strategy(
         ranks: by world rank.
         is_local: the files are in a directory.
         is_connected: the process group carries host memory between memory groups.
+        limits: of the parts into which chunks are split.
     """
     because = next((rank.direct_because for rank in ranks if rank.direct_because), "")
     if not because and asked == "auto" and is_local and len({rank.node for rank in ranks}) == 1:
         because = "all ranks read local files on one node, whose page cache serves every rank after the first read"
     if because:
-        return ChosenStrategy("direct", because)
-    members = companions(ranks, world_rank=world_rank, is_connected=is_connected)
+        return ChosenStrategy(because)
+    memory_groups = {rank: info.memory_group for rank, info in enumerate(ranks)}
+    own = memory_groups[plan.world_rank]
+    members = [rank for rank, group in memory_groups.items() if is_connected or group == own]
     if len(members) < 2:
-        return ChosenStrategy(
-            "direct", "no other rank shares memory with this one, and the process group carries no host memory"
-        )
-    num_groups = len({rank.memory_group for rank in ranks})
+        return ChosenStrategy("no other rank shares memory with this one, and the process group carries no host memory")
+    num_groups = len(set(memory_groups.values()))
     where = "on this node share memory" if num_groups == 1 else f"in {num_groups} memory groups"
-    return ChosenStrategy("cooperative", f"{len(members)} ranks {where}: each byte leaves storage once")
-
-
-def companions(ranks: Sequence[RankInfo], *, world_rank: int, is_connected: bool) -> list[int]:
-    """The world ranks that read for each other with this one, itself among them."""
-    if is_connected:
-        return list(range(len(ranks)))
-    own = ranks[world_rank].memory_group
-    return [rank for rank, info in enumerate(ranks) if info.memory_group == own]
-
-
-def plan_cooperation(
-    plan: LoadPlan,
-    catalog: Catalog,
-    layout: RankLayout,
-    ranks: Sequence[RankInfo],
-    *,
-    is_connected: bool,
-    limits: SplitLimits,
-) -> CooperativePlan:
-    """This rank's part of the reads. Every rank computes its own, from the same facts."""
-    members = companions(ranks, world_rank=plan.world_rank, is_connected=is_connected)
-    layouts: RankLayouts
     spec = spec_of(layout)
+    layouts: RankLayouts
     if spec is not None:
         layouts = LayoutsFromSpec(spec, members)
     else:
         layouts = ExchangedLayouts({rank: ranks[rank].layouts or {} for rank in members})
-    memory_groups = {rank: info.memory_group for rank, info in enumerate(ranks)}
-    return assign_reads(plan, catalog, layouts, limits=limits, memory_groups=memory_groups)
+    return ChosenStrategy(
+        f"{len(members)} ranks {where}: each byte leaves storage once",
+        assign_reads(plan, catalog, layouts, limits=limits, memory_groups=memory_groups),
+    )

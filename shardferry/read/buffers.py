@@ -61,7 +61,9 @@ class BufferPool:
             self._wait_for(nbytes)
             self._claimed += nbytes
             while self._idle_bytes and self._claimed + self._idle_bytes > self._budget_bytes:
-                self._drop_one()
+                size = next(size for size, buffers in self._idle.items() if buffers)
+                self._idle[size].pop(0)
+                self._idle_bytes -= size
             self.peak_bytes = max(self.peak_bytes, self._claimed + self._idle_bytes)
         try:
             yield
@@ -90,9 +92,14 @@ class BufferPool:
 
     def _wait_for(self, nbytes: int) -> None:
         turn = object()
+
+        def fits() -> bool:
+            has_room = not self._claimed or self._claimed + nbytes <= self._budget_bytes
+            return self._queue[0] is turn and has_room
+
         self._queue.append(turn)
         try:
-            if not self._changed.wait_for(lambda: self._queue[0] is turn and self._fits(nbytes), self._timeout_s):
+            if not self._changed.wait_for(fits, self._timeout_s):
                 raise StorageError(
                     f"{nbytes} bytes of buffers were not free within {self._timeout_s:g} s (timeouts.load_s): other reads hold "
                     f"{self._claimed} of {self._budget_bytes} bytes (read.memory_budget); the storage doesn't answer, or raise either"
@@ -100,11 +107,3 @@ class BufferPool:
         finally:
             self._queue.remove(turn)
             self._changed.notify_all()
-
-    def _fits(self, nbytes: int) -> bool:
-        return not self._claimed or self._claimed + nbytes <= self._budget_bytes
-
-    def _drop_one(self) -> None:
-        size = next(size for size, buffers in self._idle.items() if buffers)
-        self._idle[size].pop(0)
-        self._idle_bytes -= size

@@ -24,11 +24,8 @@ class WantedRange:
     start: int  # bytes
     stop: int  # bytes, exclusive
     wanted_bytes: int
-
-
-def over_read(gap_bytes: int, limits: ReadLimits) -> int:
-    """How many bytes of a gap count as over-read."""
-    return gap_bytes if gap_bytes >= limits.free_gap_bytes else 0
+    path: str = ""
+    is_ranged: bool = True  # a part of it can be read without the rest
 
 
 def is_one_request(
@@ -39,7 +36,7 @@ def is_one_request(
     Args:
         gap_bytes: between the two; negative where they overlap, which is never coalesced.
         wanted_bytes: of the whole request.
-        unwanted_bytes: of the whole request, counted by `over_read`.
+        unwanted_bytes: of the whole request, counted by `_over_read`.
         request_bytes: from its first byte to its last.
     """
     return (
@@ -49,49 +46,74 @@ def is_one_request(
     )
 
 
+def _over_read(gap_bytes: int, limits: ReadLimits) -> int:
+    """How many bytes of a gap count as over-read."""
+    return gap_bytes if gap_bytes >= limits.free_gap_bytes else 0
+
+
 def coalesce(ranges: Sequence[WantedRange], limits: ReadLimits) -> Iterator[slice]:
-    """Group ranges of one file into requests.
+    """Group whole ranges into requests. A range that is not small is a group by itself.
 
     Args:
-        ranges: ascending.
+        ranges: of each file in one run, ascending.
 
     Yields:
         Slices of ``ranges``, in order; each is one request.
     """
-    if not ranges:
-        return
-    begin, start = 0, ranges[0].start
-    wanted, unwanted = ranges[0].wanted_bytes, _unwanted(ranges[0], limits)
-    for index in range(1, len(ranges)):
-        one, gap = ranges[index], ranges[index].start - ranges[index - 1].stop
-        wanted += one.wanted_bytes
-        unwanted += over_read(gap, limits) + _unwanted(one, limits)
-        if not is_one_request(
+    begin = wanted = unwanted = 0
+    small = [is_small(one, limits) for one in ranges]
+    for index, one in enumerate(ranges):
+        unwanted_inside = _over_read(one.stop - one.start - one.wanted_bytes, limits)
+        if index:
+            gap = one.start - ranges[index - 1].stop
+            wanted, unwanted = wanted + one.wanted_bytes, unwanted + _over_read(gap, limits) + unwanted_inside
+            if not (small[index - 1] and small[index] and one.path == ranges[index - 1].path) or not is_one_request(
+                gap_bytes=gap,
+                wanted_bytes=wanted,
+                unwanted_bytes=unwanted,
+                request_bytes=one.stop - ranges[begin].start,
+                limits=limits,
+            ):
+                yield slice(begin, index)
+                begin = index
+        if begin == index:
+            wanted, unwanted = one.wanted_bytes, unwanted_inside
+    if ranges:
+        yield slice(begin, len(ranges))
+
+
+def is_small(one: WantedRange, limits: ReadLimits) -> bool:
+    """Whether a range may be fetched whole, together with its neighbours, for what is wanted of it."""
+    gap, nbytes = one.stop - one.start - one.wanted_bytes, one.stop - one.start
+    return (
+        one.is_ranged
+        and nbytes <= limits.max_item_bytes
+        and is_one_request(
             gap_bytes=gap,
-            wanted_bytes=wanted,
-            unwanted_bytes=unwanted,
-            request_bytes=one.stop - start,
+            wanted_bytes=one.wanted_bytes,
+            unwanted_bytes=_over_read(gap, limits),
+            request_bytes=nbytes,
             limits=limits,
-        ):
-            yield slice(begin, index)
-            begin, start = index, one.start
-            wanted, unwanted = one.wanted_bytes, _unwanted(one, limits)
-    yield slice(begin, len(ranges))
-
-
-def is_mostly_wanted(wanted: WantedRange, limits: ReadLimits) -> bool:
-    """Whether a whole range may be fetched for what is wanted of it: the rule, for a range by itself."""
-    return is_one_request(
-        gap_bytes=wanted.stop - wanted.start - wanted.wanted_bytes,
-        wanted_bytes=wanted.wanted_bytes,
-        unwanted_bytes=_unwanted(wanted, limits),
-        request_bytes=wanted.stop - wanted.start,
-        limits=limits,
+        )
     )
 
 
-def _unwanted(one: WantedRange, limits: ReadLimits) -> int:
-    return over_read(one.stop - one.start - one.wanted_bytes, limits)
+def header_is_one_request(header_bytes: int, start: int, stop: int, wanted_bytes: int, limits: ReadLimits) -> bool:
+    """Whether an item's header and the first request for its data are one request.
+
+    Args:
+        header_bytes: where the item's data starts.
+        start, stop: of the data's request, in the item.
+        wanted_bytes: of the data's request.
+    """
+    gap = start - header_bytes
+    return is_one_request(
+        gap_bytes=gap,
+        wanted_bytes=wanted_bytes,
+        unwanted_bytes=_over_read(gap, limits),
+        request_bytes=stop,
+        limits=limits,
+    )
 
 
 def strided_is_one_request(
@@ -107,7 +129,7 @@ def strided_is_one_request(
     length, wanted, unwanted = run_bytes, run_bytes, 0
     for count, stride in zip(reversed(counts), reversed(byte_strides), strict=True):
         gap = stride - length
-        wanted, unwanted = wanted * count, unwanted * count + (count - 1) * over_read(gap, limits)
+        wanted, unwanted = wanted * count, unwanted * count + (count - 1) * _over_read(gap, limits)
         if count > 1 and not is_one_request(
             gap_bytes=max(gap, 0), wanted_bytes=wanted, unwanted_bytes=unwanted, request_bytes=0, limits=limits
         ):

@@ -1,14 +1,14 @@
 """Execute read tasks: fetch each byte range and copy it to its destination, within the memory budget.
 
-One way down: a task is fetched into a buffer (or straight into its destination), headers are parsed, and boxes are copied. What
-an item needs beyond its opening request becomes further tasks.
+A task is fetched into a buffer (or straight into its destination), headers are parsed, and boxes are copied. What an item needs
+beyond its opening request becomes further tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from shardferry.arena import Arena, Destination, HostArena, HostMemory, destination_of
@@ -16,7 +16,6 @@ from shardferry.checkpoint.catalog import Catalog, KnownValue
 from shardferry.config import ReadLimits, ReadOptions
 from shardferry.errors import DecodeError, StorageError
 from shardferry.exchange.delivery import Delivery
-from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.read.buffers import BufferPool, buffer_bytes
 from shardferry.read.items import (
@@ -31,12 +30,10 @@ from shardferry.read.items import (
 )
 from shardferry.read.requests import ContiguousRead, Request
 from shardferry.read.schedule import (
-    ItemRead,
     ObjectRead,
     OpenItems,
     ReadData,
     ReadTask,
-    ReadWhole,
     RequestCache,
     data_reads,
     fetched_bytes,
@@ -51,15 +48,8 @@ from shardferry.stats import Counters
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import TransientStorageError
 
+_Put = Callable[[Request, Destination, int], None]  # a request, and bytes in the destination
 _MIN_DEVICE_THREADS = 2  # reads for a GPU's arena overlap the copies to it
-
-
-@dataclass(frozen=True, slots=True)
-class Cooperation:
-    """A rank's part in cooperative reads, and the way to the other ranks."""
-
-    plan: CooperativePlan
-    delivery: Delivery
 
 
 def read_plan(
@@ -69,14 +59,14 @@ def read_plan(
     arena: Arena,
     options: ReadOptions,
     counters: Counters,
-    cooperation: Cooperation | None = None,
+    delivery: Delivery | None = None,
     *,
     ranks_on_node: int = 1,
 ) -> None:
     """Fill the arena as planned.
 
     Args:
-        cooperation: where ranks read for each other; the arena is filled when all of them are done.
+        delivery: where ranks read for each other; the arena is filled when all of them are done.
         ranks_on_node: that share the node's cores.
 
     Raises:
@@ -84,18 +74,11 @@ def read_plan(
         DecodeError: an item is damaged, or not the one that the metadata describes.
     """
     requests = RequestCache(storage.traits.read_limits(options))
-    reads = item_reads(plan, catalog, None if cooperation is None else cooperation.plan)
-    reserved_bytes = 0 if cooperation is None else cooperation.delivery.message_bytes
+    reads = item_reads(plan, catalog, None if delivery is None else delivery.cooperative)
+    reserved_bytes = 0 if delivery is None else delivery.message_bytes
     buffers = BufferPool(options.memory_budget - reserved_bytes, timeout_s=options.load_s)
-    delivery = None if cooperation is None else cooperation.delivery
-    executor = Executor(
-        storage,
-        destination_of(arena, counters.busy),
-        requests,
-        buffers=buffers,
-        counters=counters,
-        delivery=delivery,
-    )
+    destination = destination_of(arena, counters.busy)
+    executor = Executor(storage, destination, requests, buffers=buffers, counters=counters, delivery=delivery)
     num_threads = num_read_threads(
         concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=ranks_on_node
     )
@@ -133,47 +116,47 @@ class Executor:
     def execute(self, task: ReadTask) -> Sequence[ReadTask]:
         """Execute a task; returns what is left to read of its items. Raises StorageError, DecodeError."""
         claimed = self._bytes_held(task)
-        if not claimed:
-            return self._execute(task)
-        with self._buffers.claim(claimed):
-            return self._execute(task)
-
-    def _execute(self, task: ReadTask) -> Sequence[ReadTask]:
-        match task:
-            case OpenItems():
-                return self._open(task)
-            case ReadData():
-                self._read(task)
-            case ReadWhole():
-                self._read_whole(task.read)
-        return ()
+        with self._buffers.claim(claimed) if claimed else nullcontext():
+            if isinstance(task, OpenItems):
+                return self._open(task) if task.first is None else self._open_with_first(task, task.first)
+            self._carry_out(task, partial(self._fetch, task.read.item))
+            return ()
 
     def _open(self, task: OpenItems) -> Sequence[ReadTask]:
-        if task.has_whole_items:
-            with self._buffers.buffer(task.stop - task.start) as data:
-                self._storage.read_into(task.path, task.start, data)
-                for read in task.reads:
-                    item = read.item
-                    content = data[item.byte_offset - task.start : item.byte_stop - task.start]
-                    self._copy_all(read, content, self._layouts.layout(item, content))
-            self._counters.add_completed(sum(read.wanted_bytes for read in task.reads))
-            return ()
-        (read,) = task.reads
-        num_bytes = max(task.stop - task.start, min(self._layouts.header_bytes, read.item.byte_length))
+        left: list[ReadData] = []
+        num_bytes = task.stop - task.start
+        if len(task.reads) == 1:
+            num_bytes = max(num_bytes, min(self._layouts.header_bytes, task.reads[0].item.byte_length))
         with self._buffers.buffer(num_bytes) as data:
             self._storage.read_into(task.path, task.start, data)
-            return self._copy_opened(read, data)
-
-    def _copy_opened(self, read: ItemRead, data: memoryview) -> Sequence[ReadTask]:
-        """Copy what an item's first bytes hold; returns the reads of the rest."""
-        layout, left = self._layout(read.item, data), []
-        for one in data_reads(read, layout, self._requests):
-            if one.stop > len(data):
-                left.append(one)
-            else:
-                self._copy(one, data)
-                self._counters.add_completed(one.wanted_bytes)
+            for read in task.reads:
+                item = read.item
+                content = memoryview(decoded(item, data[item.byte_offset - task.start : item.byte_stop - task.start]))
+                for one in data_reads(read, self._layout(item, content), self._requests):
+                    if one.stop > len(content):
+                        left.append(one)
+                    else:
+                        self._carry_out(one, partial(_copy, content), content)
         return left
+
+    def _open_with_first(self, task: OpenItems, first: ReadData) -> Sequence[ReadTask]:
+        """Fetch an item's header and its first data; returns the reads of the rest, or all where the header contradicts."""
+        item, (request,) = first.read.item, first.requests
+        if isinstance(request, ContiguousRead):
+            with self._buffers.buffer(request.start) as header:
+                with self._destination.writable(first.arena_offset + request.offset, request.wanted_bytes) as memory:
+                    self._storage.read_into(item.path, item.byte_offset, header, memory)
+                found = data_reads(first.read, self._layout(item, header), self._requests)
+            if found[0] != first:
+                return found
+            self._counters.add_completed(first.wanted_bytes)
+            return found[1:]
+        with self._storage.mapped(task.path, task.start, task.stop, looked_at=task.nbytes) as window:
+            found = data_reads(first.read, self._layout(item, window), self._requests)
+            if found[0] != first:
+                return found
+            self._carry_out(first, partial(_copy, window))
+            return found[1:]
 
     def _layout(self, item: TensorItem, content: memoryview) -> ItemLayout:
         try:
@@ -181,66 +164,29 @@ class Executor:
         except HeaderTooShort:
             return read_layout(item, self._storage, self._layouts, known_bytes=len(content))
 
-    def _read_whole(self, read: ItemRead) -> None:
-        """An item that is transformed as a whole: decode it, then copy."""
-        item = read.item
-        with self._buffers.buffer(item.byte_length) as data:
-            self._storage.read_into(item.path, item.byte_offset, data)
-            content = memoryview(decoded(item, data))
-            layout = self._layouts.layout(item, content, num_bytes=len(content))
-            self._copy_all(read, content, layout)
-        self._counters.add_completed(read.wanted_bytes)
+    def _carry_out(self, one: ReadData, put: _Put, content: memoryview | None = None) -> None:
+        """Bring data of an item whose layout is known to its destination, or as a part to all ranks that want it.
 
-    def _copy_all(self, read: ItemRead, content: memoryview, layout: ItemLayout) -> None:
-        """Copy everything that is wanted of an item out of its bytes."""
-        for arena_offset, copy in read.copies:
-            for request in self._requests.of_copy(layout, copy):
-                request.copy_from(content, self._destination, arena_offset)
-        for part in read.parts:
-            self._copy_part(read, part, self._requests.of_part(layout, part), content)
-
-    def _copy(self, one: ReadData, content: memoryview) -> None:
-        if one.part is not None:
-            self._copy_part(one.read, one.part, one.requests, content)
-            return
-        for request in one.requests:
-            request.copy_from(content, self._destination, one.arena_offset)
-
-    def _copy_part(
-        self, read: ItemRead, part: CooperativeRead, requests: Sequence[Request], content: memoryview
-    ) -> None:
-        """Deliver a part out of its item's bytes: from its place there, where it is contiguous."""
-        assert self._delivery is not None
-        start = _contiguous_start(requests)
-        if start is not None:
-            self._delivery.give(part, content[start : start + read.part_bytes(part)])
-            return
-        with self._buffers.buffer(read.part_bytes(part)) as packed:
-            for request in requests:
-                request.copy_from(content, HostMemory(packed), 0)
-            self._delivery.give(part, packed)
-
-    def _read(self, one: ReadData) -> None:
-        """Fetch the data of an item whose layout is known."""
+        Args:
+            put: carries out one request.
+            content: of the item, from its start, where it is in memory: a part that is contiguous there is not copied.
+        """
         if one.part is None:
             for request in one.requests:
-                self._fetch(one.read.item, request, self._destination, one.arena_offset)
+                put(request, self._destination, one.arena_offset)
         else:
-            self._read_part(one.read, one.part, one.requests)
+            assert self._delivery is not None
+            start = None if content is None else _contiguous_start(one.requests)
+            nbytes = one.read.part_bytes(one.part)
+            if content is not None and start is not None:
+                self._delivery.give(one.part, content[start : start + nbytes])
+            else:
+                own = self._delivery.own_memory(one.part)  # in place where this rank wants the part as it is
+                with self._buffers.buffer(nbytes) if own is None else nullcontext(own) as packed:
+                    for request in one.requests:
+                        put(request, HostMemory(packed), 0)
+                    self._delivery.give(one.part, packed, to_itself=own is None)
         self._counters.add_completed(one.wanted_bytes)
-
-    def _read_part(self, read: ItemRead, part: CooperativeRead, requests: Sequence[Request]) -> None:
-        assert self._delivery is not None
-        own = self._delivery.own_memory(part)
-        if own is not None:  # this rank wants the part as it is: it is read in place, then given to the others
-            for request in requests:
-                self._fetch(read.item, request, HostMemory(own), 0)
-            self._delivery.give(part, own, to_itself=False)
-            return
-        with self._buffers.buffer(read.part_bytes(part)) as packed:
-            for request in requests:
-                self._fetch(read.item, request, HostMemory(packed), 0)
-            self._delivery.give(part, packed)
 
     def _fetch(self, item: StoredItem, request: Request, destination: Destination, byte_offset: int) -> None:
         start, stop = item.byte_offset + request.start, item.byte_offset + request.stop
@@ -250,31 +196,34 @@ class Executor:
             return
         if self._limits.maps_files:
             with self._storage.mapped(item.path, start, stop, looked_at=fetched_bytes(request, self._limits)) as window:
-                request.copy_from_window(window, destination, byte_offset)
+                request.copy_from(window, destination, byte_offset)
             return
         with self._buffers.buffer(stop - start) as window:
             self._storage.read_into(item.path, start, window)
-            request.copy_from_window(window, destination, byte_offset)
+            request.copy_from(window, destination, byte_offset)
 
     def _bytes_held(self, task: ReadTask) -> int:
         """Bytes that a task holds at most beside the arena."""
-        match task:
-            case OpenItems():
-                largest_part = max((read.part_bytes(part) for read in task.reads for part in read.parts), default=0)
-                return self._body_copies * buffer_bytes(task.stop - task.start) + largest_part
-            case ReadWhole():  # as it is stored, and decoded
-                decoded_bytes = 2 * task.read.item.byte_length + task.read.bytes_to_read
-                return decoded_bytes + (self._body_copies - 1) * task.read.item.byte_length
-            case ReadData():
-                windows = max(map(self._request_bytes_held, task.requests))
-                part = 0 if task.part is None else buffer_bytes(task.read.part_bytes(task.part))
-                return windows + part
+        if isinstance(task, ReadData):
+            part = 0 if task.part is None else buffer_bytes(task.read.part_bytes(task.part))
+            return part + max(map(self._request_bytes_held, task.requests))
+        nbytes, read = task.stop - task.start, task.reads[0]
+        largest_part = max((read.part_bytes(part) for read in task.reads for part in read.parts), default=0)
+        if task.first is not None:  # a buffer for the header, or one for a part
+            return max(buffer_bytes(task.first.start), largest_part) + (self._body_copies - 1) * nbytes
+        if not read.item.is_ranged:  # as it is stored, and decoded
+            return (1 + self._body_copies) * nbytes + read.bytes_to_read
+        return largest_part + self._body_copies * buffer_bytes(nbytes)
 
     def _request_bytes_held(self, request: Request) -> int:
         nbytes = request.stop - request.start
         if isinstance(request, ContiguousRead):
             return (self._body_copies - 1) * nbytes
         return 0 if self._limits.maps_files else buffer_bytes(nbytes) + (self._body_copies - 1) * nbytes
+
+
+def _copy(content: memoryview, request: Request, destination: Destination, byte_offset: int) -> None:
+    request.copy_from(content[request.start : request.stop], destination, byte_offset)
 
 
 def _contiguous_start(requests: Sequence[Request]) -> int | None:
@@ -346,7 +295,7 @@ def read_objects(
         counters.add_completed(sum(read.item.byte_length for read in group))
         return ()
 
-    groups = [group for group, _ in open_together(reads, storage.traits.read_limits(options))]
+    groups = open_together(reads, storage.traits.read_limits(options))
     num_threads = num_read_threads(concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=1)
     with _checked_files([read.item for read in reads], catalog, storage, options):
         run_tasks(read_group, groups, num_threads=num_threads, timeout_s=options.load_s)
@@ -391,15 +340,12 @@ def _check_sizes(items: Iterable[StoredItem], catalog: Catalog, storage: RangeRe
         if item.path not in last or item.byte_stop > last[item.path].byte_stop:
             last[item.path] = item
 
-    def check(item: StoredItem) -> tuple[()]:
-        _check_size(item, catalog, storage)
-        return ()
-
     num_threads = 1 if storage.traits.is_local else options.concurrency
+    check = partial(_check_size, catalog, storage)
     run_tasks(check, last.values(), num_threads=num_threads, timeout_s=options.load_s)
 
 
-def _check_size(item: StoredItem, catalog: Catalog, storage: RangeReader) -> None:
+def _check_size(catalog: Catalog, storage: RangeReader, item: StoredItem) -> tuple[()]:
     try:
         size = storage.size(item.path)
     except StorageError as error:
@@ -415,3 +361,4 @@ def _check_size(item: StoredItem, catalog: Catalog, storage: RangeReader) -> Non
             f"{item.key}: {storage.location}/{item.path} has {size} bytes, it had {before} when the catalog was read: it was "
             "written again since. Open the checkpoint again."
         )
+    return ()

@@ -125,35 +125,32 @@ class ItemLayouts:
     """
 
     def __init__(self) -> None:
-        self.header_bytes = (
-            HEADER_BYTES  # that hold every header so far: a writer that aligns records widely does so always
-        )
+        self.header_bytes = HEADER_BYTES  # that hold every header so far: writers that align records widely always do
         self._parsed: dict[bytes, ItemLayout] = {}
         self._raw: dict[tuple[torch.dtype, tuple[int, ...]], ItemLayout] = {}
         self._header_lengths: tuple[int, ...] = ()
         self._checked: set[tuple[int, torch.dtype, tuple[int, ...], int]] = set()
 
-    def layout(self, item: TensorItem, content: bytes | memoryview, *, num_bytes: int | None = None) -> ItemLayout:
+    def layout(self, item: TensorItem, content: bytes | memoryview) -> ItemLayout:
         """The layout of a tensor's item.
 
         Args:
-            content: of the item, from its start.
-            num_bytes: of the whole item, decoded where it is transformed; default: ``item.byte_length``.
+            content: of the item, from its start; all of it, decoded, where the item is transformed.
 
         Raises:
             HeaderTooShort: the header goes on after ``content``.
             DecodeError: the item is damaged, or not the one that the metadata describes.
         """
-        num_bytes = item.byte_length if num_bytes is None else num_bytes
-        layout = self._raw_layout(item) if isinstance(item.format, RawItem) else self._header(item, content)
+        num_bytes = item.byte_length if item.is_ranged else len(content)
+        if isinstance(item.format, RawItem):
+            layout = self._raw.setdefault((item.dtype, item.shape), _row_major(item, 0))
+        else:
+            layout = self._header(item, content)
         same = (id(layout), item.dtype, item.shape, num_bytes)
         if same not in self._checked:
             _check_layout(item, layout, num_bytes)
             self._checked.add(same)
         return layout
-
-    def _raw_layout(self, item: TensorItem) -> ItemLayout:
-        return self._raw.setdefault((item.dtype, item.shape), _row_major(item, 0))
 
     def _header(self, item: TensorItem, content: bytes | memoryview) -> ItemLayout:
         for length in self._header_lengths:

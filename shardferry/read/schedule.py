@@ -1,14 +1,14 @@
 """Turn a load plan into read tasks: which byte ranges are fetched together, and what is copied out of them. Pure.
 
-An item starts with a header that says where its data is (zip_header.py). A task that opens an item therefore fetches its header
-first, together with as much data as belongs to the same request; the other data of the item follows once the header is parsed::
+An item starts with a header that says where its data is (zip_header.py). The task that opens an item fetches its header together
+with the first data, if both are one request; the other data of the item follows once the header is parsed::
 
     item      |header|raw bytes ...                              |tail|
     opened    [------------]     one request: header and first data
     then                   [-----------][-----------]
 
-Small items that are neighbours in a file are opened by one request, whole. The dry run counts the same tasks with the layouts
-that items are expected to have.
+Where the first data is expected follows from the item's length. Small items that are neighbours in a file are opened by one
+request, whole. The dry run counts the same tasks with the layouts that items are expected to have.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from shardferry.checkpoint.catalog import Catalog, KnownValue, RawItem
 from shardferry.config import ReadLimits
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead
 from shardferry.plan.load_plan import LoadPlan, ReadItem
-from shardferry.read.coalesce import WantedRange, coalesce, is_mostly_wanted
+from shardferry.read.coalesce import WantedRange, coalesce, header_is_one_request
 from shardferry.read.items import StoredItem, TensorItem, assumed_layout, expected_layout, object_item, tensor_item
-from shardferry.read.requests import Request, is_one_with_header, requests_for
+from shardferry.read.requests import ContiguousRead, Request, StridedRead, requests_for
 from shardferry.read.zip_header import HEADER_BYTES, ItemLayout
 from shardferry.region import BoxCopy, Region, row_major_strides
 
@@ -37,21 +37,12 @@ class ItemRead:
     item: TensorItem
     copies: list[tuple[int, BoxCopy]] = field(default_factory=list)  # bytes, where the copy starts in the arena
     parts: list[CooperativeRead] = field(default_factory=list)  # that it reads for several ranks
-    wanted_bytes: int = 0  # by all ranks together: a replica's bytes count twice
-    bytes_to_read: int = 0  # without the header
 
-    def add(self, arena_offset: int, copy: BoxCopy) -> None:
-        """Add a copy into this rank's arena."""
-        nbytes = copy.source.numel * self.item.dtype.itemsize
-        self.copies.append((arena_offset, copy))
-        self.wanted_bytes += nbytes
-        self.bytes_to_read += nbytes
-
-    def add_part(self, part: CooperativeRead) -> None:
-        """Add a part that several ranks want."""
-        self.parts.append(part)
-        self.wanted_bytes += part.numel_wanted * self.item.dtype.itemsize
-        self.bytes_to_read += self.part_bytes(part)
+    @property
+    def bytes_to_read(self) -> int:
+        """Without the header."""
+        own = sum(copy.source.numel for _, copy in self.copies) * self.item.dtype.itemsize
+        return own + sum(map(self.part_bytes, self.parts))
 
     def part_bytes(self, part: CooperativeRead) -> int:
         """Bytes of a part, packed."""
@@ -71,17 +62,20 @@ class ObjectRead:
 
 @dataclass(frozen=True, slots=True)
 class OpenItems:
-    """Task: one request for whole items, or for one item's header and first data."""
+    """Task: one request for whole items, or for one item's header and first data. Whole: several items, or one not ranged."""
 
     path: str
     start: int  # bytes, in the file
     stop: int  # bytes, exclusive
     reads: tuple[ItemRead, ...]
+    first: ReadData | None = None  # the expected first data, where it goes straight into the arena or out of a mapping
 
     @property
-    def has_whole_items(self) -> bool:
-        """Whether the request fetches its items whole."""
-        return self.stop >= self.reads[-1].item.byte_stop
+    def nbytes(self) -> int:
+        """Bytes that the request takes from storage."""
+        if self.first is None or isinstance(self.first.requests[0], ContiguousRead):
+            return self.stop - self.start
+        return assumed_layout(self.first.read.item).raw_start + self.first.requests[0].wanted_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,40 +105,30 @@ class ReadData:
         return sum(request.wanted_bytes for request in self.requests)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadWhole:
-    """Task: an item that can't be read in ranges."""
-
-    read: ItemRead
-
-
-ReadTask = OpenItems | ReadData | ReadWhole
+ReadTask = OpenItems | ReadData
 
 
 class RequestCache:
-    """The requests of copies, worked out once for equal layouts and copies, which plans and parsers keep as one object."""
+    """The requests of copies, worked out once for equal layouts and the same copy or part."""
 
     def __init__(self, limits: ReadLimits) -> None:
         self.limits = limits
-        self._known: dict[tuple[int, int], tuple[ItemLayout, BoxCopy, Sequence[Request]]] = {}
-        self._of_parts: dict[tuple[int, Region], tuple[ItemLayout, Sequence[Request]]] = {}
+        self._known: dict[tuple[ItemLayout, int | Region], tuple[BoxCopy, Sequence[Request]]] = {}
 
     def of_copy(self, layout: ItemLayout, copy: BoxCopy) -> Sequence[Request]:
-        """See `requests_for`."""
-        same = id(layout), id(copy)  # the entry keeps both alive
-        known = self._known.get(same)
-        if known is None:
-            known = self._known[same] = (layout, copy, requests_for(layout, copy, self.limits))
-        return known[2]
+        """See `requests_for`. Plans keep equal copies as one object."""
+        same = layout, id(copy)  # the entry keeps the copy alive
+        if same not in self._known:
+            self._known[same] = copy, requests_for(layout, copy, self.limits)
+        return self._known[same][1]
 
     def of_part(self, layout: ItemLayout, part: CooperativeRead) -> Sequence[Request]:
         """The requests that fill a part, packed row-major."""
-        same = id(layout), part.region
-        known = self._of_parts.get(same)
-        if known is None:
+        same = layout, part.region
+        if same not in self._known:
             copy = BoxCopy(part.region, 0, row_major_strides(part.region.sizes))
-            known = self._of_parts[same] = (layout, requests_for(layout, copy, self.limits))
-        return known[1]
+            self._known[same] = copy, requests_for(layout, copy, self.limits)
+        return self._known[same][1]
 
 
 def data_reads(read: ItemRead, layout: ItemLayout, requests: RequestCache) -> list[ReadData]:
@@ -179,15 +163,11 @@ def item_reads(plan: LoadPlan, catalog: Catalog, cooperative: CooperativePlan | 
 
     for own in plan.reads if cooperative is None else cooperative.own:
         tensor = plan.tensors[own.tensor]
-        read_of(own).add(tensor.arena_offset + own.copy.offset * tensor.dtype.itemsize, own.copy)
+        read_of(own).copies.append((tensor.arena_offset + own.copy.offset * tensor.dtype.itemsize, own.copy))
     for part in () if cooperative is None else cooperative.reads:
-        read_of(part).add_part(part)
-    return _in_reading_order(reads.values(), plan)
-
-
-def _in_reading_order(reads: Iterable[ItemRead], plan: LoadPlan) -> list[ItemRead]:
+        read_of(part).parts.append(part)
     by_file: dict[str, list[ItemRead]] = {}
-    for read in reads:
+    for read in reads.values():
         by_file.setdefault(read.item.path, []).append(read)
     paths = sorted(by_file)
     first = plan.world_rank * len(paths) // max(plan.world_size, 1)
@@ -205,69 +185,51 @@ def schedule(reads: Sequence[ItemRead], requests: RequestCache) -> list[ReadTask
         reads: in reading order, see `item_reads`.
     """
     tasks: list[ReadTask] = []
-    for group, is_whole in open_together(reads, requests.limits):
+    for group in open_together(reads, requests.limits):
         item = group[0].item
-        if is_whole:
+        if len(group) > 1 or not item.is_ranged:
             tasks.append(OpenItems(item.path, item.byte_offset, group[-1].item.byte_stop, tuple(group)))
-        elif not item.is_ranged:
-            tasks.append(ReadWhole(group[0]))
         elif isinstance(item.format, RawItem):
             tasks += data_reads(group[0], assumed_layout(item), requests)
         else:
-            stop = item.byte_offset + _opening_bytes(group[0], requests)
-            tasks.append(OpenItems(item.path, item.byte_offset, stop, tuple(group)))
+            tasks.append(_opening(group[0], requests))
     return tasks
 
 
-def open_together(reads: Sequence[AnyRead], limits: ReadLimits) -> Iterator[tuple[Sequence[AnyRead], bool]]:
-    """Group the items that are opened by one request.
+def open_together(reads: Sequence[AnyRead], limits: ReadLimits) -> Iterator[Sequence[AnyRead]]:
+    """Group the items that are opened by one request. A group of several is fetched whole.
 
     Args:
         reads: of each file in one run, ascending.
-
-    Yields:
-        Items, and whether they are fetched whole. An item that is not comes alone.
     """
-    small: list[AnyRead] = []
-    for read in reads:
-        if small and (read.item.path != small[-1].item.path or not _is_small(read, limits)):
-            yield from _coalesced(small, limits)
-            small = []
-        if _is_small(read, limits):
-            small.append(read)
-        else:
-            yield (read,), False
-    yield from _coalesced(small, limits)
-
-
-def _coalesced(small: Sequence[AnyRead], limits: ReadLimits) -> Iterator[tuple[Sequence[AnyRead], bool]]:
-    for members in coalesce([_wanted(read) for read in small], limits):
-        group = small[members]
-        # Alone, an item's tail and its unwanted bytes need not be fetched, if that costs no second request.
-        needs_ranges = isinstance(group[0].item.format, RawItem) or limits.opens_with_data
-        yield group, len(group) > 1 or isinstance(group[0], ObjectRead) or not needs_ranges
-
-
-def _wanted(read: AnyRead) -> WantedRange:
-    return WantedRange(read.item.byte_offset, read.item.byte_stop, read.bytes_to_read)
-
-
-def _is_small(read: AnyRead, limits: ReadLimits) -> bool:
-    item = read.item
-    return item.byte_length <= limits.max_item_bytes and item.is_ranged and is_mostly_wanted(_wanted(read), limits)
-
-
-def _opening_bytes(read: ItemRead, requests: RequestCache) -> int:
-    """How many of an item's first bytes open it: its header, and with it the first data where that is one request."""
-    item, limits = read.item, requests.limits
-    layout = expected_layout(item) if limits.opens_with_data else None
-    if layout is not None:
-        first = min(
-            (one.requests[0] for one in data_reads(read, layout, requests)), key=lambda r: r.start, default=None
+    ranges = [
+        WantedRange(
+            read.item.byte_offset,
+            read.item.byte_stop,
+            read.bytes_to_read,
+            path=read.item.path,
+            is_ranged=read.item.is_ranged,
         )
-        if first is not None and is_one_with_header(first, layout.raw_start, limits):
-            return min(max(first.stop, HEADER_BYTES), item.byte_length)
-    return min(HEADER_BYTES, item.byte_length)
+        for read in reads
+    ]
+    for members in coalesce(ranges, limits):
+        yield reads[members]
+
+
+def _opening(read: ItemRead, requests: RequestCache) -> OpenItems:
+    """The task that opens an item by itself: its header, with the first data where both are one request."""
+    item, limits = read.item, requests.limits
+    num_bytes, first = HEADER_BYTES, None
+    layout = expected_layout(item)
+    expected = [] if layout is None else data_reads(read, layout, requests)
+    if layout is not None and expected and len(expected[0].requests) == 1:
+        (request,) = expected[0].requests
+        if header_is_one_request(layout.raw_start, request.start, request.stop, request.wanted_bytes, limits):
+            num_bytes = request.stop
+            is_in_place = isinstance(request, ContiguousRead) and expected[0].part is None
+            is_mapped = isinstance(request, StridedRead) and limits.maps_files
+            first = expected[0] if is_in_place or is_mapped else None
+    return OpenItems(item.path, item.byte_offset, item.byte_offset + min(num_bytes, item.byte_length), (read,), first)
 
 
 def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:
@@ -280,27 +242,24 @@ def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:
 def requests_of_plan(
     plan: LoadPlan, catalog: Catalog, limits: ReadLimits, cooperative: CooperativePlan | None = None
 ) -> tuple[int, int]:
-    """Bytes and number of the requests that one rank will make for its tensors: a dry run of the schedule."""
-    requests = RequestCache(limits)
-    return count_requests(schedule(item_reads(plan, catalog, cooperative), requests), requests)
+    """Bytes and number of the requests that one rank will make for its tensors: a dry run of the schedule.
 
-
-def count_requests(tasks: Iterable[ReadTask], requests: RequestCache) -> tuple[int, int]:
-    """Bytes and number of the requests that tasks lead to, where items have their expected layouts.
-
-    Strides are known only from headers; chunks are taken to be row-major.
+    Strides are known only from headers; chunks are taken to be row-major, and items to have their expected layouts.
     """
-    nbytes = num_requests = 0
-    for task in _with_following(tasks, requests):
-        match task:
-            case OpenItems():
-                nbytes, num_requests = nbytes + task.stop - task.start, num_requests + 1
-            case ReadWhole():
-                nbytes, num_requests = nbytes + task.read.item.byte_length, num_requests + 1
-            case ReadData():
-                nbytes += sum(fetched_bytes(request, requests.limits) for request in task.requests)
-                num_requests += len(task.requests)
-    return nbytes, num_requests
+    requests = RequestCache(limits)
+    opened: list[OpenItems] = []
+    data: list[ReadData] = []
+    for task in schedule(item_reads(plan, catalog, cooperative), requests):
+        if isinstance(task, ReadData):
+            data.append(task)
+            continue
+        opened.append(task)
+        item = task.reads[0].item
+        if len(task.reads) == 1 and item.is_ranged:
+            found = data_reads(task.reads[0], assumed_layout(item), requests)
+            data += found[1:] if task.first else [one for one in found if one.stop > task.stop - task.start]
+    fetched = [fetched_bytes(request, limits) for one in data for request in one.requests]
+    return sum(task.nbytes for task in opened) + sum(fetched), len(opened) + len(fetched)
 
 
 def fetched_bytes(request: Request, limits: ReadLimits) -> int:
@@ -308,27 +267,10 @@ def fetched_bytes(request: Request, limits: ReadLimits) -> int:
     return request.wanted_bytes if limits.maps_files else request.stop - request.start
 
 
-def _with_following(tasks: Iterable[ReadTask], requests: RequestCache) -> Iterator[ReadTask]:
-    layouts: dict[ItemLayout, ItemLayout] = {}  # one object for equal layouts
-    for task in tasks:
-        yield task
-        if isinstance(task, OpenItems) and not task.has_whole_items:
-            (read,) = task.reads
-            layout = assumed_layout(read.item)
-            yield from following(read, layouts.setdefault(layout, layout), task.stop - task.start, requests)
-
-
-def following(read: ItemRead, layout: ItemLayout, num_bytes: int, requests: RequestCache) -> list[ReadData]:
-    """The reads of an item that are not within its first ``num_bytes``."""
-    return [one for one in data_reads(read, layout, requests) if one.stop > num_bytes]
-
-
 def count_objects(catalog: Catalog, keys: Iterable[str], limits: ReadLimits) -> tuple[int, int]:
     """Bytes and number of the requests that read some saved Python objects, and small tensors whole."""
-    keys = list(dict.fromkeys(keys))
-    tensors = [catalog.tensors[key].nbytes for key in keys if key in catalog.tensors]
-    groups = [
-        group for group, _ in open_together(object_reads(catalog, [k for k in keys if k in catalog.objects]), limits)
-    ]
+    unique = dict.fromkeys(keys)
+    tensors = [catalog.tensors[key].nbytes for key in unique if key in catalog.tensors]
+    groups = open_together(object_reads(catalog, [key for key in unique if key in catalog.objects]), limits)
     lengths = [group[-1].item.byte_stop - group[0].item.byte_offset for group in groups] + tensors
     return sum(lengths), len(lengths)

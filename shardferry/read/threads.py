@@ -65,7 +65,8 @@ class _TaskQueue(Generic[T]):
             self._start_threads()
             remaining_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             if not self._changed.wait_for(lambda: not self._num_threads, remaining_s):
-                self._fail(self._late())
+                self._failure = self._failure or self._late()
+                self._changed.notify_all()
             if self._failure is not None:
                 raise self._failure
 
@@ -81,7 +82,7 @@ class _TaskQueue(Generic[T]):
                 self._finish(self._work(task))
         except BaseException as error:
             with self._changed:
-                self._fail(error)
+                self._failure = self._failure or error  # no further task begins
         finally:
             with self._changed:
                 self._num_threads -= 1
@@ -109,12 +110,6 @@ class _TaskQueue(Generic[T]):
                 self._start_threads()
             if len(self._waiting) > num_before or not self._num_running:
                 self._changed.notify_all()
-
-    def _fail(self, error: BaseException) -> None:
-        """Keep the first failure; no further task begins."""
-        if self._failure is None:
-            self._failure = error
-        self._changed.notify_all()
 
     def _late(self) -> StorageError:
         num_left = len(self._waiting) + self._num_running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -57,7 +57,7 @@ def verify_checkpoint(
         on_item: called with each item's bytes when it has been read.
     """
     problems = find_problems(catalog)
-    items = list(_items(catalog))
+    items = _items(catalog)
 
     def check(item: StoredItem) -> str | None:
         try:
@@ -80,9 +80,8 @@ def verified_bytes(catalog: Catalog) -> int:
     return sum(item.byte_length for item in _items(catalog))
 
 
-def _items(catalog: Catalog) -> Iterator[StoredItem]:
-    for key in [*catalog.tensors, *catalog.objects]:
-        yield from items_of(catalog, key)
+def _items(catalog: Catalog) -> list[StoredItem]:
+    return [item for key in (*catalog.tensors, *catalog.objects) for item in items_of(catalog, key)]
 
 
 def _check(item: StoredItem, storage: RangeReader) -> None:
@@ -94,7 +93,7 @@ def _check(item: StoredItem, storage: RangeReader) -> None:
     if not item.is_ranged:
         content = bytes(decoded(item, read_item(item, storage, item.byte_length)))
         if isinstance(item, TensorItem):
-            ItemLayouts().layout(item, content, num_bytes=len(content))
+            ItemLayouts().layout(item, content)
         _check_sums(item, io.BytesIO(content))
         return
     if isinstance(item, TensorItem):

@@ -51,13 +51,6 @@ class HeaderTooShort(Exception):
     """The bytes end before the raw data starts; read more."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: torch.dtype | None  # None: untyped, the tensor says
-    key: str
-    numel: int  # elements; bytes where untyped
-
-
 def parse_header(header: bytes) -> ItemLayout:
     """Parse the first bytes of a tensor's item.
 
@@ -162,38 +155,26 @@ class _ItemUnpickler(pickle.Unpickler):
             return dtype
         raise DecodeError(f"the item's description names {module}.{name}, which no plain tensor needs; refused")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, numel = pid
+    def persistent_load(self, pid: Any) -> torch.dtype | None:
+        """The dtype of a storage; None where it is untyped, and the tensor says."""
+        kind, dtype, key, _location, _numel = pid
         if kind != "storage" or str(key) != "0":
             raise DecodeError(f"the item refers to {pid!r}, not to its own storage")
-        return _Storage(dtype if isinstance(dtype, torch.dtype) else None, str(key), int(numel))
+        return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _tensor_v2(
-    storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, remarks: Any = None
+    storage_dtype: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, remarks: Any = None
 ) -> ItemLayout:
-    if storage.dtype is None:
-        raise DecodeError("the item's storage has no dtype")
-    return _layout(storage.dtype, offset, size, stride, remarks)
+    return _tensor_v3(None, offset, size, stride, grad, hooks=hooks, dtype=storage_dtype, remarks=remarks)
 
 
 def _tensor_v3(
-    _storage: _Storage,
-    offset: int,
-    size: Any,
-    stride: Any,
-    _grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    remarks: Any = None,
+    _storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, remarks: Any = None
 ) -> ItemLayout:
+    """Where the raw bytes start is not known yet."""
     if not isinstance(dtype, torch.dtype):
         raise DecodeError("the item's tensor has no dtype")
-    return _layout(dtype, offset, size, stride, remarks)
-
-
-def _layout(dtype: torch.dtype, offset: int, size: Any, stride: Any, remarks: Any) -> ItemLayout:
-    """Where the raw bytes start is not known yet."""
     if remarks:  # {"conj": True}, {"neg": True}: the values are not what the bytes say
         raise DecodeError(
             f"the item's tensor is a lazy view ({', '.join(map(str, remarks))}): its values are not those of its bytes; save "

@@ -39,7 +39,6 @@ class StorageTraits:
             max_request_bytes=request,
             max_item_bytes=min(request, _LOCAL_ITEM_BYTES) if self.is_local else request,
             maps_files=self.maps_files,
-            opens_with_data=not self.is_local,
         )
 
     def split_limits(self, limits: ReadLimits) -> SplitLimits:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from shardferry.config import MessageLimits
 from shardferry.errors import StorageError
-from shardferry.exchange.point_to_point import Channel, Deadline, Exchange, Inbox, Outbox
+from shardferry.exchange.point_to_point import Channel, Exchange, Inbox, Outbox
 from shardferry.plan.cooperative import CooperativePlan, CooperativeRead, Forward, ForwardedBox
 from shardferry.region import Region
+from shardferry.stats import BusyTimes
 from tests.support.ranks import RankPool
 
 BOXES = {
@@ -60,7 +61,7 @@ def plan_of(rank: int, size: int, boxes: list[Region]) -> CooperativePlan:
 
 
 def channel(timeout_s: float = 60) -> Channel:
-    return Channel(dist.group.WORLD, Deadline(timeout_s))
+    return Channel(dist.group.WORLD, timeout_s, BusyTimes())
 
 
 def swap(boxes: list[Region], memory_budget_bytes: int) -> int:
@@ -107,10 +108,6 @@ class WatchedChannel(Channel):
             WatchedChannel.most = max(WatchedChannel.most, WatchedChannel.now)
         return super().send(world_rank, header, data)
 
-
-class WatchedDeadline(Deadline):
-    """Each message is waited for twice: for its header and for its bytes."""
-
     def wait(self, work: dist.Work, world_rank: int) -> None:
         super().wait(work, world_rank)
         with WatchedChannel.lock:
@@ -127,7 +124,7 @@ def count_in_flight(num_messages: int) -> int:
         inbox.finish()
         return 0
     WatchedChannel.now = WatchedChannel.most = 0
-    outbox = Outbox(WatchedChannel(dist.group.WORLD, WatchedDeadline(60)), [1], **IN_SMALL_MESSAGES)
+    outbox = Outbox(WatchedChannel(dist.group.WORLD, 60, BusyTimes()), [1], **IN_SMALL_MESSAGES)
     for index in range(num_messages):
         outbox.put(1, index, content(0, index, box))
     outbox.finish()

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.config import ReadLimits
-from shardferry.read.coalesce import WantedRange, coalesce, is_mostly_wanted, strided_is_one_request
+from shardferry.read.coalesce import (
+    WantedRange,
+    coalesce,
+    header_is_one_request,
+    is_small,
+    strided_is_one_request,
+)
 
 FREE_GAP = 3  # bytes
 
@@ -59,10 +65,12 @@ def test_requests_keep_the_limits(ranges: list[WantedRange], gap: int, request: 
 
 @given(files(), st.integers(0, 5), st.integers(1, 40))
 def test_no_two_neighbours_are_left_apart_without_a_reason(ranges: list[WantedRange], gap: int, request: int) -> None:
-    groups = [ranges[members] for members in coalesce(ranges, limits_of(gap=gap, request=request))]
+    limits = limits_of(gap=gap, request=request)
+    groups = [ranges[members] for members in coalesce(ranges, limits)]
     for before, after in itertools.pairwise(groups):
+        is_large = not all(is_small(one, limits) for one in (before[-1], after[0]))
         is_far = after[0].start - before[-1].stop > gap
-        assert is_far or after[0].stop - before[0].start > request
+        assert is_large or is_far or after[0].stop - before[0].start > request
 
 
 @pytest.mark.parametrize(
@@ -75,9 +83,39 @@ def test_no_two_neighbours_are_left_apart_without_a_reason(ranges: list[WantedRa
         pytest.param(90, 9, 9.0, False, id="too wide a gap"),
     ],
 )
-def test_whether_a_whole_range_is_fetched(wanted_bytes: int, gap: int, over_read: float, is_wanted: bool) -> None:
+def test_whether_a_range_is_small(wanted_bytes: int, gap: int, over_read: float, is_wanted: bool) -> None:
     limits = limits_of(gap=gap, over_read=over_read)
-    assert is_mostly_wanted(WantedRange(1000, 1100, wanted_bytes), limits) == is_wanted
+    assert is_small(WantedRange(1000, 1100, wanted_bytes), limits) == is_wanted
+
+
+def test_what_is_never_coalesced() -> None:
+    limits = limits_of(gap=0, request=100)
+    in_two_files = [WantedRange(0, 10, 10, path="a"), WantedRange(10, 20, 10, path="b")]
+    not_ranged = [WantedRange(0, 10, 10), WantedRange(10, 20, 10, is_ranged=False), WantedRange(20, 30, 10)]
+    long = [WantedRange(0, 10, 10), WantedRange(10, 111, 101)]
+    for ranges in (in_two_files, not_ranged, long):
+        assert len(list(coalesce(ranges, limits))) == len(ranges)
+
+
+HEADER = 700
+REMOTE = ReadLimits(max_gap_bytes=8_000, max_over_read=0.5, max_request_bytes=100_000, max_item_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("start", "nbytes", "wanted_bytes", "is_one"),
+    [
+        pytest.param(HEADER, 50_000, 50_000, True, id="data that follows its header"),
+        pytest.param(HEADER, 99_400, 99_400, False, id="together longer than a request may be"),
+        pytest.param(HEADER + 4_000, 10, 10, True, id="a free gap"),
+        pytest.param(HEADER + 5_000, 9_999, 9_999, False, id="more than half as much over-read"),
+        pytest.param(HEADER + 5_000, 10_000, 10_000, True, id="half as much over-read"),
+        pytest.param(HEADER + 8_001, 50_000, 50_000, False, id="too wide a gap"),
+        pytest.param(HEADER, 90_000, 324, True, id="a window"),
+        pytest.param(HEADER, 99_400, 324, False, id="a long window"),
+    ],
+)
+def test_when_a_header_comes_with_its_data(start: int, nbytes: int, wanted_bytes: int, is_one: bool) -> None:
+    assert header_is_one_request(HEADER, start, start + nbytes, wanted_bytes, REMOTE) == is_one
 
 
 @st.composite

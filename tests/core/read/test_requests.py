@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardferry.config import ReadLimits, ReadOptions
-from shardferry.read.requests import ContiguousRead, Request, StridedRead, is_one_with_header, requests_for
+from shardferry.read.requests import ContiguousRead, Request, requests_for
 from shardferry.read.zip_header import ItemLayout
 from shardferry.region import BoxCopy, Region, row_major_strides
 from shardferry.storage.local import LOCAL_FILES
@@ -128,32 +128,3 @@ def test_rows_of_a_row_major_item_are_one_request(long_run_bytes: int) -> None:
 def test_an_empty_box_asks_for_nothing() -> None:
     layout = layout_of((4, 6), (0, 1), 0)
     assert requests_for(layout, BoxCopy(Region((0, 0), (4, 0)), 0, (0, 1)), LOCAL) == []
-
-
-HEADER = 700
-REMOTE = ReadLimits(max_gap_bytes=8_000, max_over_read=0.5, max_request_bytes=100_000, max_item_bytes=0)
-
-
-def contiguous(start: int, nbytes: int) -> ContiguousRead:
-    return ContiguousRead(start, start + nbytes, 0)
-
-
-def strided(nbytes: int) -> StridedRead:
-    return StridedRead(HEADER, HEADER + nbytes, 0, (9, 9), (20, 1), (9, 1), 4)
-
-
-@pytest.mark.parametrize(
-    ("first", "is_one"),
-    [
-        pytest.param(contiguous(HEADER, 50_000), True, id="data that follows its header"),
-        pytest.param(contiguous(HEADER, 99_400), False, id="together longer than a request may be"),
-        pytest.param(contiguous(HEADER + 4_000, 10), True, id="a free gap"),
-        pytest.param(contiguous(HEADER + 5_000, 9_999), False, id="more than half as much over-read"),
-        pytest.param(contiguous(HEADER + 5_000, 10_000), True, id="half as much over-read"),
-        pytest.param(contiguous(HEADER + 8_001, 50_000), False, id="too wide a gap"),
-        pytest.param(strided(90_000), True, id="a window"),
-        pytest.param(strided(99_400), False, id="a long window"),
-    ],
-)
-def test_when_a_header_comes_with_its_data(first: Request, is_one: bool) -> None:
-    assert is_one_with_header(first, HEADER, REMOTE) == is_one
