@@ -14,6 +14,7 @@ from shardferry._gc import paused_gc
 from shardferry.arena import Arena, HostArena, allocate_arena
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage, read_catalog
+from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import LoadRequest, MessageLimits, ReadOptions
 from shardferry.errors import DecodeError
 from shardferry.exchange.agreement import Agreement
@@ -234,14 +235,14 @@ def read_values(
 
     def unread(key: str, data: bytes, error: DecodeError) -> Any:
         if isinstance(error, ForeignClass):
-            if request.keys.allow_missing:
+            if request.keys.allow_missing or key in beside:
                 return LeftLive(error.names)
         elif catalog.path(key)[-1] == EXTRA_STATE or key.endswith(f".{EXTRA_STATE}"):
             return io.BytesIO(data)
         raise error
 
     options, counters = options or ReadOptions(), counters or Counters()
-    keys = value_keys(catalog, request)
+    keys, beside = value_keys(catalog, request), set(index_optimizer(catalog, request.optimizer_key).extras.values())
     objects = [key for key in keys if key in catalog.objects]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
         values = read_objects(objects, catalog, storage, options, counters, unread=unread)

@@ -12,7 +12,7 @@ The key paths in the metadata, or else the dots of a key, tell where one compone
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -24,6 +24,8 @@ from shardferry.errors import PlanError
 from shardferry.state_dicts import KeyPath, LeftLive, ParamGroup, nest
 
 SCALAR_STATE = frozenset({"step"})  # state that never has its parameter's shape, whatever its size
+
+_UNREAD = LeftLive(())
 
 Positions = Sequence[Sequence[str]]  # FQNs of each param group of the live optimizer, in order
 
@@ -52,6 +54,14 @@ class OptimizerIndex:
     state: Mapping[str, Mapping[str, StateEntry]]  # FQN as saved -> state name -> entry
     param_groups: Mapping[KeyPath, str]  # path below "param_groups" -> key
     paths: Mapping[str, KeyPath]  # key -> path below the optimizer's key; also of what is neither state nor param group
+
+    @property
+    def extras(self) -> dict[KeyPath, str]:
+        """What the optimizer's ``state_dict()`` had beside state and param groups: path -> key. Not of a whole checkpoint."""
+        if not self.optimizer_key or not (self.state or self.param_groups):
+            return {}
+        of_others = set(self.all_keys())
+        return {path: key for key, path in self.paths.items() if path and key not in of_others}
 
     def all_keys(self) -> list[str]:
         """All keys of this optimizer's state and param groups."""
@@ -269,6 +279,9 @@ class SavedOptimizer:
     state: Mapping[str, Mapping[str, StateEntry]]  # FQN -> state name -> entry
     param_groups: tuple[ParamGroup, ...] | None  # "params" lists FQNs; None: they were not read
     names: frozenset[str]  # FQNs of all its parameters, before renaming and selection
+    extras: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # beside state and param groups, as its state_dict() had them
 
     @classmethod
     def resolve(
@@ -302,12 +315,19 @@ class SavedOptimizer:
                     raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
                 if selection.selects(fqn):
                     state[fqn] = entries
+        extras = nest(
+            {
+                path: v
+                for path, key in index.extras.items()
+                if not isinstance(v := (values or {}).get(key, _UNREAD), LeftLive)
+            }
+        )
         named = []
         for group in groups or ():
             rest = {name: value for name, value in group.items() if name not in ("params", _NAMES)}
             fqns = [fqn for saved in group.get("params", ()) for fqn in wanted[name_of(saved)]]
             named.append({**rest, "params": [fqn for fqn in fqns if selection.selects(fqn)]})
-        return cls(index.optimizer_key, state, None if groups is None else tuple(named), saved_names)
+        return cls(index.optimizer_key, state, None if groups is None else tuple(named), saved_names, extras)
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """All param groups, with only these parameters in them. Groups that hold none of them stay, with no parameters."""

@@ -31,6 +31,11 @@ class OptimizerForm:
             InstallError: its ``state_dict()`` doesn't list the parameters of its param groups.
         """
         state_dict = optimizer.state_dict()
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise InstallError(
+                f"{type(optimizer).__name__}.state_dict() has {sorted(map(str, state_dict))}, not 'state' and 'param_groups'; an "
+                "optimizer whose state dict has another form can't be filled"
+            )
         keys = [group["params"] for group in state_dict["param_groups"]]
         sizes, live = [len(there) for there in keys], [len(group["params"]) for group in optimizer.param_groups]
         if sizes != live:
@@ -42,6 +47,11 @@ class OptimizerForm:
             return cls(optimizer, state_dict, keys, foretell(optimizer))
         except NoShadow as error:
             return cls(optimizer, state_dict, keys, None, str(error))
+
+    @property
+    def extras(self) -> list[str]:
+        """What the state dict has beside state and param groups."""
+        return [name for name in self.state_dict if name not in ("state", "param_groups")]
 
     def entries(self) -> Iterator[tuple[torch.Tensor, Mapping[Any, Any], Mapping[Any, Any]]]:
         """Every trained tensor, its entries now, and its entries after a step; both in the state dict's form."""

@@ -131,6 +131,11 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
         found.append(entries)
         changes += update.overwritten
         warnings += [new.warning for new in update.values if new.warning]
+        if lacking := [name for name in form.extras if name not in loaded.extras]:
+            warnings.append(
+                f"{type(form.optimizer).__name__}: its state dict has {lacking} beside state and param groups, which was not "
+                "saved; it stays as it is"
+            )
         if entries.unknown:
             warnings.append(f"{type(form.optimizer).__name__}: its state can't be foretold ({entries.unknown})")
     return Checked(found, tuple(changes), tuple(warnings))
@@ -241,7 +246,10 @@ class _OptimizerUpdate:
             {**packed, **copy.deepcopy(dict(new.values))}
             for packed, new in zip(form.state_dict["param_groups"], self.values, strict=True)
         ]
-        return {**form.state_dict, "state": state, "param_groups": groups}
+        extras = {
+            name: copy.deepcopy(source.loaded.extras[name]) for name in form.extras if name in source.loaded.extras
+        }
+        return {**form.state_dict, **extras, "state": state, "param_groups": groups}
 
 
 def _is_covered(loaded: LoadedState, parameter: LiveParameter) -> bool:

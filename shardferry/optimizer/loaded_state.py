@@ -51,6 +51,11 @@ class LoadedState:
         return self._manifest.param_groups
 
     @property
+    def extras(self) -> Mapping[str, Any]:
+        """What the saved optimizer's ``state_dict()`` had beside state and param groups."""
+        return self._manifest.extras
+
+    @property
     def fqns(self) -> tuple[str, ...]:
         """Parameters that have state here."""
         return tuple(self._manifest.by_fqn)

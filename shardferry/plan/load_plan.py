@@ -111,6 +111,9 @@ class LoadPlan:
     fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
     missing: tuple[str, ...] = ()  # wanted, not saved, allowed
     param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
+    extras: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of the optimizer's state_dict, beside state and param groups
     state_keys: MatchedKeys = field(default_factory=MatchedKeys)
     weight_keys: MatchedKeys = field(default_factory=MatchedKeys)
 
@@ -131,6 +134,7 @@ class LoadPlan:
             param_groups=self.param_groups or (),
             fqns=self.fqns,
             request=self.request,
+            extras=self.extras,
         )
 
 
@@ -146,6 +150,7 @@ class Manifest:
     param_groups: tuple[ParamGroup, ...]
     fqns: tuple[str, ...]  # parameters that the load was for, with or without state
     request: LoadRequest = field(default_factory=LoadRequest)
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def by_fqn(self) -> Mapping[str, Mapping[str, Entry]]:

@@ -92,6 +92,7 @@ def _plan(
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
+        extras=saved.extras,
         state_keys=matched_keys(saved.state, found),
         weight_keys=weight_keys,
     )
@@ -135,8 +136,9 @@ def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
     """Keys that are read whole, once per job: the request's Python objects, and hyperparameters that are tensors."""
     index = index_optimizer(catalog, request.optimizer_key)
     weights = [] if request.model_key is None else list(_weights(catalog, request, index).values())
-    objects = [key for key in (*index.all_keys(), *weights) if key in catalog.objects]
-    return objects + [key for key in index.param_groups.values() if key in catalog.tensors]
+    beside = index.extras.values()
+    objects = [key for key in (*index.all_keys(), *beside, *weights) if key in catalog.objects]
+    return objects + [key for key in (*index.param_groups.values(), *beside) if key in catalog.tensors]
 
 
 def planned_objects(catalog: Catalog, request: LoadRequest) -> list[PlannedObject]:

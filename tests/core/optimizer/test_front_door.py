@@ -111,6 +111,34 @@ class RefusesLate(torch.optim.AdamW):
             raise RuntimeError("too late")
 
 
+class Counts(torch.optim.AdamW):
+    """Keeps a counter of its own in its state dict, beside state and param groups."""
+
+    count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": self.count, "scale": {"of": torch.tensor([float(self.count)])}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+        super().load_state_dict(state_dict)
+
+
+def test_what_a_state_dict_has_beside_state_and_groups(tmp_path: Path) -> None:
+    net = model()
+    one = Counts(net.parameters(), lr=0.1)
+    train(net, one)
+    one.count = 7
+    save_alone({"optim": one.state_dict()}, tmp_path / "ckpt")
+    two = Counts(net.parameters())
+    report = shardferry.load_optimizer_state(net, two, tmp_path / "ckpt")
+    assert two.count == 7
+    assert report.warnings == ()
+    save_alone({"optim": get_optimizer_state_dict(net, torch.optim.AdamW(net.parameters()))}, tmp_path / "without")
+    report = shardferry.load_optimizer_state(net, two, tmp_path / "without")
+    assert "['count', 'scale'] beside state and param groups" in report.warnings[0]
+
+
 @pytest.mark.parametrize("kind", [Packs, Holds, torch.optim.AdamW])
 @pytest.mark.parametrize("has_stepped", [False, True])
 def test_the_next_step_is_that_of_the_uninterrupted_run(kind: Any, has_stepped: bool, saved: Checkpoint) -> None:
