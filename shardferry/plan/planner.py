@@ -5,14 +5,13 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedTensor
+from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.optimizer_state import (
     SCALAR_STATE,
     OptimizerIndex,
@@ -25,8 +24,8 @@ from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
-from shardferry.plan.cover import covering_chunks
+from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.plan.cover import covering_chunks, identity_of_chunks
 from shardferry.plan.load_plan import (
     LoadPlan,
     MatchedKeys,
@@ -37,6 +36,7 @@ from shardferry.plan.load_plan import (
     Section,
 )
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
+from shardferry.plan.split import copy_to_box
 from shardferry.plan.state_layout import StateLayouts
 from shardferry.region import BoxCopy
 from shardferry.state_dicts import KeyPath
@@ -197,7 +197,6 @@ class _Planner:
         self._request = request
         self._saved_values = saved_values
         self._with_reads = with_reads
-        self._all_stored = not (catalog.chunk_file == NO_FILE).any()
         self._layouts = _Interned()
         self._known_copies: dict[
             tuple[object, ...], list[_ChunkCopy]
@@ -297,27 +296,15 @@ class _Planner:
             ]
 
     def _copies(self, saved: SavedTensor, layout: TensorLayout) -> list[_ChunkCopy]:
-        same = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
-        copies = self._known_copies.get(same)
-        if copies is None:
-            copies = [copy for box in layout.boxes for copy in self._copies_of(saved, layout, box)]
-            self._known_copies[same] = copies
-        return copies
-
-    def _stored(self, saved: SavedTensor) -> bytes:
-        """Which of a tensor's chunks are in a file; empty where every chunk of the checkpoint is."""
-        if self._all_stored:
-            return b""
-        stored: np.ndarray = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
-        return stored.tobytes()
-
-    def _copies_of(self, saved: SavedTensor, layout: TensorLayout, box: LocalRegion) -> Iterator[_ChunkCopy]:
-        offset, strides = layout.destination(box)
-        for chunk, chunk_region, common in covering_chunks(self._catalog, saved, box.region):
-            inside = common.relative_to(box.region.offsets)
-            start = offset + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
-            copy = BoxCopy(common.relative_to(chunk_region.offsets), start, strides)
-            yield chunk - saved.chunks.start, chunk_region.sizes, copy
+        same = (id(layout), *identity_of_chunks(self._catalog, saved))
+        if same not in self._known_copies:
+            self._known_copies[same] = [
+                (chunk - saved.chunks.start, region.sizes, copy)
+                for box in layout.boxes
+                for chunk, region in covering_chunks(self._catalog, saved, box.region)
+                if (copy := copy_to_box(region, layout, box)) is not None
+            ]
+        return self._known_copies[same]
 
     def finish(self, **known: Any) -> LoadPlan:
         """The plan. Raises LayoutError where something didn't fit."""
