@@ -106,18 +106,14 @@ def find_state(
     if wanted is None:
         known = dict.fromkeys([*saved.state, *sorted(saved.grouped)])
         return [MatchedParam(fqn, fqn) for fqn in known if layout.holds(fqn)], ()
-    found: list[MatchedParam] = []
-    missing: list[str] = []
-    grouped = saved.grouped
-    for fqn in filter(request.selection.selects, wanted):
-        name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
-        if name is not None and (not saved.param_groups or name in grouped):
-            found.append(MatchedParam(fqn, name))
-        elif not layout.may_lack(fqn):
-            missing.append(fqn)
+    known_names = saved.state.keys() | saved.grouped
+    names = {fqn: _name_in(known_names, fqn, layout) for fqn in filter(request.selection.selects, wanted)}
+    if saved.param_groups:
+        names = {fqn: name if name in saved.grouped else None for fqn, name in names.items()}
+    missing = [fqn for fqn, name in names.items() if name is None and not layout.may_lack(fqn)]
     if missing and not request.keys.allow_missing:
         raise PlanError(_missing_state(missing, saved, len(wanted)))
-    return found, tuple(missing)
+    return [MatchedParam(fqn, name) for fqn, name in names.items() if name is not None], tuple(missing)
 
 
 def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -> str:
@@ -142,21 +138,20 @@ def find_weights(
     wanted = layout.weights()
     if wanted is None:
         return [MatchedParam(fqn, fqn) for fqn in saved if layout.holds(fqn)], ()
-    found: list[MatchedParam] = []
-    missing: list[str] = []
-    for fqn in filter(request.selection.selects, wanted):
-        name = next((n for n in (fqn, *layout.aliases(fqn)) if n in saved), None)
-        if name is None:
-            missing.append(fqn)
-        else:
-            found.append(MatchedParam(fqn, name))
+    names = {fqn: _name_in(saved, fqn, layout) for fqn in filter(request.selection.selects, wanted)}
+    missing = [fqn for fqn, name in names.items() if name is None]
     if missing and not request.keys.allow_missing:
         raise PlanError(
             f"{missing[0]}: {location} has no weights of this name under model_key {request.model_key!r} "
             f"({len(missing)} of {len(wanted)} wanted ones are missing: {shown(missing)}); the nearest saved names are "
             f"{nearest(missing[0], saved)}. Rename them, or set keys: allow_missing"
         )
-    return found, tuple(missing)
+    return [MatchedParam(fqn, name) for fqn, name in names.items() if name is not None], tuple(missing)
+
+
+def _name_in(saved: Collection[str], fqn: str, layout: RankLayout) -> str | None:
+    """The name under which a (tied) parameter is saved."""
+    return next((name for name in (fqn, *layout.aliases(fqn)) if name in saved), None)
 
 
 def mismatch_error(mismatched: Sequence[Exception]) -> Exception:

@@ -37,46 +37,40 @@ from shardferry.plan.load_plan import (
 )
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
 from shardferry.plan.split import copy_to_box
-from shardferry.plan.state_layout import StateLayouts
+from shardferry.plan.state_layout import StateLayouts, tensors_beside
 from shardferry.region import BoxCopy
 from shardferry.state_dicts import KeyPath
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
 
+@paused_gc()
 def plan_load(
-    catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
+    catalog: Catalog,
+    layout: RankLayout,
+    request: LoadRequest,
+    values: Mapping[str, Any] | None = None,
+    *,
+    with_reads: bool = True,
 ) -> LoadPlan:
     """Plan one rank's load of one optimizer, and of the weights where they are asked for.
 
     Args:
         values: the saved Python values by key, see `value_keys`; None in a dry run, which then can't tell a parameter that never
             stepped from one that was not saved.
+        with_reads: whether the plan says where the tensors come from. Without it, holes and overlaps are not found.
 
     Raises:
         PlanError: nothing is saved under the key, a wanted parameter isn't there, an element is in no saved chunk
             (a hole) or in two (an overlap); the message names FQN and box.
         LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
-    return _plan(_Planner(catalog, layout, request, values), catalog, layout, request, values)
-
-
-def wanted_tensors(
-    catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
-) -> tuple[PlannedTensor, ...]:
-    """What one rank wants, as in its plan, without where it comes from. Raises as `plan_load` does, but for holes and overlaps."""
-    planner = _Planner(catalog, layout, request, values, with_reads=False)
-    return _plan(planner, catalog, layout, request, values).tensors
-
-
-@paused_gc()
-def _plan(
-    planner: _Planner, catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None
-) -> LoadPlan:
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.resolve(index, values, request, layout.positions())
     if not request.selection.is_everything:
-        check_globs(request.selection, saved.names | _names_beside(catalog, index))
+        beside = {".".join(map(str, path[1:] or path)) for path, _ in tensors_beside(catalog, index)}
+        check_globs(request.selection, saved.names | beside)
+    planner = _Planner(catalog, layout, request, values, with_reads=with_reads)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found, index)
     weight_keys = MatchedKeys()
@@ -86,22 +80,14 @@ def _plan(
         planner.add_weights(weights, found_weights)
         missing += missing_weights
         weight_keys = matched_keys(weights, found_weights, layout)
-    if layout.world_rank == 0:
-        planner.add_objects(planned_objects(catalog, request))
     return planner.finish(
+        objects=tuple(planned_objects(catalog, request)) if layout.world_rank == 0 else (),
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
         state_keys=matched_keys(saved.state, found, layout),
         weight_keys=weight_keys,
     )
-
-
-def _names_beside(catalog: Catalog, index: OptimizerIndex) -> set[str]:
-    """What all else is called below its top-level key: weights of parameters that never stepped, buffers."""
-    of_optimizer = set(index.all_keys())
-    paths = (catalog.path(key) for key in catalog.tensors if key not in of_optimizer)
-    return {".".join(map(str, path[1:] or path)) for path in paths}
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
@@ -139,13 +125,12 @@ def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
 
 
 def planned_objects(catalog: Catalog, request: LoadRequest) -> list[PlannedObject]:
-    """What is read whole, once a job."""
-    return [PlannedObject(key, _item_bytes(catalog, key)) for key in value_keys(catalog, request)]
-
-
-def _item_bytes(catalog: Catalog, key: str) -> int:
-    item = catalog.objects.get(key)
-    return item.byte_length if item is not None else catalog.tensors[key].nbytes
+    """What is read whole, once per job."""
+    objects, tensors = catalog.objects, catalog.tensors
+    return [
+        PlannedObject(key, objects[key].byte_length if key in objects else tensors[key].nbytes)
+        for key in value_keys(catalog, request)
+    ]
 
 
 def plan_tensors(
@@ -165,21 +150,6 @@ def plan_tensors(
 _ChunkCopy = tuple[int, tuple[int, ...], BoxCopy]  # chunk, counted from the tensor's first; its shape; the copy
 
 
-class _Interned:
-    """Keeps one of equal layouts: they are compared and sent to other ranks more often than they are made."""
-
-    def __init__(self) -> None:
-        self._by_value: dict[TensorLayout, TensorLayout] = {}
-        self._by_id: dict[int, tuple[TensorLayout, TensorLayout]] = {}  # the first one keeps the id from being reused
-
-    def one_of(self, layout: TensorLayout) -> TensorLayout:
-        """The layout that stands for all that are equal to this one."""
-        known = self._by_id.get(id(layout))
-        if known is None:
-            known = self._by_id[id(layout)] = (layout, self._by_value.setdefault(layout, layout))
-        return known[1]
-
-
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
@@ -197,13 +167,14 @@ class _Planner:
         self._request = request
         self._saved_values = saved_values
         self._with_reads = with_reads
-        self._layouts = _Interned()
-        self._known_copies: dict[
-            tuple[object, ...], list[_ChunkCopy]
-        ] = {}  # most tensors of a model look like some other
+        self._layouts: dict[TensorLayout, TensorLayout] = {}  # one of equal layouts
+        self._layout_of: dict[
+            int, tuple[TensorLayout, TensorLayout]
+        ] = {}  # the first one keeps its id from being reused
+        # Most tensors of a model look like some other.
+        self._known_copies: dict[tuple[object, ...], list[_ChunkCopy]] = {}
         self._tensors: list[PlannedTensor] = []
         self._reads: list[ReadItem] = []
-        self._objects: list[PlannedObject] = []
         self._values: list[PlannedValue] = []
         self._mismatched: list[LayoutError] = []
         self._end = 0
@@ -259,10 +230,6 @@ class _Planner:
         way_out = "to convert it set dtype: cast" if convertible else "a cast between these would lose the numbers"
         raise LayoutError(f"{fqn}: {what} was saved as {saved.dtype} and is wanted as {wanted}; {way_out}")
 
-    def add_objects(self, objects: Sequence[PlannedObject]) -> None:
-        """What this rank reads whole, for all."""
-        self._objects += objects
-
     def add_tensor(
         self,
         saved: SavedTensor,
@@ -274,7 +241,7 @@ class _Planner:
         cast: torch.dtype | None = None,
         sharded_like_param: bool = True,
     ) -> None:
-        row, layout = len(self._tensors), self._layouts.one_of(layout)
+        row, layout = len(self._tensors), self._one_of(layout)
         tensor = PlannedTensor(
             key=saved.key,
             fqn=fqn,
@@ -294,6 +261,13 @@ class _Planner:
                 ReadItem(row, first + chunk, chunk_shape, copy)
                 for chunk, chunk_shape, copy in self._copies(saved, layout)
             ]
+
+    def _one_of(self, layout: TensorLayout) -> TensorLayout:
+        """One of equal layouts: they are compared and sent to other ranks more often than they are made."""
+        known = self._layout_of.get(id(layout))
+        if known is None:
+            known = self._layout_of[id(layout)] = (layout, self._layouts.setdefault(layout, layout))
+        return known[1]
 
     def _copies(self, saved: SavedTensor, layout: TensorLayout) -> list[_ChunkCopy]:
         same = (id(layout), *identity_of_chunks(self._catalog, saved))
@@ -317,7 +291,6 @@ class _Planner:
             request=self._request,
             tensors=tuple(self._tensors),
             reads=tuple(self._reads),
-            objects=tuple(self._objects),
             values=tuple(self._values),
             arena_bytes=self._end,
             **known,
