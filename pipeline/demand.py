@@ -185,7 +185,7 @@ def unique_bytes(
 
 def object_bytes(catalog: Catalog, request: LoadRequest) -> int:
     """Bytes of the Python objects, which rank 0 reads for all."""
-    return sum(planned.nbytes for planned in planned_objects(catalog, request))
+    return sum(planned_objects(catalog, request).values())
 
 
 def read_amplification(nbytes: int, unique: int) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -147,11 +148,7 @@ def _is_keyed_by_integers(optimizer: Mapping[str, Any]) -> bool:
 
 
 def _whole(saved: SavedTensor) -> Target:
-    return Target(saved.key, saved.dtype, (replicated(saved.shape),), _only, _only)
-
-
-def _only(local: Sequence[torch.Tensor]) -> torch.Tensor:
-    return local[0]
+    return Target(saved.key, saved.dtype, (replicated(saved.shape),), itemgetter(0), itemgetter(0))
 
 
 def _as_tensor(saved: SavedTensor, fqn: str, like: torch.Tensor, group: dist.ProcessGroup) -> Target:

@@ -162,109 +162,108 @@ class _SharedPart:
         self.numel_wanted = sum(self.numel_by_rank)  # by all ranks together
 
 
+@dataclass
 class _Assignment:
     """Collects one rank's part of the assignment, chunk by chunk."""
 
-    def __init__(
-        self,
-        plan: LoadPlan,
-        catalog: Catalog,
-        layouts: RankLayouts,
-        limits: SplitLimits,
-        memory_groups: MemoryGroups | None,
-    ) -> None:
-        self._plan = plan
-        self._catalog = catalog
-        self._layouts = layouts
-        self._limits = limits
-        self._memory_groups = memory_groups
-        self._own_group = self._memory_group_of(plan.world_rank)
-        self._known: dict[tuple[object, ...], list[_SharedPart]] = {}  # most chunks look like some other
-        self._windows: dict[tuple[int, ...], _WindowReaders] = defaultdict(_WindowReaders)  # by the ranks of a part
-        self._own: list[ReadItem] = []
-        self._reads: list[CooperativeRead] = []
-        self._num_forwarded: dict[int, int] = defaultdict(int)  # by relay
-        self._forwarded: dict[int, list[ForwardedBox]] = defaultdict(list)  # by reader
-        self._bytes_sent = self._bytes_received = self._bytes_forwarded = 0
+    plan: LoadPlan
+    catalog: Catalog
+    layouts: RankLayouts
+    limits: SplitLimits
+    memory_groups: MemoryGroups | None
+    known: dict[tuple[object, ...], list[_SharedPart]] = field(default_factory=dict)  # most chunks look like some other
+    windows: dict[tuple[int, ...], _WindowReaders] = field(default_factory=dict)  # by the ranks of a part
+    own: list[ReadItem] = field(default_factory=list)
+    reads: list[CooperativeRead] = field(default_factory=list)
+    num_forwarded: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # by relay
+    forwarded: dict[int, list[ForwardedBox]] = field(default_factory=lambda: defaultdict(list))  # by reader
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    bytes_forwarded: int = 0
 
     def result(self) -> CooperativePlan:
         chunks: dict[tuple[int, int], list[ReadItem]] = defaultdict(list)
-        for item in self._plan.reads:
+        for item in self.plan.reads:
             chunks[item.chunk, item.tensor].append(item)
         # In the order of chunks: a reader and its relay count the same boxes only where both go through them in one order.
         for _, items in sorted(chunks.items(), key=lambda entry: entry[0]):
             num_holders, parts = self._parts(items[0])
             if not parts:
-                self._own += items
+                self.own += items
             for part in parts:
                 self._add(items[0], part, self._reader(part, items[0].chunk, num_holders))
         return CooperativePlan(
-            own=tuple(self._own),
-            reads=tuple(self._reads),
-            bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_received,
-            bytes_forwarded=self._bytes_forwarded,
-            forwarded={reader: tuple(boxes) for reader, boxes in self._forwarded.items()},
+            own=tuple(self.own),
+            reads=tuple(self.reads),
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            bytes_forwarded=self.bytes_forwarded,
+            forwarded={reader: tuple(boxes) for reader, boxes in self.forwarded.items()},
         )
 
     def _parts(self, item: ReadItem) -> tuple[int, list[_SharedPart]]:
         """How many ranks hold something of a chunk, and its parts that this rank wants; none where all read their own."""
-        tensor = self._plan.tensors[item.tensor]
+        tensor = self.plan.tensors[item.tensor]
         itemsize = tensor.dtype.itemsize
-        region = self._catalog.region(self._catalog.tensors[tensor.key], item.chunk)
-        holders = self._layouts.holders(tensor, region)
-        is_ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[item.chunk]], TransformedItem)
+        region = self.catalog.region(self.catalog.tensors[tensor.key], item.chunk)
+        holders = self.layouts.holders(tensor, region)
+        is_ranged = not isinstance(self.catalog.formats[self.catalog.chunk_format[item.chunk]], TransformedItem)
         same = (id(holders), region, itemsize, is_ranged)  # the layouts keep the holders alive
-        if same not in self._known:
+        if same not in self.known:
             parts = split_chunk(
                 copies_of_ranks(holders, region),
                 chunk_shape=item.chunk_shape,
                 itemsize=itemsize,
-                limits=self._limits,
+                limits=self.limits,
                 is_ranged=is_ranged,
                 memory_group_of=self._memory_group_of,
             )
-            self._known[same] = self._own_parts(parts)
-        return len(holders), self._known[same]
+            self.known[same] = self._own_parts(parts)
+        return len(holders), self.known[same]
 
     def _own_parts(self, parts: list[ChunkPart]) -> list[_SharedPart]:
         if all(len(part.copies) == 1 for part in parts):
             return []
-        me = self._plan.world_rank
+        me = self.plan.world_rank
         return [
             _SharedPart(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
             for index, part in enumerate(parts)
             if any(rank_copy.world_rank == me for rank_copy in part.copies)
         ]
 
+    @cached_property
+    def _own_group(self) -> str:
+        return self._memory_group_of(self.plan.world_rank)
+
     def _memory_group_of(self, world_rank: int) -> str:
-        return "" if self._memory_groups is None else self._memory_groups[world_rank]
+        return "" if self.memory_groups is None else self.memory_groups[world_rank]
 
     def _reader(self, shared: _SharedPart, chunk: int, num_holders: int) -> int:
         """The world rank that reads a part. Turns begin at another rank for each chunk, or for each window of a file."""
         if not shared.part.fits_window:
             return shared.ranks[(shared.part.turn + chunk % num_holders) % len(shared.ranks)]
-        file, start = int(self._catalog.chunk_file[chunk]), int(self._catalog.chunk_byte_offset[chunk])
+        file, start = int(self.catalog.chunk_file[chunk]), int(self.catalog.chunk_byte_offset[chunk])
         # In the usual case rank k of n reads the k-th part of the files anyway: then its requests take these parts along.
-        first = file * len(shared.ranks) // len(self._catalog.files)
-        return self._windows[shared.ranks].reader((file, start // self._limits.window_bytes), shared, first=first)
+        first = file * len(shared.ranks) // len(self.catalog.files)
+        readers = self.windows.setdefault(shared.ranks, _WindowReaders())
+        return readers.reader((file, start // self.limits.window_bytes), shared, first=first)
 
     def _add(self, item: ReadItem, shared: _SharedPart, reader: int) -> None:
         """Note what this rank does for a part of an item's chunk: read it, relay it, or wait for it."""
-        itemsize = self._plan.tensors[item.tensor].dtype.itemsize
-        if reader != self._plan.world_rank:
-            self._bytes_received += itemsize * shared.numel_own
+        itemsize = self.plan.tensors[item.tensor].dtype.itemsize
+        if reader != self.plan.world_rank:
+            self.bytes_received += itemsize * shared.numel_own
             here = shared.groups[self._own_group]
             is_from_outside = len(shared.groups) > 1 and self._memory_group_of(reader) != self._own_group
-            if is_from_outside and _relay(here, item, shared) == self._plan.world_rank:
+            if is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
                 box = ForwardedBox(item.tensor, item.chunk, here.box, itemsize, tuple(here.copies))
-                self._forwarded[reader].append(box)
+                self.forwarded[reader].append(box)
         elif len(shared.own) == len(shared.part.copies):
-            self._own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
+            self.own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
         else:
-            self._bytes_sent += itemsize * (shared.numel_wanted - shared.numel_own)
+            self.bytes_sent += itemsize * (shared.numel_wanted - shared.numel_own)
             others = [group for name, group in shared.groups.items() if name != self._own_group]
-            self._reads.append(
+            self.reads.append(
                 CooperativeRead(
                     tensor=item.tensor,
                     chunk=item.chunk,
@@ -277,9 +276,9 @@ class _Assignment:
             )
 
     def _forward(self, group: _GroupCopies, relay: int, itemsize: int) -> Forward:
-        index = self._num_forwarded[relay]
-        self._num_forwarded[relay] += 1
-        self._bytes_forwarded += group.box.numel * itemsize
+        index = self.num_forwarded[relay]
+        self.num_forwarded[relay] += 1
+        self.bytes_forwarded += group.box.numel * itemsize
         return Forward(relay, group.box, index)
 
 

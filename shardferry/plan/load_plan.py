@@ -38,7 +38,7 @@ class PlannedTensor:
     @property
     def name(self) -> str:
         """Name of the state entry, dotted where it was nested: ``exp_avg``; empty for weights."""
-        return _dotted(self.path)
+        return dotted(self.path)
 
     @property
     def nbytes(self) -> int:
@@ -59,13 +59,14 @@ class PlannedValue:
     @property
     def name(self) -> str:
         """Name of the state entry, dotted where it was nested."""
-        return _dotted(self.path)
+        return dotted(self.path)
 
 
 Entry = PlannedTensor | PlannedValue
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """The name of a state entry by its path."""
     return ".".join(map(str, path))
 
 
@@ -77,14 +78,6 @@ class ReadItem:
     chunk: int  # row of the catalog
     chunk_shape: tuple[int, ...]
     copy: BoxCopy
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedObject:
-    """One saved value that rank 0 reads whole for all ranks: a hyperparameter, a ``step`` that is a number."""
-
-    key: str
-    nbytes: int  # of its item
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +98,7 @@ class LoadPlan:
     request: LoadRequest
     tensors: tuple[PlannedTensor, ...]
     reads: tuple[ReadItem, ...]
-    objects: tuple[PlannedObject, ...]  # that this rank reads for all ranks
+    objects: Mapping[str, int]  # keys that this rank reads whole for all ranks, and the bytes of their items
     values: tuple[PlannedValue, ...]
     arena_bytes: int
     fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
@@ -118,7 +111,7 @@ class LoadPlan:
     def bytes_needed(self) -> int:
         """Bytes that this rank wants: its regions of tensors, and whole items of Python objects."""
         tensors = sum(t.layout.wanted_numel * t.dtype.itemsize for t in self.tensors)
-        return tensors + sum(o.nbytes for o in self.objects)
+        return tensors + sum(self.objects.values())
 
     def manifest(self) -> Manifest:
         """The manifest of the arena that this plan fills."""

@@ -5,7 +5,9 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +31,11 @@ from shardferry.plan.cover import covering_chunks, identity_of_chunks
 from shardferry.plan.load_plan import (
     LoadPlan,
     MatchedKeys,
-    PlannedObject,
     PlannedTensor,
     PlannedValue,
     ReadItem,
     Section,
+    dotted,
 )
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
 from shardferry.plan.split import copy_to_box
@@ -81,7 +83,7 @@ def plan_load(
         missing += missing_weights
         weight_keys = matched_keys(weights, found_weights, layout)
     return planner.finish(
-        objects=tuple(planned_objects(catalog, request)) if layout.world_rank == 0 else (),
+        objects=planned_objects(catalog, request) if layout.world_rank == 0 else {},
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
@@ -124,13 +126,11 @@ def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
     return objects + [key for key in index.param_groups.values() if key in catalog.tensors]
 
 
-def planned_objects(catalog: Catalog, request: LoadRequest) -> list[PlannedObject]:
-    """What is read whole, once per job."""
+def planned_objects(catalog: Catalog, request: LoadRequest) -> dict[str, int]:
+    """What is read whole, once per job: keys, and the bytes of their items."""
     objects, tensors = catalog.objects, catalog.tensors
-    return [
-        PlannedObject(key, objects[key].byte_length if key in objects else tensors[key].nbytes)
-        for key in value_keys(catalog, request)
-    ]
+    keys = value_keys(catalog, request)
+    return {key: objects[key].byte_length if key in objects else tensors[key].nbytes for key in keys}
 
 
 def plan_tensors(
@@ -150,81 +150,72 @@ def plan_tensors(
 _ChunkCopy = tuple[int, tuple[int, ...], BoxCopy]  # chunk, counted from the tensor's first; its shape; the copy
 
 
+@dataclass
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        layout: RankLayout,
-        request: LoadRequest,
-        saved_values: Mapping[str, Any] | None = None,
-        *,
-        with_reads: bool = True,
-    ) -> None:
-        self._catalog = catalog
-        self._layout = layout
-        self._request = request
-        self._saved_values = saved_values
-        self._with_reads = with_reads
-        self._layouts: dict[TensorLayout, TensorLayout] = {}  # one of equal layouts
-        self._layout_of: dict[
-            int, tuple[TensorLayout, TensorLayout]
-        ] = {}  # the first one keeps its id from being reused
-        # Most tensors of a model look like some other.
-        self._known_copies: dict[tuple[object, ...], list[_ChunkCopy]] = {}
-        self._tensors: list[PlannedTensor] = []
-        self._reads: list[ReadItem] = []
-        self._values: list[PlannedValue] = []
-        self._mismatched: list[LayoutError] = []
-        self._end = 0
+    catalog: Catalog
+    layout: RankLayout
+    request: LoadRequest
+    saved_values: Mapping[str, Any] | None = None
+    with_reads: bool = True
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    reads: list[ReadItem] = field(default_factory=list)
+    values: list[PlannedValue] = field(default_factory=list)
+    mismatched: list[LayoutError] = field(default_factory=list)
+    end: int = 0  # bytes, of the arena
+    layouts: dict[TensorLayout, TensorLayout] = field(default_factory=dict)  # one of equal layouts
+    # By id; the first layout keeps its id from being reused.
+    layout_of: dict[int, tuple[TensorLayout, TensorLayout]] = field(default_factory=dict)
+    # Most tensors of a model look like some other.
+    known_copies: dict[tuple[object, ...], list[_ChunkCopy]] = field(default_factory=dict)
 
     def add_state(self, saved: SavedOptimizer, found: Sequence[MatchedParam], index: OptimizerIndex) -> None:
         """The state of the wanted parameters that are saved."""
-        layouts = StateLayouts(self._catalog, saved, found, layout=self._layout, request=self._request, index=index)
+        layouts = StateLayouts(self.catalog, saved, found, layout=self.layout, request=self.request, index=index)
         for parameter in found:
             for name, entry in saved.state.get(parameter.saved, {}).items():
-                tensor = self._catalog.tensors.get(entry.key)
-                if tensor is None:
-                    self._add_value(entry.key, parameter.fqn, entry.path, "state")
-                    continue
-                try:
-                    layout, follows = layouts.layout_for(parameter.fqn, name, tensor)
-                    cast = self._cast(parameter.fqn, name, tensor)
-                except LayoutError as error:
-                    self._mismatched.append(error)
-                else:
-                    self.add_tensor(
-                        tensor, layout, fqn=parameter.fqn, path=entry.path, cast=cast, sharded_like_param=follows
-                    )
+                layout_for = partial(layouts.layout_for, parameter.fqn, name)
+                self._add(entry.key, parameter.fqn, entry.path, "state", layout_for)
 
     def add_weights(self, weights: Mapping[str, str], found: Sequence[MatchedParam]) -> None:
         """The wanted weights and buffers that are saved."""
-        for wanted in found:
-            key = weights[wanted.saved]
-            tensor = self._catalog.tensors.get(key)
-            if tensor is None:
-                self._add_value(key, wanted.fqn, (), "model")
-                continue
-            try:
-                layout = self._layout.weight(wanted.fqn, tensor.shape)
-                cast = self._cast(wanted.fqn, "", tensor)
-            except LayoutError as error:
-                self._mismatched.append(error)
-            else:
-                self.add_tensor(tensor, layout, fqn=wanted.fqn, section="model", cast=cast)
 
-    def _add_value(self, key: str, fqn: str, path: KeyPath, section: Section) -> None:
-        value = None if self._saved_values is None else self._saved_values[key]
-        self._values.append(PlannedValue(key, fqn, path, value, section))
+        def layout_for(fqn: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
+            return self.layout.weight(fqn, saved.shape), True
+
+        for wanted in found:
+            self._add(weights[wanted.saved], wanted.fqn, (), "model", partial(layout_for, wanted.fqn))
+
+    def _add(
+        self,
+        key: str,
+        fqn: str,
+        path: KeyPath,
+        section: Section,
+        layout_for: Callable[[SavedTensor], tuple[TensorLayout, bool]],
+    ) -> None:
+        """A saved tensor, or a Python value in its place."""
+        tensor = self.catalog.tensors.get(key)
+        if tensor is None:
+            value = None if self.saved_values is None else self.saved_values[key]
+            self.values.append(PlannedValue(key, fqn, path, value, section))
+            return
+        try:
+            layout, follows = layout_for(tensor)
+            cast = self._cast(fqn, dotted(path), tensor)
+        except LayoutError as error:
+            self.mismatched.append(error)
+        else:
+            self.add_tensor(tensor, layout, fqn=fqn, path=path, section=section, cast=cast, sharded_like_param=follows)
 
     def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:
         """The dtype to convert to. Raises LayoutError where that must be asked for, and wasn't."""
-        wanted = self._layout.dtype(fqn, name) or self._request.wanted_dtype(name)
+        wanted = self.layout.dtype(fqn, name) or self.request.wanted_dtype(name)
         if wanted is None or wanted == saved.dtype or name in SCALAR_STATE:
             return None
         convertible = can_convert(saved.dtype, wanted)
-        if convertible and self._request.dtype is DtypePolicy.CAST:
+        if convertible and self.request.dtype is DtypePolicy.CAST:
             return wanted
         what = f"{name!r}" if name else "the weight"
         way_out = "to convert it set dtype: cast" if convertible else "a cast between these would lose the numbers"
@@ -241,57 +232,57 @@ class _Planner:
         cast: torch.dtype | None = None,
         sharded_like_param: bool = True,
     ) -> None:
-        row, layout = len(self._tensors), self._one_of(layout)
+        row, layout = len(self.tensors), self._one_of(layout)
         tensor = PlannedTensor(
             key=saved.key,
             fqn=fqn,
             path=path,
             dtype=saved.dtype,
             layout=layout,
-            arena_offset=self._end,
+            arena_offset=self.end,
             section=section,
             cast=cast,
             sharded_like_param=sharded_like_param,
         )
-        self._tensors.append(tensor)
-        self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if self._with_reads:
+        self.tensors.append(tensor)
+        self.end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if self.with_reads:
             first = saved.chunks.start
-            self._reads += [
+            self.reads += [
                 ReadItem(row, first + chunk, chunk_shape, copy)
                 for chunk, chunk_shape, copy in self._copies(saved, layout)
             ]
 
     def _one_of(self, layout: TensorLayout) -> TensorLayout:
         """One of equal layouts: they are compared and sent to other ranks more often than they are made."""
-        known = self._layout_of.get(id(layout))
+        known = self.layout_of.get(id(layout))
         if known is None:
-            known = self._layout_of[id(layout)] = (layout, self._layouts.setdefault(layout, layout))
+            known = self.layout_of[id(layout)] = (layout, self.layouts.setdefault(layout, layout))
         return known[1]
 
     def _copies(self, saved: SavedTensor, layout: TensorLayout) -> list[_ChunkCopy]:
-        same = (id(layout), *identity_of_chunks(self._catalog, saved))
-        if same not in self._known_copies:
-            self._known_copies[same] = [
+        same = (id(layout), *identity_of_chunks(self.catalog, saved))
+        if same not in self.known_copies:
+            self.known_copies[same] = [
                 (chunk - saved.chunks.start, region.sizes, copy)
                 for box in layout.boxes
-                for chunk, region in covering_chunks(self._catalog, saved, box.region)
+                for chunk, region in covering_chunks(self.catalog, saved, box.region)
                 if (copy := copy_to_box(region, layout, box)) is not None
             ]
-        return self._known_copies[same]
+        return self.known_copies[same]
 
     def finish(self, **known: Any) -> LoadPlan:
         """The plan. Raises LayoutError where something didn't fit."""
-        if self._mismatched:
-            raise mismatch_error(self._mismatched)
+        if self.mismatched:
+            raise mismatch_error(self.mismatched)
         return LoadPlan(
-            world_rank=self._layout.world_rank,
-            world_size=self._layout.world_size,
-            mesh=self._layout.mesh,
-            request=self._request,
-            tensors=tuple(self._tensors),
-            reads=tuple(self._reads),
-            values=tuple(self._values),
-            arena_bytes=self._end,
+            world_rank=self.layout.world_rank,
+            world_size=self.layout.world_size,
+            mesh=self.layout.mesh,
+            request=self.request,
+            tensors=tuple(self.tensors),
+            reads=tuple(self.reads),
+            values=tuple(self.values),
+            arena_bytes=self.end,
             **known,
         )
