@@ -98,9 +98,11 @@ class LoadPlan:
     request: LoadRequest
     tensors: tuple[PlannedTensor, ...]
     reads: tuple[ReadItem, ...]
-    objects: Mapping[str, int]  # keys that this rank reads whole for all ranks, and the bytes of their items
     values: tuple[PlannedValue, ...]
     arena_bytes: int
+    objects: Mapping[str, int] = field(
+        default_factory=dict
+    )  # keys that it reads whole for all ranks; bytes of the items
     fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
     missing: tuple[str, ...] = ()  # wanted, not saved, allowed
     param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read

@@ -28,15 +28,7 @@ from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.cover import covering_chunks, identity_of_chunks
-from shardferry.plan.load_plan import (
-    LoadPlan,
-    MatchedKeys,
-    PlannedTensor,
-    PlannedValue,
-    ReadItem,
-    Section,
-    dotted,
-)
+from shardferry.plan.load_plan import LoadPlan, MatchedKeys, PlannedTensor, PlannedValue, ReadItem, Section, dotted
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
 from shardferry.plan.split import copy_to_box
 from shardferry.plan.state_layout import StateLayouts, tensors_beside
@@ -180,12 +172,11 @@ class _Planner:
 
     def add_weights(self, weights: Mapping[str, str], found: Sequence[MatchedParam]) -> None:
         """The wanted weights and buffers that are saved."""
-
-        def layout_for(fqn: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
-            return self.layout.weight(fqn, saved.shape), True
-
         for wanted in found:
-            self._add(weights[wanted.saved], wanted.fqn, (), "model", partial(layout_for, wanted.fqn))
+            self._add(weights[wanted.saved], wanted.fqn, (), "model", partial(self._weight_layout, wanted.fqn))
+
+    def _weight_layout(self, fqn: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
+        return self.layout.weight(fqn, saved.shape), True
 
     def _add(
         self,
