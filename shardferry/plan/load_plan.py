@@ -81,14 +81,6 @@ class ReadItem:
 
 
 @dataclass(frozen=True, slots=True)
-class MatchedKeys:
-    """Which of the saved names one rank takes. The names are the same on all ranks, so that ranks can be compared."""
-
-    names: tuple[str, ...] = ()
-    taken: tuple[bool, ...] = ()  # by name
-
-
-@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """All reads of one rank, and the destination of each."""
 
@@ -106,8 +98,9 @@ class LoadPlan:
     fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
     missing: tuple[str, ...] = ()  # wanted, not saved, allowed
     param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
-    state_keys: MatchedKeys = field(default_factory=MatchedKeys)
-    weight_keys: MatchedKeys = field(default_factory=MatchedKeys)
+    # The saved names, the same on all ranks and in the same order, and whether this rank takes each.
+    state_keys: Mapping[str, bool] = field(default_factory=dict)
+    weight_keys: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def bytes_needed(self) -> int:

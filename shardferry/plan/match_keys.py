@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -11,7 +11,6 @@ from shardferry.checkpoint.optimizer_state import SavedOptimizer
 from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.plan.load_plan import MatchedKeys
 
 _SHOWN = 5  # names in a message
 
@@ -32,16 +31,15 @@ class KeyReport:
     unexpected: tuple[str, ...]  # FQNs that the checkpoint has and no rank wants
 
 
-def matched_keys(names: Iterable[str], found: Sequence[MatchedParam], layout: RankLayout) -> MatchedKeys:
+def matched_keys(names: Iterable[str], found: Sequence[MatchedParam], layout: RankLayout) -> dict[str, bool]:
     """Which of the saved names a rank takes: a parameter that was found takes all of its tied names."""
     taken = {name for parameter in found for name in (parameter.saved, *layout.aliases(parameter.fqn))}
     taken.update(parameter.fqn for parameter in found)
-    ordered = tuple(sorted(names))
-    return MatchedKeys(ordered, tuple(name in taken for name in ordered))
+    return {name: name in taken for name in sorted(names)}
 
 
 def unexpected_keys(
-    matched: MatchedKeys, taken_by_any: Sequence[bool], request: LoadRequest, location: str
+    matched: Mapping[str, bool], taken_by_any: Sequence[bool], request: LoadRequest, location: str
 ) -> tuple[str, ...]:
     """The saved names that no rank takes.
 
@@ -51,10 +49,10 @@ def unexpected_keys(
     Raises:
         PlanError: there are some, and the request does not ignore them.
     """
-    left = tuple(name for name, taken in zip(matched.names, taken_by_any, strict=True) if not taken)
+    left = tuple(name for name, taken in zip(matched, taken_by_any, strict=True) if not taken)
     if left and not request.keys.ignore_unexpected:
         raise PlanError(
-            f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(matched.names)} saved names are "
+            f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(matched)} saved names are "
             f"unexpected: {shown(left)}); give the model that was saved, exclude them, or set keys: ignore_unexpected"
         )
     return left

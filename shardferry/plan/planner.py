@@ -28,7 +28,7 @@ from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.cover import covering_chunks, identity_of_chunks
-from shardferry.plan.load_plan import LoadPlan, MatchedKeys, PlannedTensor, PlannedValue, ReadItem, Section, dotted
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor, PlannedValue, ReadItem, Section, dotted
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
 from shardferry.plan.split import copy_to_box
 from shardferry.plan.state_layout import StateLayouts, tensors_beside
@@ -67,7 +67,7 @@ def plan_load(
     planner = _Planner(catalog, layout, request, values, with_reads=with_reads)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found, index)
-    weight_keys = MatchedKeys()
+    weight_keys: dict[str, bool] = {}
     if request.model_key is not None:
         weights = saved_weights(catalog, request, index)
         found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
