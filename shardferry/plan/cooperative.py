@@ -218,22 +218,13 @@ class _Assignment:
                 is_ranged=is_ranged,
                 memory_group_of=self._memory_group_of,
             )
-            self.known[same] = self._own_parts(parts)
+            me, is_shared = self.plan.world_rank, any(len(part.copies) > 1 for part in parts)
+            self.known[same] = [
+                _SharedPart(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
+                for index, part in enumerate(parts)
+                if is_shared and any(rank_copy.world_rank == me for rank_copy in part.copies)
+            ]
         return len(holders), self.known[same]
-
-    def _own_parts(self, parts: list[ChunkPart]) -> list[_SharedPart]:
-        if all(len(part.copies) == 1 for part in parts):
-            return []
-        me = self.plan.world_rank
-        return [
-            _SharedPart(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
-            for index, part in enumerate(parts)
-            if any(rank_copy.world_rank == me for rank_copy in part.copies)
-        ]
-
-    @cached_property
-    def _own_group(self) -> str:
-        return self._memory_group_of(self.plan.world_rank)
 
     def _memory_group_of(self, world_rank: int) -> str:
         return "" if self.memory_groups is None else self.memory_groups[world_rank]
@@ -250,11 +241,11 @@ class _Assignment:
 
     def _add(self, item: ReadItem, shared: _SharedPart, reader: int) -> None:
         """Note what this rank does for a part of an item's chunk: read it, relay it, or wait for it."""
-        itemsize = self.plan.tensors[item.tensor].dtype.itemsize
+        itemsize, own_group = self.plan.tensors[item.tensor].dtype.itemsize, self._memory_group_of(self.plan.world_rank)
         if reader != self.plan.world_rank:
             self.bytes_received += itemsize * shared.numel_own
-            here = shared.groups[self._own_group]
-            is_from_outside = len(shared.groups) > 1 and self._memory_group_of(reader) != self._own_group
+            here = shared.groups[own_group]
+            is_from_outside = len(shared.groups) > 1 and self._memory_group_of(reader) != own_group
             if is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
                 box = ForwardedBox(item.tensor, item.chunk, here.box, itemsize, tuple(here.copies))
                 self.forwarded[reader].append(box)
@@ -262,14 +253,14 @@ class _Assignment:
             self.own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
         else:
             self.bytes_sent += itemsize * (shared.numel_wanted - shared.numel_own)
-            others = [group for name, group in shared.groups.items() if name != self._own_group]
+            others = [group for name, group in shared.groups.items() if name != own_group]
             self.reads.append(
                 CooperativeRead(
                     tensor=item.tensor,
                     chunk=item.chunk,
                     chunk_shape=item.chunk_shape,
                     region=shared.part.region,
-                    copies=tuple(shared.groups[self._own_group].copies),
+                    copies=tuple(shared.groups[own_group].copies),
                     forwards=tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others),
                     numel_wanted=shared.numel_wanted,
                 )
