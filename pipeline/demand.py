@@ -21,7 +21,7 @@ from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at, spec_of
 from shardferry.plan.load_plan import PlannedTensor
-from shardferry.plan.planner import ALIGNMENT, planned_objects, wanted_tensors
+from shardferry.plan.planner import ALIGNMENT, plan_load, planned_objects
 from shardferry.region import Region, first_overlap, uncovered
 
 _MAX_PAIRS = 1 << 21  # pairs of boxes that are intersected at a time
@@ -108,7 +108,7 @@ def _classes(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> Iter
 
 def _tensors(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> tuple[PlannedTensor, ...]:
     """The tensors that any rank needs: those of rank 0, if it held all parameters."""
-    return wanted_tensors(catalog, replace(layout, held_by=()).rank(0), request)
+    return plan_load(catalog, replace(layout, held_by=()).rank(0), request, with_reads=False).tensors
 
 
 def _boxes_of_ranks(mesh: Mesh, same: _TensorClass) -> np.ndarray:
@@ -170,7 +170,7 @@ def unique_bytes(
     regions: dict[str, set[Region]] = defaultdict(set)
     itemsize: dict[str, int] = {}
     for layout in layouts:
-        for tensor in wanted_tensors(catalog, layout, request, values):
+        for tensor in plan_load(catalog, layout, request, values, with_reads=False).tensors:
             itemsize[tensor.key] = tensor.dtype.itemsize
             regions[tensor.key].update(box.region for box in tensor.layout.boxes)
     known: dict[frozenset[Region], int] = {}  # most tensors have the same boxes as some other
@@ -185,7 +185,7 @@ def unique_bytes(
 
 def object_bytes(catalog: Catalog, request: LoadRequest) -> int:
     """Bytes of the Python objects, which rank 0 reads for all."""
-    return sum(planned.nbytes for planned in planned_objects(catalog, request))
+    return sum(planned_objects(catalog, request).values())
 
 
 def read_amplification(nbytes: int, unique: int) -> float:

@@ -122,7 +122,7 @@ def forecast(
     stand_in = np.arange(layout.world_size) if may_share else demand.first_equal
     chosen = _evenly_spaced(np.unique(stand_in), max_planned)
     request = config.checkpoint.request()
-    plans = [replace(plan_load(catalog, layout.rank(rank), request), objects=()) for rank in chosen.tolist()]
+    plans = [replace(plan_load(catalog, layout.rank(rank), request), objects={}) for rank in chosen.tolist()]
     is_cooperative = may_share and not (config.read.strategy == "auto" and _traits(catalog).is_local)
     if not is_cooperative:
         stand_in = demand.first_equal
@@ -131,12 +131,10 @@ def forecast(
     places = np.searchsorted(chosen, stand_in, side="right") - 1  # the stand-in itself, else the planned rank before it
     ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
     objects = planned_objects(catalog, request)
-    bytes_read, num_requests = count_objects(
-        catalog, [planned.key for planned in objects], read_limits(config, catalog)
-    )
+    bytes_read, num_requests = count_objects(catalog, objects, read_limits(config, catalog))
     ranks[0] = _with_objects(
         ranks[0],
-        bytes_needed=sum(planned.nbytes for planned in objects),
+        bytes_needed=sum(objects.values()),
         bytes_read=bytes_read,
         num_requests=num_requests,
     )

@@ -257,8 +257,8 @@ def read_values(
 def _check_unexpected(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:
     """Names that are saved and that no rank takes. Every rank finds the same; all raise if the request doesn't ignore them."""
     state, weights = plan.state_keys, plan.weight_keys
-    taken = taken_by_any(ranks, len(state.taken) + len(weights.taken))
-    num_state, location = len(state.taken), job.catalog.location
+    taken = taken_by_any(ranks, len(state) + len(weights))
+    num_state, location = len(state), job.catalog.location
     unexpected = unexpected_keys(state, taken[:num_state], job.request, location)
     return unexpected + unexpected_keys(weights, taken[num_state:], job.request, location)
 

@@ -40,7 +40,9 @@ def load_with_reader(
     def prepare() -> tuple[ResultPlan, dict[str, list[torch.Tensor]], dict[str, Any]]:
         catalog = _catalog_of(reader)
         plan = plan_result(catalog, optimizer_key, model, group)
-        _check_cover(catalog, plan)
+        for target in plan.targets:
+            for box in (box for layout in target.layouts for box in layout.boxes):
+                covering_chunks(catalog, catalog.tensors[target.key], box.region)
         local = {
             target.key: [
                 torch.empty(layout.local_shape, dtype=target.dtype, device=device) for layout in target.layouts
@@ -52,7 +54,10 @@ def load_with_reader(
     plan, local, given = agreement.all_or_raise("planning", prepare)
     planner = planner or ReaderWithOffset({})
     values: dict[str, Any] = {key: given.get(key, _OBJECT) for key in plan.paths}
-    _load(values, reader, planner, group)
+    try:
+        dcp.load(values, storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointException as error:
+        raise _error_of(error, dist.get_rank(group)) from error
     for target in plan.targets:
         if values.get(target.key) is given[target.key]:  # a planner may have put something else in its place
             values[target.key] = target.result(local[target.key])
@@ -73,19 +78,6 @@ def _catalog_of(reader: StorageReader) -> Catalog:
             f"{location}: {type(reader).__name__}.read_metadata gave a {type(metadata).__name__}, not a Metadata"
         )
     return catalog_from_torch(metadata, location=location)
-
-
-def _check_cover(catalog: Catalog, plan: ResultPlan) -> None:
-    for target in plan.targets:
-        for box in (box for layout in target.layouts for box in layout.boxes):
-            covering_chunks(catalog, catalog.tensors[target.key], box.region)
-
-
-def _load(state_dict: dict[str, Any], reader: StorageReader, planner: LoadPlanner, group: dist.ProcessGroup) -> None:
-    try:
-        dcp.load(state_dict, storage_reader=reader, planner=planner, process_group=group)
-    except CheckpointException as error:
-        raise _error_of(error, dist.get_rank(group)) from error
 
 
 def _error_of(failed: CheckpointException, own_rank: int) -> Exception:

@@ -102,8 +102,13 @@ class ReaderWithOffset(DefaultLoadPlanner):
 
     def _read_items(self, catalog: Catalog, key: str, value: Any) -> list[ReadItem]:
         saved = self.metadata.state_dict_metadata.get(key)
+        if saved is None and self.allow_partial_load:
+            return []
         if saved is None:
-            return self._nothing_saved(key)
+            raise PlanError(
+                f"{key}: is not in the checkpoint, which has {len(self.metadata.state_dict_metadata)} keys; "
+                "leave it out of the state dict, or allow_partial_load"
+            )
         offset = self.fqn_to_offset.get(key) if isinstance(value, ShardedTensor) else None
         if isinstance(saved, TensorStorageMetadata):
             if not isinstance(value, torch.Tensor):
@@ -133,14 +138,6 @@ class ReaderWithOffset(DefaultLoadPlanner):
         if offset is not None:
             self.translation |= {item.dest_index: _unshifted(item.dest_index, offset) for item in items}
         return items
-
-    def _nothing_saved(self, key: str) -> list[ReadItem]:
-        if not self.allow_partial_load:
-            raise PlanError(
-                f"{key}: is not in the checkpoint, which has {len(self.metadata.state_dict_metadata)} keys; "
-                "leave it out of the state dict, or allow_partial_load"
-            )
-        return []
 
 
 def _unshifted(index: MetadataIndex, offset: Sequence[int]) -> MetadataIndex:

@@ -181,26 +181,20 @@ def sharded_tensor(
 def boxes_as_sharded_tensor(
     shape: Sequence[int],
     dtype: torch.dtype,
+    boxes: Sequence[tuple[Region, torch.Tensor]],
     *,
-    regions: Sequence[Region],
-    local: Sequence[torch.Tensor],
     group: dist.ProcessGroup,
 ) -> ShardedTensor:
     """This rank's boxes of a saved tensor as local shards, for any planner to fill. Shards of other ranks have no owner.
 
     Args:
         shape: of the saved tensor; not without elements.
-        regions: this rank's boxes, in elements of the saved tensor. Empty ones are left out.
-        local: the tensors of ``regions``.
+        boxes: none of them empty, in elements of the saved tensor, each with its local tensor.
     """
-    filled = [(region, tensor) for region, tensor in zip(regions, local, strict=True) if region.numel]
-    own = [_metadata(region, tensor) for region, tensor in filled]
-    rest = [
-        ShardMetadata(list(region.offsets), list(region.sizes), _NO_RANK)
-        for region in uncovered(Region.whole(shape), (region for region, _ in filled))
-    ]
-    tensors = [tensor for _, tensor in filled]
-    return sharded_tensor(shape, dtype, table=[*own, *rest], own=own, local=tensors, group=group)
+    own = [_metadata(region, tensor) for region, tensor in boxes]
+    rest = uncovered(Region.whole(shape), (region for region, _ in boxes))
+    table = own + [ShardMetadata(list(region.offsets), list(region.sizes), _NO_RANK) for region in rest]
+    return sharded_tensor(shape, dtype, table=table, own=own, local=[tensor for _, tensor in boxes], group=group)
 
 
 def size_of(tensor: torch.Tensor) -> torch.Size:

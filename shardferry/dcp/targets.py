@@ -5,9 +5,9 @@ State with its parameter's shape is laid out as the parameter; every other tenso
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -148,11 +148,7 @@ def _is_keyed_by_integers(optimizer: Mapping[str, Any]) -> bool:
 
 
 def _whole(saved: SavedTensor) -> Target:
-    return Target(saved.key, saved.dtype, (replicated(saved.shape),), _only, _only)
-
-
-def _only(local: Sequence[torch.Tensor]) -> torch.Tensor:
-    return local[0]
+    return Target(saved.key, saved.dtype, (replicated(saved.shape),), itemgetter(0), itemgetter(0))
 
 
 def _as_tensor(saved: SavedTensor, fqn: str, like: torch.Tensor, group: dist.ProcessGroup) -> Target:
@@ -161,16 +157,21 @@ def _as_tensor(saved: SavedTensor, fqn: str, like: torch.Tensor, group: dist.Pro
         is_nested = is_nested_tensor(like)
     except LayoutError as error:
         raise LayoutError(f"{fqn}: {error}") from None
-    if isinstance(like, ShardedTensor):
-        return _as_nested(saved, like, group) if is_nested else _as_shards(saved, like)
-    return _as_dtensor(saved, fqn, like, group) if isinstance(like, DTensor) else _whole(saved)
+    if isinstance(like, DTensor):
+        return _as_dtensor(saved, fqn, like, group)
+    if not isinstance(like, ShardedTensor):
+        return _whole(saved)
+    if not is_nested:
+        return _as_shards(saved, like)
+    outer, inner = nested_shard(like, saved.key)
+    target = _as_shards(saved, inner, outer.shard_offsets)
+    return replace(target, for_planner=_boxes(saved, target.layouts, group))
 
 
 def _as_dtensor(saved: SavedTensor, fqn: str, like: DTensor, group: dist.ProcessGroup) -> Target:
     own = like.to_local()
     is_in_mesh = like.device_mesh.get_coordinate() is not None  # other ranks hold nothing
     layouts = (layout_of_tensor(like, name=fqn),) if is_in_mesh else ()
-    regions = [box.region for layout in layouts for box in layout.boxes]
 
     def result(local: Sequence[torch.Tensor]) -> DTensor:
         filled = local[0].view(own.shape) if local else torch.empty_like(own, dtype=saved.dtype)
@@ -179,31 +180,29 @@ def _as_dtensor(saved: SavedTensor, fqn: str, like: DTensor, group: dist.Process
             filled, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
         )
 
-    def as_box(local: Sequence[torch.Tensor]) -> ShardedTensor:
-        if len(regions) > 1:
-            raise LayoutError(
-                f"{saved.key}: {like.placements} leaves {len(regions)} boxes of the tensor on this rank, which a planner "
-                "can't be told; leave planner out and read with torch's own FileSystemReader"
-            )
-        return boxes_as_sharded_tensor(
-            saved.shape, saved.dtype, regions=regions, local=local if regions else (), group=group
-        )
-
     # Planners ignore the order in which two mesh axes cut one dimension, so they are given the box instead.
     dims = [placement.dim for placement in like.placements if hasattr(placement, "dim")]
     needs_box = is_in_mesh and len(set(dims)) < len(dims)
-    return Target(saved.key, saved.dtype, layouts, result, as_box if needs_box else result)
+    for_planner = _boxes(saved, layouts, group, like.placements) if needs_box else result
+    return Target(saved.key, saved.dtype, layouts, result, for_planner)
 
 
-def _as_nested(saved: SavedTensor, like: ShardedTensor, group: dist.ProcessGroup) -> Target:
-    """As the inner ShardedTensor, which begins where the outer one's shard does."""
-    outer, inner = nested_shard(like, saved.key)
-    regions = [region_of(shard.metadata, outer.shard_offsets) for shard in inner.local_shards()]
+def _boxes(
+    saved: SavedTensor, layouts: Sequence[TensorLayout], group: dist.ProcessGroup, placements: object = None
+) -> Build:
+    """Give a planner the box that each local tensor is of the saved tensor."""
 
-    def for_planner(local: Sequence[torch.Tensor]) -> ShardedTensor:
-        return boxes_as_sharded_tensor(saved.shape, saved.dtype, regions=regions, local=local, group=group)
+    def boxes(local: Sequence[torch.Tensor]) -> ShardedTensor:
+        for layout in layouts:
+            if len(layout.boxes) > 1:
+                raise LayoutError(
+                    f"{saved.key}: {placements} leaves {len(layout.boxes)} boxes of the tensor on this rank, which a planner "
+                    "can't be told; leave planner out and read with torch's own FileSystemReader"
+                )
+        filled = [(box.region, tensor) for layout, tensor in zip(layouts, local, strict=True) for box in layout.boxes]
+        return boxes_as_sharded_tensor(saved.shape, saved.dtype, filled, group=group)
 
-    return dataclasses.replace(_as_shards(saved, inner, outer.shard_offsets), for_planner=for_planner)
+    return boxes
 
 
 def _as_shards(saved: SavedTensor, like: ShardedTensor, origin: Sequence[int] | None = None) -> Target:

@@ -61,7 +61,7 @@ def rank_info(
         address=ArenaAddress.of(arena) if isinstance(arena, HostArena) else None,
         direct_because=because,
         layouts=layouts_to_send(plan) if not because and spec_of(layout) is None else None,
-        taken=np.packbits(np.array([*plan.state_keys.taken, *plan.weight_keys.taken], dtype=bool)).tobytes(),
+        taken=np.packbits(np.array([*plan.state_keys.values(), *plan.weight_keys.values()], dtype=bool)).tobytes(),
     )
 
 

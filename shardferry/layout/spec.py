@@ -181,12 +181,13 @@ class MeshBoxes:
                 self.offsets[:, dim] += start
                 self.sizes[:, dim] = np.minimum(full, sizes - start)
 
-    def holders(self, region: Region) -> list[int]:
-        """The world ranks that hold at least one element of a region of the tensor, ascending."""
+    def holders(self, region: Region) -> list[tuple[int, Region]]:
+        """The world ranks that hold at least one element of a region of the tensor, ascending, each with its own region."""
         starts = np.maximum(self.offsets, region.offsets)
         ends = np.minimum(self.offsets + self.sizes, region.ends)
-        found: list[int] = self.world_ranks[(starts < ends).all(axis=1)].tolist()
-        return found
+        rows = (starts < ends).all(axis=1)
+        columns = (column[rows].tolist() for column in (self.world_ranks, self.offsets, self.sizes))
+        return [(rank, Region(tuple(offsets), tuple(sizes))) for rank, offsets, sizes in zip(*columns, strict=True)]
 
 
 def ranks_at(mesh: Mesh, world_ranks: np.ndarray, coordinates: Sequence[tuple[int, ...] | None]) -> np.ndarray:

@@ -17,7 +17,7 @@ Pure and deterministic: every rank computes the same assignment without communic
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -27,14 +27,14 @@ from shardferry.config import SplitLimits
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor, ReadItem
 from shardferry.plan.split import (
     ChunkPart,
+    MemoryGroupOf,
     RankAndLayout,
     RankCopy,
     copies_of_ranks,
     ranks_of,
     split_chunk,
-    whole_chunk,
 )
-from shardferry.region import BoxCopy, Region
+from shardferry.region import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,144 +125,15 @@ def assign_reads(
     return _Assignment(plan, catalog, layouts, limits, memory_groups).result()
 
 
-class _Assignment:
-    """Collects one rank's part of the assignment, chunk by chunk."""
-
-    def __init__(
-        self,
-        plan: LoadPlan,
-        catalog: Catalog,
-        layouts: RankLayouts,
-        limits: SplitLimits,
-        memory_groups: MemoryGroups | None,
-    ) -> None:
-        self._plan = plan
-        self._catalog = catalog
-        self._layouts = layouts
-        self._limits = limits
-        self._memory_groups = memory_groups
-        self._own_group = self._memory_group_of(plan.world_rank)
-        self._known: dict[tuple[object, ...], list[_SharedPart]] = {}  # most chunks look like some other
-        self._windows: dict[tuple[int, ...], _WindowReaders] = defaultdict(_WindowReaders)  # by the ranks of a part
-        self._own: list[ReadItem] = []
-        self._reads: list[CooperativeRead] = []
-        self._num_forwarded: dict[int, int] = defaultdict(int)  # by relay
-        self._forwarded: dict[int, list[ForwardedBox]] = defaultdict(list)  # by reader
-        self._bytes_sent = self._bytes_received = self._bytes_forwarded = 0
-
-    def result(self) -> CooperativePlan:
-        # In the order of chunks: a reader and its relay count the same boxes only where both go through them in one order.
-        for (row, chunk), items in sorted(_by_chunk(self._plan.reads).items(), key=lambda entry: entry[0][1]):
-            num_holders, parts = self._parts(self._plan.tensors[row], chunk, items[0].chunk_shape)
-            if not parts:
-                self._own += items
-            for part in parts:
-                place = _ChunkOfTensor(row, chunk, items[0].chunk_shape, chunk + part.index)
-                self._add(place, part, self._reader(part, chunk, num_holders))
-        return CooperativePlan(
-            own=tuple(self._own),
-            reads=tuple(self._reads),
-            bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_received,
-            bytes_forwarded=self._bytes_forwarded,
-            forwarded={reader: tuple(boxes) for reader, boxes in self._forwarded.items()},
-        )
-
-    def _add(self, place: _ChunkOfTensor, part: _SharedPart, reader: int) -> None:
-        itemsize = self._plan.tensors[place.tensor].dtype.itemsize
-        if reader != self._plan.world_rank:
-            self._bytes_received += itemsize * part.numel_own
-            self._relay(place, part, reader, itemsize)
-            return
-        if len(part.own) == part.num_copies:
-            self._own += [ReadItem(place.tensor, place.chunk, place.chunk_shape, copy) for copy in part.own]
-            return
-        self._bytes_sent += itemsize * (part.numel_wanted - part.numel_own)
-        others = [group for name, group in part.groups.items() if name != self._own_group]
-        self._reads.append(
-            CooperativeRead(
-                tensor=place.tensor,
-                chunk=place.chunk,
-                chunk_shape=place.chunk_shape,
-                region=part.region,
-                copies=part.groups[self._own_group].copies,
-                forwards=tuple(self._forward(place, group, itemsize) for group in others),
-                numel_wanted=part.numel_wanted,
-            )
-        )
-
-    def _reader(self, part: _SharedPart, chunk: int, num_holders: int) -> int:
-        """The world rank that reads a part. Turns begin at another rank for each chunk, or for each window of a file."""
-        if not part.fits_window:
-            return part.ranks[(part.turn + chunk % num_holders) % len(part.ranks)]
-        file, start = int(self._catalog.chunk_file[chunk]), int(self._catalog.chunk_byte_offset[chunk])
-        # In the usual case rank k of n reads the k-th part of the files anyway: then its requests take these parts along.
-        first = file * len(part.ranks) // len(self._catalog.files)
-        return self._windows[part.ranks].reader((file, start // self._limits.window_bytes), part, first=first)
-
-    def _memory_group_of(self, world_rank: int) -> str:
-        return "" if self._memory_groups is None else self._memory_groups[world_rank]
-
-    def _forward(self, place: _ChunkOfTensor, group: _GroupCopies, itemsize: int) -> Forward:
-        relay = place.relay(group)
-        index = self._num_forwarded[relay]
-        self._num_forwarded[relay] += 1
-        self._bytes_forwarded += group.box.numel * itemsize
-        return Forward(relay, group.box, index)
-
-    def _relay(self, place: _ChunkOfTensor, part: _SharedPart, reader: int, itemsize: int) -> None:
-        """Note the box that another memory group's reader sends to this rank."""
-        if len(part.groups) == 1:
-            return
-        here = part.groups[self._own_group]
-        if self._memory_group_of(reader) != self._own_group and place.relay(here) == self._plan.world_rank:
-            box = ForwardedBox(place.tensor, place.chunk, here.box, itemsize, here.copies)
-            self._forwarded[reader].append(box)
-
-    def _parts(self, tensor: PlannedTensor, chunk: int, chunk_shape: tuple[int, ...]) -> tuple[int, list[_SharedPart]]:
-        """How many ranks hold something of a chunk, and its parts that this rank wants; none where all read their own."""
-        region = self._catalog.region(self._catalog.tensors[tensor.key], chunk)
-        holders = self._layouts.holders(tensor, region)
-        is_ranged = not isinstance(self._catalog.formats[self._catalog.chunk_format[chunk]], TransformedItem)
-        same = (id(holders), region, tensor.dtype.itemsize, is_ranged)  # the layouts keep the holders alive
-        parts = self._known.get(same)
-        if parts is None:
-            copies = copies_of_ranks(holders, region)
-            parts = self._known[same] = self._own_parts(self._split(copies, chunk_shape, tensor, is_ranged=is_ranged))
-        return len(holders), parts
-
-    def _split(
-        self, copies: Sequence[RankCopy], chunk_shape: tuple[int, ...], tensor: PlannedTensor, *, is_ranged: bool
-    ) -> list[ChunkPart]:
-        itemsize, limits = tensor.dtype.itemsize, self._limits
-        if not is_ranged:  # one rank decodes the item for all
-            return [whole_chunk(copies, chunk_shape=chunk_shape, itemsize=itemsize, limits=limits)]
-        return split_chunk(
-            copies,
-            chunk_shape=chunk_shape,
-            itemsize=itemsize,
-            limits=limits,
-            memory_group_of=self._memory_group_of,
-        )
-
-    def _own_parts(self, parts: Sequence[ChunkPart]) -> list[_SharedPart]:
-        """The parts that this rank wants something of; none where no part is wanted by two copies."""
-        if all(len(part.copies) == 1 for part in parts):
-            return []
-        me = self._plan.world_rank
-        return [
-            _SharedPart.of(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
-            for index, part in enumerate(parts)
-            if any(rank_copy.world_rank == me for rank_copy in part.copies)
-        ]
-
-
-@dataclass(frozen=True)
 class _GroupCopies:
     """The copies of one memory group out of a part."""
 
-    ranks: tuple[int, ...]  # ascending
-    copies: tuple[RankCopy, ...]
+    def __init__(self) -> None:
+        self.copies: list[RankCopy] = []
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        return ranks_of(self.copies)
 
     @cached_property
     def box(self) -> Region:
@@ -273,57 +144,138 @@ class _GroupCopies:
         return Region(offsets, tuple(end - offset for end, offset in zip(ends, offsets, strict=True)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _SharedPart:
     """A part as one of its ranks sees it: the same for all chunks with the same region and the same holders."""
 
-    index: int  # in its chunk
-    region: Region  # in the chunk, elements
-    turn: int
-    fits_window: bool
-    ranks: tuple[int, ...]  # that want something of it
-    numel_by_rank: tuple[int, ...]  # elements that each of them wants
-    own: tuple[BoxCopy, ...]
-    numel_own: int
-    numel_wanted: int  # elements, by all ranks together
-    num_copies: int
-    groups: dict[str, _GroupCopies]  # by memory group
-
-    @classmethod
-    def of(cls, part: ChunkPart, *, index: int, world_rank: int, memory_group_of: Callable[[int], str]) -> _SharedPart:
-        groups: dict[str, list[RankCopy]] = defaultdict(list)
-        numel: dict[int, int] = dict.fromkeys(ranks_of(part.copies), 0)
+    def __init__(self, part: ChunkPart, *, index: int, world_rank: int, memory_group_of: MemoryGroupOf) -> None:
+        self.part = part
+        self.index = index  # in its chunk
+        self.own = [rank_copy.copy for rank_copy in part.copies if rank_copy.world_rank == world_rank]
+        self.groups: dict[str, _GroupCopies] = defaultdict(_GroupCopies)  # by memory group
+        numel = dict.fromkeys(ranks_of(part.copies), 0)
         for rank_copy in part.copies:
-            groups[memory_group_of(rank_copy.world_rank)].append(rank_copy)
+            self.groups[memory_group_of(rank_copy.world_rank)].copies.append(rank_copy)
             numel[rank_copy.world_rank] += rank_copy.copy.source.numel
-        own = tuple(rank_copy.copy for rank_copy in part.copies if rank_copy.world_rank == world_rank)
-        return cls(
-            index=index,
-            region=part.region,
-            turn=part.turn,
-            fits_window=part.fits_window,
-            ranks=tuple(numel),
-            numel_by_rank=tuple(numel.values()),
-            own=own,
-            numel_own=sum(copy.source.numel for copy in own),
-            numel_wanted=sum(numel.values()),
-            num_copies=len(part.copies),
-            groups={name: _GroupCopies(ranks_of(copies), tuple(copies)) for name, copies in groups.items()},
+        self.ranks = tuple(numel)  # that want something of it, ascending
+        self.numel_by_rank = tuple(numel.values())  # elements that each of them wants
+        self.numel_own = numel.get(world_rank, 0)
+        self.numel_wanted = sum(self.numel_by_rank)  # by all ranks together
+
+
+@dataclass
+class _Assignment:
+    """Collects one rank's part of the assignment, chunk by chunk."""
+
+    plan: LoadPlan
+    catalog: Catalog
+    layouts: RankLayouts
+    limits: SplitLimits
+    memory_groups: MemoryGroups | None
+    known: dict[tuple[object, ...], list[_SharedPart]] = field(default_factory=dict)  # most chunks look like some other
+    windows: dict[tuple[int, ...], _WindowReaders] = field(default_factory=dict)  # by the ranks of a part
+    own: list[ReadItem] = field(default_factory=list)
+    reads: list[CooperativeRead] = field(default_factory=list)
+    num_forwarded: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # by relay
+    forwarded: dict[int, list[ForwardedBox]] = field(default_factory=lambda: defaultdict(list))  # by reader
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    bytes_forwarded: int = 0
+
+    def result(self) -> CooperativePlan:
+        chunks: dict[tuple[int, int], list[ReadItem]] = defaultdict(list)
+        for item in self.plan.reads:
+            chunks[item.chunk, item.tensor].append(item)
+        # In the order of chunks: a reader and its relay count the same boxes only where both go through them in one order.
+        for _, items in sorted(chunks.items(), key=lambda entry: entry[0]):
+            num_holders, parts = self._parts(items[0])
+            if not parts:
+                self.own += items
+            for part in parts:
+                self._add(items[0], part, self._reader(part, items[0].chunk, num_holders))
+        return CooperativePlan(
+            own=tuple(self.own),
+            reads=tuple(self.reads),
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            bytes_forwarded=self.bytes_forwarded,
+            forwarded={reader: tuple(boxes) for reader, boxes in self.forwarded.items()},
         )
 
+    def _parts(self, item: ReadItem) -> tuple[int, list[_SharedPart]]:
+        """How many ranks hold something of a chunk, and its parts that this rank wants; none where all read their own."""
+        tensor = self.plan.tensors[item.tensor]
+        itemsize = tensor.dtype.itemsize
+        region = self.catalog.region(self.catalog.tensors[tensor.key], item.chunk)
+        holders = self.layouts.holders(tensor, region)
+        is_ranged = not isinstance(self.catalog.formats[self.catalog.chunk_format[item.chunk]], TransformedItem)
+        same = (id(holders), region, itemsize, is_ranged)  # the layouts keep the holders alive
+        if same not in self.known:
+            parts = split_chunk(
+                copies_of_ranks(holders, region),
+                chunk_shape=item.chunk_shape,
+                itemsize=itemsize,
+                limits=self.limits,
+                is_ranged=is_ranged,
+                memory_group_of=self._memory_group_of,
+            )
+            me, is_shared = self.plan.world_rank, any(len(part.copies) > 1 for part in parts)
+            self.known[same] = [
+                _SharedPart(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
+                for index, part in enumerate(parts)
+                if is_shared and any(rank_copy.world_rank == me for rank_copy in part.copies)
+            ]
+        return len(holders), self.known[same]
 
-@dataclass(frozen=True, slots=True)
-class _ChunkOfTensor:
-    """A chunk of a planned tensor, and whose turn it is."""
+    def _memory_group_of(self, world_rank: int) -> str:
+        return "" if self.memory_groups is None else self.memory_groups[world_rank]
 
-    tensor: int  # row of LoadPlan.tensors
-    chunk: int  # row of the catalog
-    chunk_shape: tuple[int, ...]
-    turn: int
+    def _reader(self, shared: _SharedPart, chunk: int, num_holders: int) -> int:
+        """The world rank that reads a part. Turns begin at another rank for each chunk, or for each window of a file."""
+        if not shared.part.fits_window:
+            return shared.ranks[(shared.part.turn + chunk % num_holders) % len(shared.ranks)]
+        file, start = int(self.catalog.chunk_file[chunk]), int(self.catalog.chunk_byte_offset[chunk])
+        # In the usual case rank k of n reads the k-th part of the files anyway: then its requests take these parts along.
+        first = file * len(shared.ranks) // len(self.catalog.files)
+        readers = self.windows.setdefault(shared.ranks, _WindowReaders())
+        return readers.reader((file, start // self.limits.window_bytes), shared, first=first)
 
-    def relay(self, group: _GroupCopies) -> int:
-        """The rank of a memory group that receives the part: another one for each part, so that all receive equally."""
-        return group.ranks[self.turn % len(group.ranks)]
+    def _add(self, item: ReadItem, shared: _SharedPart, reader: int) -> None:
+        """Note what this rank does for a part of an item's chunk: read it, relay it, or wait for it."""
+        itemsize, own_group = self.plan.tensors[item.tensor].dtype.itemsize, self._memory_group_of(self.plan.world_rank)
+        if reader != self.plan.world_rank:
+            self.bytes_received += itemsize * shared.numel_own
+            here = shared.groups[own_group]
+            is_from_outside = len(shared.groups) > 1 and self._memory_group_of(reader) != own_group
+            if is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
+                box = ForwardedBox(item.tensor, item.chunk, here.box, itemsize, tuple(here.copies))
+                self.forwarded[reader].append(box)
+        elif len(shared.own) == len(shared.part.copies):
+            self.own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
+        else:
+            self.bytes_sent += itemsize * (shared.numel_wanted - shared.numel_own)
+            others = [group for name, group in shared.groups.items() if name != own_group]
+            self.reads.append(
+                CooperativeRead(
+                    tensor=item.tensor,
+                    chunk=item.chunk,
+                    chunk_shape=item.chunk_shape,
+                    region=shared.part.region,
+                    copies=tuple(shared.groups[own_group].copies),
+                    forwards=tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others),
+                    numel_wanted=shared.numel_wanted,
+                )
+            )
+
+    def _forward(self, group: _GroupCopies, relay: int, itemsize: int) -> Forward:
+        index = self.num_forwarded[relay]
+        self.num_forwarded[relay] += 1
+        self.bytes_forwarded += group.box.numel * itemsize
+        return Forward(relay, group.box, index)
+
+
+def _relay(group: _GroupCopies, item: ReadItem, shared: _SharedPart) -> int:
+    """The rank of a memory group that receives a part: another one for each part, so that all receive equally."""
+    return group.ranks[(item.chunk + shared.index) % len(group.ranks)]
 
 
 class _WindowReaders:
@@ -337,23 +289,15 @@ class _WindowReaders:
         self._readers: dict[tuple[int, int], int] = {}  # file and window: position in the ranks
         self._balance: list[int] = []  # elements wanted so far, less those that the rank reads; by position
 
-    def reader(self, window: tuple[int, int], part: _SharedPart, *, first: int) -> int:
-        """The world rank that reads a window, with ``part`` as its next part; the ``first`` of the ranks wins ties."""
-        balance = self._balance = self._balance or [0] * len(part.ranks)
-        for position, numel in enumerate(part.numel_by_rank):
+    def reader(self, window: tuple[int, int], shared: _SharedPart, *, first: int) -> int:
+        """The world rank that reads a window, with ``shared`` as its next part; the ``first`` of the ranks wins ties."""
+        num_ranks = len(shared.ranks)
+        balance = self._balance = self._balance or [0] * num_ranks
+        for position, numel in enumerate(shared.numel_by_rank):
             balance[position] += numel
         if window not in self._readers:
-            num_ranks = len(part.ranks)
-            self._readers[window] = (
-                max(range(first, first + num_ranks), key=lambda p: balance[p % num_ranks]) % num_ranks
-            )
+            positions = (position % num_ranks for position in range(first, first + num_ranks))
+            self._readers[window] = max(positions, key=balance.__getitem__)
         chosen = self._readers[window]
-        balance[chosen] -= part.numel_wanted
-        return part.ranks[chosen]
-
-
-def _by_chunk(reads: Sequence[ReadItem]) -> dict[tuple[int, int], list[ReadItem]]:
-    chunks: dict[tuple[int, int], list[ReadItem]] = {}
-    for item in reads:
-        chunks.setdefault((item.tensor, item.chunk), []).append(item)
-    return chunks
+        balance[chosen] -= shared.numel_wanted
+        return shared.ranks[chosen]

@@ -11,26 +11,20 @@ from shardferry.errors import PlanError
 from shardferry.region import Region, first_overlap, tile, uncovered
 
 
-def covering_chunks(catalog: Catalog, saved: SavedTensor, wanted: Region) -> list[tuple[int, Region, Region]]:
+def covering_chunks(catalog: Catalog, saved: SavedTensor, wanted: Region) -> list[tuple[int, Region]]:
     """The saved chunks that together hold each element of a region exactly once.
 
     Args:
         wanted: elements of the whole tensor.
 
     Returns:
-        For each chunk: its row in the catalog, its box, and the part of ``wanted`` that it holds; both boxes in elements of
-        the whole tensor.
+        For each chunk: its row in the catalog, and its box in elements of the whole tensor.
 
     Raises:
         PlanError: an element is in no stored chunk (a hole), or in two (an overlap).
     """
-    offsets, sizes = catalog.boxes(saved)
-    rows, starts, lengths = _covering_rows(catalog, saved, wanted)
-    common = zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
-    return [
-        (saved.chunks[row], _region(offsets, sizes, row), Region(tuple(start), tuple(length)))
-        for row, start, length in common
-    ]
+    chunks = (saved.chunks[row] for row in _covering_rows(catalog, saved, wanted))
+    return [(chunk, catalog.region(saved, chunk)) for chunk in chunks]
 
 
 def check_cover(catalog: Catalog, tensors: Iterable[SavedTensor]) -> None:
@@ -41,7 +35,7 @@ def check_cover(catalog: Catalog, tensors: Iterable[SavedTensor]) -> None:
     """
     proven: set[tuple[object, ...]] = set()
     for saved in tensors:
-        chunks = (saved.shape, *(column.tobytes() for column in (*catalog.boxes(saved), _is_stored(catalog, saved))))
+        chunks = (saved.shape, *identity_of_chunks(catalog, saved))
         if chunks not in proven:
             _covering_rows(catalog, saved, Region.whole(saved.shape))
             proven.add(chunks)
@@ -51,18 +45,21 @@ def find_problems(catalog: Catalog) -> list[str]:
     """Each hole, overlap and unstored chunk that a checkpoint's metadata shows, as messages."""
     problems = list(catalog.problems)
     for saved in catalog.tensors.values():
-        whole = Region.whole(saved.shape)
-        if not whole.numel:
-            continue
         try:
-            _covering_rows(catalog, saved, whole)
+            _covering_rows(catalog, saved, Region.whole(saved.shape))
         except PlanError as error:
             problems.append(str(error))
     return problems
 
 
-def _covering_rows(catalog: Catalog, saved: SavedTensor, wanted: Region) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `covering_chunks`, in columns: rows among the tensor's chunks; offsets and sizes of their parts of ``wanted``."""
+def identity_of_chunks(catalog: Catalog, saved: SavedTensor) -> tuple[bytes, bytes, bytes]:
+    """Equal for two tensors whose chunks have the same boxes, of which the same ones are stored."""
+    offsets, sizes = catalog.boxes(saved)
+    return offsets.tobytes(), sizes.tobytes(), _is_stored(catalog, saved).tobytes()
+
+
+def _covering_rows(catalog: Catalog, saved: SavedTensor, wanted: Region) -> list[int]:
+    """As `covering_chunks`: rows among the tensor's chunks."""
     offsets, sizes = catalog.boxes(saved)
     starts = np.maximum(offsets, wanted.offsets)
     lengths = np.minimum(offsets + sizes, wanted.ends) - starts
@@ -71,9 +68,10 @@ def _covering_rows(catalog: Catalog, saved: SavedTensor, wanted: Region) -> tupl
     if not tile(starts, lengths, wanted):
         overlap = first_overlap(starts, lengths)
         if overlap is not None:
-            raise _overlap_error(catalog, saved, rows[list(overlap)].tolist())
-        raise _hole_error(catalog, saved, wanted, [_region(offsets, sizes, row) for row in rows.tolist()])
-    return rows, starts, lengths
+            raise _overlap_error(catalog, saved, [saved.chunks[rows[row]] for row in overlap])
+        raise _hole_error(catalog, saved, wanted, [saved.chunks[row] for row in rows])
+    found: list[int] = rows.tolist()
+    return found
 
 
 def _is_stored(catalog: Catalog, saved: SavedTensor) -> np.ndarray:
@@ -82,13 +80,8 @@ def _is_stored(catalog: Catalog, saved: SavedTensor) -> np.ndarray:
     return stored
 
 
-def _region(offsets: np.ndarray, sizes: np.ndarray, row: int) -> Region:
-    return Region(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
-
-
-def _overlap_error(catalog: Catalog, saved: SavedTensor, rows: list[int]) -> PlanError:
-    chunks = [saved.chunks[row] for row in rows]
-    (one, other) = [catalog.region(saved, chunk) for chunk in chunks]
+def _overlap_error(catalog: Catalog, saved: SavedTensor, chunks: list[int]) -> PlanError:
+    one, other = (catalog.region(saved, chunk) for chunk in chunks)
     files = [catalog.files[catalog.chunk_file[chunk]] for chunk in chunks]
     return PlanError(
         f"{saved.key}: {one.intersect(other)} is saved twice, in {files[0]} as part of {one} and in {files[1]} as part of "
@@ -96,8 +89,8 @@ def _overlap_error(catalog: Catalog, saved: SavedTensor, rows: list[int]) -> Pla
     )
 
 
-def _hole_error(catalog: Catalog, saved: SavedTensor, wanted: Region, chunks: list[Region]) -> PlanError:
-    holes = uncovered(wanted, chunks)
+def _hole_error(catalog: Catalog, saved: SavedTensor, wanted: Region, chunks: list[int]) -> PlanError:
+    holes = uncovered(wanted, (catalog.region(saved, chunk) for chunk in chunks))
     missing = sum(hole.numel for hole in holes)
     return PlanError(
         f"{saved.key}: {missing} of {wanted.numel} wanted elements are in no saved chunk, first at {holes[0]} of the shape "

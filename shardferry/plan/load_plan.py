@@ -38,7 +38,7 @@ class PlannedTensor:
     @property
     def name(self) -> str:
         """Name of the state entry, dotted where it was nested: ``exp_avg``; empty for weights."""
-        return _dotted(self.path)
+        return dotted(self.path)
 
     @property
     def nbytes(self) -> int:
@@ -59,13 +59,14 @@ class PlannedValue:
     @property
     def name(self) -> str:
         """Name of the state entry, dotted where it was nested."""
-        return _dotted(self.path)
+        return dotted(self.path)
 
 
 Entry = PlannedTensor | PlannedValue
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """The name of a state entry by its path."""
     return ".".join(map(str, path))
 
 
@@ -80,22 +81,6 @@ class ReadItem:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedObject:
-    """One saved value that rank 0 reads whole for all ranks: a hyperparameter, a ``step`` that is a number."""
-
-    key: str
-    nbytes: int  # of its item
-
-
-@dataclass(frozen=True, slots=True)
-class MatchedKeys:
-    """Which of the saved names one rank takes. The names are the same on all ranks, so that ranks can be compared."""
-
-    names: tuple[str, ...] = ()
-    taken: tuple[bool, ...] = ()  # by name
-
-
-@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """All reads of one rank, and the destination of each."""
 
@@ -105,23 +90,25 @@ class LoadPlan:
     request: LoadRequest
     tensors: tuple[PlannedTensor, ...]
     reads: tuple[ReadItem, ...]
-    objects: tuple[PlannedObject, ...]  # that this rank reads for all ranks
     values: tuple[PlannedValue, ...]
     arena_bytes: int
+    objects: Mapping[str, int] = field(
+        default_factory=dict
+    )  # keys that it reads whole for all ranks; bytes of the items
     fqns: tuple[str, ...] = ()  # parameters that this load is for, with or without state
     missing: tuple[str, ...] = ()  # wanted, not saved, allowed
     param_groups: tuple[ParamGroup, ...] | None = None  # None: they were not read
-    extras: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the optimizer's state_dict, beside state and param groups
-    state_keys: MatchedKeys = field(default_factory=MatchedKeys)
-    weight_keys: MatchedKeys = field(default_factory=MatchedKeys)
+    # What the optimizer's state dict had beside state and param groups.
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    # The saved names, the same on all ranks and in the same order, and whether this rank takes each.
+    state_keys: Mapping[str, bool] = field(default_factory=dict)
+    weight_keys: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def bytes_needed(self) -> int:
         """Bytes that this rank wants: its regions of tensors, and whole items of Python objects."""
         tensors = sum(t.layout.wanted_numel * t.dtype.itemsize for t in self.tensors)
-        return tensors + sum(o.nbytes for o in self.objects)
+        return tensors + sum(self.objects.values())
 
     def manifest(self) -> Manifest:
         """The manifest of the arena that this plan fills."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -12,7 +12,6 @@ from shardferry.checkpoint.optimizer_state import SavedOptimizer
 from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.plan.load_plan import MatchedKeys
 
 _SHOWN = 5  # names in a message
 
@@ -53,15 +52,14 @@ class KeyReport:
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
-def matched_keys(names: Iterable[str], found: Sequence[MatchedParam]) -> MatchedKeys:
+def matched_keys(names: Iterable[str], found: Sequence[MatchedParam]) -> dict[str, bool]:
     """Which of the saved names a rank takes."""
     taken = {name for parameter in found for name in (parameter.saved, parameter.fqn)}
-    ordered = tuple(sorted(names))
-    return MatchedKeys(ordered, tuple(name in taken for name in ordered))
+    return {name: name in taken for name in sorted(names)}
 
 
 def unexpected_keys(
-    matched: MatchedKeys, taken_by_any: Sequence[bool], request: LoadRequest, location: str
+    matched: Mapping[str, bool], taken_by_any: Sequence[bool], request: LoadRequest, location: str
 ) -> tuple[str, ...]:
     """The saved names that no rank takes.
 
@@ -71,10 +69,10 @@ def unexpected_keys(
     Raises:
         PlanError: there are some, and the request does not ignore them.
     """
-    left = tuple(name for name, taken in zip(matched.names, taken_by_any, strict=True) if not taken)
+    left = tuple(name for name, taken in zip(matched, taken_by_any, strict=True) if not taken)
     if left and not request.keys.ignore_unexpected:
         raise PlanError(
-            f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(matched.names)} saved names are "
+            f"{left[0]}: is saved in {location}, but no rank wants it ({len(left)} of {len(matched)} saved names are "
             f"unexpected: {shown(left)}); give the model that was saved, exclude them, or set keys: ignore_unexpected"
         )
     return left
@@ -126,24 +124,20 @@ def find_state(
     if wanted is None:
         known = dict.fromkeys([*saved.state, *sorted(saved.grouped)])
         return [MatchedParam(fqn, fqn) for fqn in known if layout.holds(fqn)], ()
-    found: list[MatchedParam] = []
-    missing: list[str] = []
-    grouped = saved.grouped
+    known_names = saved.state.keys() | saved.grouped
+    names: dict[str, str | None] = {}
     for fqn in filter(request.selection.selects, wanted):
-        names = [n for n in (fqn, *layout.aliases(fqn)) if n in saved.state]
-        if len(names) > 1 and not request.keys.ignore_unexpected:
+        with_state = [name for name in (fqn, *layout.aliases(fqn)) if name in saved.state]
+        if len(with_state) > 1 and not request.keys.ignore_unexpected:
             raise PlanError(
-                f"{names[0]} and {names[1]} are one (tied) parameter here, and the checkpoint has state of its own for each; "
-                "give the model untied, as it was saved, or set keys: ignore_unexpected to take the state of the first"
+                f"{with_state[0]} and {with_state[1]} are one (tied) parameter here, and the checkpoint has state of its own for "
+                "each; give the model untied, as it was saved, or set keys: ignore_unexpected to take the state of the first"
             )
-        name = next((n for n in (*names, fqn, *layout.aliases(fqn)) if n in saved.state or n in grouped), None)
-        if name is not None:
-            found.append(MatchedParam(fqn, name))
-        elif not layout.may_lack(fqn):
-            missing.append(fqn)
+        names[fqn] = with_state[0] if with_state else _name_in(known_names, fqn, layout)
+    missing = [fqn for fqn, name in names.items() if name is None and not layout.may_lack(fqn)]
     if missing and not request.keys.allow_missing:
         raise PlanError(_missing_state(missing, saved, len(wanted)))
-    return found, tuple(missing)
+    return [MatchedParam(fqn, name) for fqn, name in names.items() if name is not None], tuple(missing)
 
 
 def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -> str:
@@ -162,22 +156,23 @@ def find_weights(
     wanted = layout.weights()
     if wanted is None:
         return [MatchedParam(fqn, fqn) for fqn in saved if layout.holds(fqn)], ()
-    found: list[MatchedParam] = []
-    missing: list[str] = []
-    for fqn in filter(request.selection.selects, wanted):
-        names = [n for n in (fqn, *layout.aliases(fqn)) if n in saved]
-        if not names:
-            missing.append(fqn)
-            continue
-        found.append(MatchedParam(fqn, names[0]))
-        found += [MatchedParam(name, name) for name in names[1:]]  # of a tied parameter: are they equal?
+    names = {fqn: _name_in(saved, fqn, layout) for fqn in filter(request.selection.selects, wanted)}
+    missing = [fqn for fqn, name in names.items() if name is None]
     if missing and not request.keys.allow_missing:
         raise PlanError(
             f"{missing[0]}: {location} has no weights of this name under model_key {request.model_key!r} "
             f"({len(missing)} of {len(wanted)} wanted ones are missing: {shown(missing)}); the nearest saved names are "
             f"{nearest(missing[0], saved)}. Rename them, or set keys: allow_missing"
         )
-    return found, tuple(missing)
+    found = [MatchedParam(fqn, name) for fqn, name in names.items() if name is not None]
+    # The other names of tied parameters too: `shardferry.optimizer.install` compares the weights.
+    others = (name for fqn, first in names.items() for name in layout.aliases(fqn) if name in saved and name != first)
+    return [*found, *(MatchedParam(name, name) for name in others)], tuple(missing)
+
+
+def _name_in(saved: Collection[str], fqn: str, layout: RankLayout) -> str | None:
+    """The name under which a (tied) parameter is saved."""
+    return next((name for name in (fqn, *layout.aliases(fqn)) if name in saved), None)
 
 
 def mismatch_error(mismatched: Sequence[Exception]) -> Exception:

@@ -5,14 +5,15 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedTensor
+from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.optimizer_state import (
     SCALAR_STATE,
     OptimizerIndex,
@@ -25,70 +26,56 @@ from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
-from shardferry.plan.cover import covering_chunks
-from shardferry.plan.load_plan import (
-    LoadPlan,
-    MatchedKeys,
-    PlannedObject,
-    PlannedTensor,
-    PlannedValue,
-    ReadItem,
-    Section,
-)
+from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.plan.cover import covering_chunks, identity_of_chunks
+from shardferry.plan.load_plan import LoadPlan, PlannedTensor, PlannedValue, ReadItem, Section, dotted
 from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
-from shardferry.plan.state_layout import StateLayouts
+from shardferry.plan.split import copy_to_box
+from shardferry.plan.state_layout import StateLayouts, tensors_beside
 from shardferry.region import BoxCopy
 from shardferry.state_dicts import KeyPath, LeftLive
 
 ALIGNMENT = 256  # bytes; each tensor starts at a multiple, so that GPUs and direct I/O are content
 
 
+@paused_gc()
 def plan_load(
-    catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
+    catalog: Catalog,
+    layout: RankLayout,
+    request: LoadRequest,
+    values: Mapping[str, Any] | None = None,
+    *,
+    with_reads: bool = True,
 ) -> LoadPlan:
     """Plan one rank's load of one optimizer, and of the weights where they are asked for.
 
     Args:
         values: the saved Python values by key, see `value_keys`; None in a dry run, which then can't tell a parameter that never
             stepped from one that was not saved.
+        with_reads: whether the plan says where the tensors come from. Without it, holes and overlaps are not found.
 
     Raises:
         PlanError: nothing is saved under the key, a wanted parameter isn't there, an element is in no saved chunk
             (a hole) or in two (an overlap); the message names FQN and box.
         LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
-    return _plan(_Planner(catalog, layout, request, values), catalog, layout, request, values)
-
-
-def wanted_tensors(
-    catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None = None
-) -> tuple[PlannedTensor, ...]:
-    """What one rank wants, as in its plan, without where it comes from. Raises as `plan_load` does, but for holes and overlaps."""
-    planner = _Planner(catalog, layout, request, values, with_reads=False)
-    return _plan(planner, catalog, layout, request, values).tensors
-
-
-@paused_gc()
-def _plan(
-    planner: _Planner, catalog: Catalog, layout: RankLayout, request: LoadRequest, values: Mapping[str, Any] | None
-) -> LoadPlan:
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.resolve(index, values, request, layout.positions())
     if not request.selection.is_everything:
-        check_globs(request.selection, saved.names | _names_beside(catalog, index))
+        beside = {".".join(map(str, path[1:] or path)) for path, _ in tensors_beside(catalog, index)}
+        check_globs(request.selection, saved.names | beside)
+    planner = _Planner(catalog, layout, request, values, with_reads=with_reads)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found, index)
-    weight_keys = MatchedKeys()
+    weight_keys: dict[str, bool] = {}
     if request.model_key is not None:
         weights = saved_weights(catalog, request, index)
         found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
         planner.add_weights(weights, found_weights)
         missing += missing_weights
         weight_keys = matched_keys(weights, found_weights)
-    if layout.world_rank == 0:
-        planner.add_objects(planned_objects(catalog, request))
     return planner.finish(
+        objects=planned_objects(catalog, request) if layout.world_rank == 0 else {},
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
@@ -96,13 +83,6 @@ def _plan(
         state_keys=matched_keys(saved.state, found),
         weight_keys=weight_keys,
     )
-
-
-def _names_beside(catalog: Catalog, index: OptimizerIndex) -> set[str]:
-    """What all else is called below its top-level key: weights of parameters that never stepped, buffers."""
-    of_optimizer = set(index.all_keys())
-    paths = (catalog.path(key) for key in catalog.tensors if key not in of_optimizer)
-    return {".".join(map(str, path[1:] or path)) for path in paths}
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
@@ -141,14 +121,11 @@ def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
     return objects + [key for key in (*index.param_groups.values(), *beside) if key in catalog.tensors]
 
 
-def planned_objects(catalog: Catalog, request: LoadRequest) -> list[PlannedObject]:
-    """What is read whole, once a job."""
-    return [PlannedObject(key, _item_bytes(catalog, key)) for key in value_keys(catalog, request)]
-
-
-def _item_bytes(catalog: Catalog, key: str) -> int:
-    item = catalog.objects.get(key)
-    return item.byte_length if item is not None else catalog.tensors[key].nbytes
+def planned_objects(catalog: Catalog, request: LoadRequest) -> dict[str, int]:
+    """What is read whole, once per job: keys, and the bytes of their items."""
+    objects, tensors = catalog.objects, catalog.tensors
+    keys = value_keys(catalog, request)
+    return {key: objects[key].byte_length if key in objects else tensors[key].nbytes for key in keys}
 
 
 def plan_tensors(
@@ -168,106 +145,76 @@ def plan_tensors(
 _ChunkCopy = tuple[int, tuple[int, ...], BoxCopy]  # chunk, counted from the tensor's first; its shape; the copy
 
 
-class _Interned:
-    """Keeps one of equal layouts: they are compared and sent to other ranks more often than they are made."""
-
-    def __init__(self) -> None:
-        self._by_value: dict[TensorLayout, TensorLayout] = {}
-        self._by_id: dict[int, tuple[TensorLayout, TensorLayout]] = {}  # the first one keeps the id from being reused
-
-    def one_of(self, layout: TensorLayout) -> TensorLayout:
-        """The layout that stands for all that are equal to this one."""
-        known = self._by_id.get(id(layout))
-        if known is None:
-            known = self._by_id[id(layout)] = (layout, self._by_value.setdefault(layout, layout))
-        return known[1]
-
-
+@dataclass
 class _Planner:
     """Collects the tensors and reads of one rank, and gives each tensor its place in the arena."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        layout: RankLayout,
-        request: LoadRequest,
-        saved_values: Mapping[str, Any] | None = None,
-        *,
-        with_reads: bool = True,
-    ) -> None:
-        self._catalog = catalog
-        self._layout = layout
-        self._request = request
-        self._saved_values = saved_values
-        self._with_reads = with_reads
-        self._all_stored = not (catalog.chunk_file == NO_FILE).any()
-        self._layouts = _Interned()
-        self._known_copies: dict[
-            tuple[object, ...], list[_ChunkCopy]
-        ] = {}  # most tensors of a model look like some other
-        self._tensors: list[PlannedTensor] = []
-        self._reads: list[ReadItem] = []
-        self._objects: list[PlannedObject] = []
-        self._values: list[PlannedValue] = []
-        self._mismatched: list[LayoutError] = []
-        self._end = 0
+    catalog: Catalog
+    layout: RankLayout
+    request: LoadRequest
+    saved_values: Mapping[str, Any] | None = None
+    with_reads: bool = True
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    reads: list[ReadItem] = field(default_factory=list)
+    values: list[PlannedValue] = field(default_factory=list)
+    mismatched: list[LayoutError] = field(default_factory=list)
+    end: int = 0  # bytes, of the arena
+    layouts: dict[TensorLayout, TensorLayout] = field(default_factory=dict)  # one of equal layouts
+    # By id; the first layout keeps its id from being reused.
+    layout_of: dict[int, tuple[TensorLayout, TensorLayout]] = field(default_factory=dict)
+    # Most tensors of a model look like some other.
+    known_copies: dict[tuple[object, ...], list[_ChunkCopy]] = field(default_factory=dict)
 
     def add_state(self, saved: SavedOptimizer, found: Sequence[MatchedParam], index: OptimizerIndex) -> None:
         """The state of the wanted parameters that are saved."""
-        layouts = StateLayouts(self._catalog, saved, found, layout=self._layout, request=self._request, index=index)
+        layouts = StateLayouts(self.catalog, saved, found, layout=self.layout, request=self.request, index=index)
         for parameter in found:
             for name, entry in saved.state.get(parameter.saved, {}).items():
-                tensor = self._catalog.tensors.get(entry.key)
-                if tensor is None:
-                    self._add_value(entry.key, parameter.fqn, entry.path, "state")
-                    continue
-                try:
-                    layout, follows = layouts.layout_for(parameter.fqn, name, tensor)
-                    cast = self._cast(parameter.fqn, name, tensor)
-                except LayoutError as error:
-                    self._mismatched.append(error)
-                else:
-                    self.add_tensor(
-                        tensor, layout, fqn=parameter.fqn, path=entry.path, cast=cast, sharded_like_param=follows
-                    )
+                layout_for = partial(layouts.layout_for, parameter.fqn, name)
+                self._add(entry.key, parameter.fqn, entry.path, "state", layout_for)
 
     def add_weights(self, weights: Mapping[str, str], found: Sequence[MatchedParam]) -> None:
         """The wanted weights and buffers that are saved."""
         for wanted in found:
-            key = weights[wanted.saved]
-            tensor = self._catalog.tensors.get(key)
-            if tensor is None:
-                self._add_value(key, wanted.fqn, (), "model")
-                continue
-            try:
-                layout = self._layout.weight(wanted.fqn, tensor.shape)
-                cast = self._cast(wanted.fqn, "", tensor)
-            except LayoutError as error:
-                self._mismatched.append(error)
-            else:
-                self.add_tensor(tensor, layout, fqn=wanted.fqn, section="model", cast=cast)
+            self._add(weights[wanted.saved], wanted.fqn, (), "model", partial(self._weight_layout, wanted.fqn))
 
-    def _add_value(self, key: str, fqn: str, path: KeyPath, section: Section) -> None:
-        value = None if self._saved_values is None else self._saved_values[key]
-        if isinstance(value, LeftLive):
+    def _weight_layout(self, fqn: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
+        return self.layout.weight(fqn, saved.shape), True
+
+    def _add(
+        self,
+        key: str,
+        fqn: str,
+        path: KeyPath,
+        section: Section,
+        layout_for: Callable[[SavedTensor], tuple[TensorLayout, bool]],
+    ) -> None:
+        """A saved tensor, or a Python value in its place."""
+        tensor = self.catalog.tensors.get(key)
+        if tensor is None:
+            value = None if self.saved_values is None else self.saved_values[key]
+            if not isinstance(value, LeftLive):
+                self.values.append(PlannedValue(key, fqn, path, value, section))
             return
-        self._values.append(PlannedValue(key, fqn, path, value, section))
+        try:
+            layout, follows = layout_for(tensor)
+            cast = self._cast(fqn, dotted(path), tensor)
+        except LayoutError as error:
+            self.mismatched.append(error)
+        else:
+            self.add_tensor(tensor, layout, fqn=fqn, path=path, section=section, cast=cast, sharded_like_param=follows)
 
     def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:
         """The dtype to convert to. Raises LayoutError where that must be asked for, and wasn't."""
-        wanted = self._layout.dtype(fqn, name) or self._request.wanted_dtype(name)
+        wanted = self.layout.dtype(fqn, name) or self.request.wanted_dtype(name)
         if wanted is None or wanted == saved.dtype or name in SCALAR_STATE:
             return None
         convertible = can_convert(saved.dtype, wanted)
-        if convertible and self._request.dtype is DtypePolicy.CAST:
+        if convertible and self.request.dtype is DtypePolicy.CAST:
             return wanted
         what = f"{name!r}" if name else "the weight"
         way_out = "to convert it set dtype: cast" if convertible else "a cast between these would lose the numbers"
         raise LayoutError(f"{fqn}: {what} was saved as {saved.dtype} and is wanted as {wanted}; {way_out}")
-
-    def add_objects(self, objects: Sequence[PlannedObject]) -> None:
-        """What this rank reads whole, for all."""
-        self._objects += objects
 
     def add_tensor(
         self,
@@ -280,63 +227,57 @@ class _Planner:
         cast: torch.dtype | None = None,
         sharded_like_param: bool = True,
     ) -> None:
-        row, layout = len(self._tensors), self._layouts.one_of(layout)
+        row, layout = len(self.tensors), self._one_of(layout)
         tensor = PlannedTensor(
             key=saved.key,
             fqn=fqn,
             path=path,
             dtype=saved.dtype,
             layout=layout,
-            arena_offset=self._end,
+            arena_offset=self.end,
             section=section,
             cast=cast,
             sharded_like_param=sharded_like_param,
         )
-        self._tensors.append(tensor)
-        self._end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if self._with_reads:
+        self.tensors.append(tensor)
+        self.end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if self.with_reads:
             first = saved.chunks.start
-            self._reads += [
+            self.reads += [
                 ReadItem(row, first + chunk, chunk_shape, copy)
                 for chunk, chunk_shape, copy in self._copies(saved, layout)
             ]
 
+    def _one_of(self, layout: TensorLayout) -> TensorLayout:
+        """One of equal layouts: they are compared and sent to other ranks more often than they are made."""
+        known = self.layout_of.get(id(layout))
+        if known is None:
+            known = self.layout_of[id(layout)] = (layout, self.layouts.setdefault(layout, layout))
+        return known[1]
+
     def _copies(self, saved: SavedTensor, layout: TensorLayout) -> list[_ChunkCopy]:
-        same = (id(layout), *(column.tobytes() for column in self._catalog.boxes(saved)), self._stored(saved))
-        copies = self._known_copies.get(same)
-        if copies is None:
-            copies = [copy for box in layout.boxes for copy in self._copies_of(saved, layout, box)]
-            self._known_copies[same] = copies
-        return copies
-
-    def _stored(self, saved: SavedTensor) -> bytes:
-        """Which of a tensor's chunks are in a file; empty where every chunk of the checkpoint is."""
-        if self._all_stored:
-            return b""
-        stored: np.ndarray = self._catalog.chunk_file[saved.chunks.start : saved.chunks.stop] != NO_FILE
-        return stored.tobytes()
-
-    def _copies_of(self, saved: SavedTensor, layout: TensorLayout, box: LocalRegion) -> Iterator[_ChunkCopy]:
-        offset, strides = layout.destination(box)
-        for chunk, chunk_region, common in covering_chunks(self._catalog, saved, box.region):
-            inside = common.relative_to(box.region.offsets)
-            start = offset + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
-            copy = BoxCopy(common.relative_to(chunk_region.offsets), start, strides)
-            yield chunk - saved.chunks.start, chunk_region.sizes, copy
+        same = (id(layout), *identity_of_chunks(self.catalog, saved))
+        if same not in self.known_copies:
+            self.known_copies[same] = [
+                (chunk - saved.chunks.start, region.sizes, copy)
+                for box in layout.boxes
+                for chunk, region in covering_chunks(self.catalog, saved, box.region)
+                if (copy := copy_to_box(region, layout, box)) is not None
+            ]
+        return self.known_copies[same]
 
     def finish(self, **known: Any) -> LoadPlan:
         """The plan. Raises LayoutError where something didn't fit."""
-        if self._mismatched:
-            raise mismatch_error(self._mismatched)
+        if self.mismatched:
+            raise mismatch_error(self.mismatched)
         return LoadPlan(
-            world_rank=self._layout.world_rank,
-            world_size=self._layout.world_size,
-            mesh=self._layout.mesh,
-            request=self._request,
-            tensors=tuple(self._tensors),
-            reads=tuple(self._reads),
-            objects=tuple(self._objects),
-            values=tuple(self._values),
-            arena_bytes=self._end,
+            world_rank=self.layout.world_rank,
+            world_size=self.layout.world_size,
+            mesh=self.layout.mesh,
+            request=self.request,
+            tensors=tuple(self.tensors),
+            reads=tuple(self.reads),
+            values=tuple(self.values),
+            arena_bytes=self.end,
             **known,
         )

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch.distributed.tensor import Placement, Replicate
+from torch.distributed.tensor import Replicate
 
-from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
-from shardferry.layout.tensor_layout import TensorLayout, replicated
+from shardferry.layout.tensor_layout import TensorLayout, single_box
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor
 from shardferry.plan.split import RankAndLayout
 from shardferry.region import Region
@@ -18,10 +17,11 @@ from shardferry.region import Region
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Tensors with the same boxes on every rank, and the holders found so far."""
+    """Tensors with the same boxes on every rank, and what was found of them so far."""
 
     boxes: MeshBoxes
-    known: dict[Region, tuple[RankAndLayout, ...]] = field(default_factory=dict)
+    layouts: dict[Region, TensorLayout] = field(default_factory=dict)  # by the box that a rank holds
+    holders: dict[Region, tuple[RankAndLayout, ...]] = field(default_factory=dict)
 
 
 class LayoutsFromSpec:
@@ -33,8 +33,6 @@ class LayoutsFromSpec:
     def __init__(self, spec: SpecLayout, world_ranks: Sequence[int]) -> None:
         self._spec = spec
         self._world_ranks = np.array(sorted(world_ranks), dtype=np.int64)
-        self._members = frozenset(world_ranks)
-        self._ranks: dict[int, RankLayout] = {}
         self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._kind_of: dict[str, _Kind] = {}  # by key
 
@@ -42,45 +40,24 @@ class LayoutsFromSpec:
         kind = self._kind_of.get(tensor.key)
         if kind is None:
             kind = self._kind_of[tensor.key] = self._kind(tensor)
-        found = kind.known.get(region)
+        found = kind.holders.get(region)
         if found is None:
-            ranks = map(self._rank, kind.boxes.holders(region))
-            found = kind.known[region] = tuple((rank.world_rank, self._layout(rank, tensor)) for rank in ranks)
+            shape, placements = tensor.layout.global_shape, tensor.layout.placements
+            held = kind.boxes.holders(region)
+            for box in {box for _, box in held} - kind.layouts.keys():
+                kind.layouts[box] = single_box(shape, box, placements)
+            found = kind.holders[region] = tuple((rank, kind.layouts[box]) for rank, box in held)
         return found
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:
-        shape, placements = tensor.layout.global_shape, self._placements(tensor)
-        kept_to = self._spec.holder_coordinates(tensor.fqn)
-        same = (shape, placements, tensor.section, tensor.sharded_like_param, kept_to)
+        mesh, shape, placements = self._spec.mesh, tensor.layout.global_shape, tensor.layout.placements
+        held_at = self._spec.holder_coordinates(tensor.fqn)
+        same = (shape, placements, held_at)
         if same not in self._kinds:
-            ranks = ranks_at(self._spec.mesh, self._world_ranks, kept_to)
-            self._kinds[same] = _Kind(MeshBoxes(shape, self._spec.mesh, placements, ranks))
+            ranks = ranks_at(mesh, self._world_ranks, held_at)
+            boxes = MeshBoxes(shape, mesh, placements or (Replicate(),) * len(mesh.axes), ranks)
+            self._kinds[same] = _Kind(boxes)
         return self._kinds[same]
-
-    def _rank(self, world_rank: int) -> RankLayout:
-        if world_rank not in self._ranks:
-            self._ranks[world_rank] = self._spec.rank(world_rank)
-        return self._ranks[world_rank]
-
-    def _placements(self, tensor: PlannedTensor) -> tuple[Placement, ...]:
-        """As `_layout` has them."""
-        everywhere = (Replicate(),) * len(self._spec.mesh.axes)
-        as_parameter = self._spec.placements(tensor.fqn)
-        if tensor.section == "model":
-            return as_parameter if tensor.layout.global_shape else everywhere
-        return self._spec.entry_placements(tensor.fqn, tensor.name) or (
-            as_parameter if tensor.sharded_like_param else everywhere
-        )
-
-    @staticmethod
-    def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:
-        shape = tensor.layout.global_shape
-        if tensor.section == "model":
-            return rank.weight(tensor.fqn, shape)
-        own = rank.entry(tensor.fqn, tensor.name, shape)
-        if own is not None:
-            return own
-        return rank.parameter(tensor.fqn, shape) if tensor.sharded_like_param else replicated(shape)
 
 
 @dataclass(frozen=True)
@@ -95,12 +72,12 @@ class ExchangedLayouts:
         same = (region, *((rank, id(layout)) for rank, layout in sent))
         found = self._known.get(same)
         if found is None:
-            found = self._known[same] = tuple((rank, layout) for rank, layout in sent if _holds(layout, region))
+            found = self._known[same] = tuple(
+                (rank, layout)
+                for rank, layout in sent
+                if any(region.intersect(box.region) is not None for box in layout.boxes)
+            )
         return found
-
-
-def _holds(layout: TensorLayout, region: Region) -> bool:
-    return any(region.intersect(box.region) is not None for box in layout.boxes)
 
 
 def layouts_to_send(plan: LoadPlan) -> dict[str, TensorLayout]:

@@ -17,14 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from operator import itemgetter
 
 from shardferry.config import SplitLimits
-from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
 from shardferry.region import BoxCopy, Region
 
 RankAndLayout = tuple[int, TensorLayout]  # world rank, and the tensor's layout there
+MemoryGroupOf = Callable[[int], str]  # by world rank; ranks with the same answer write into each other's arenas
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,34 +34,6 @@ class RankCopy:
 
     world_rank: int
     copy: BoxCopy
-
-
-def copies_of_ranks(layouts: Sequence[RankAndLayout], chunk: Region) -> list[RankCopy]:
-    """Every copy that ranks make out of a chunk, rank by rank. Equal layouts, given as one object, are worked out once."""
-    known: dict[int, list[BoxCopy]] = {}  # by id; the caller keeps the layouts alive
-    found: list[RankCopy] = []
-    for world_rank, layout in layouts:
-        copies = known.get(id(layout))
-        if copies is None:
-            copies = known[id(layout)] = list(copies_out_of(chunk, layout))
-        found += [RankCopy(world_rank, copy) for copy in copies]
-    return found
-
-
-def copies_out_of(chunk: Region, layout: TensorLayout) -> Iterator[BoxCopy]:
-    """The copies that fill what a local tensor has of a chunk."""
-    for box in layout.boxes:
-        common = chunk.intersect(box.region)
-        if common is not None:
-            start, strides = layout.destination(box)
-            inside = common.relative_to(box.region.offsets)
-            offset = start + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
-            yield BoxCopy(common.relative_to(chunk.offsets), offset, strides)
-
-
-def ranks_of(copies: Sequence[RankCopy]) -> tuple[int, ...]:
-    """World ranks, ascending, each once."""
-    return tuple(sorted({copy.world_rank for copy in copies}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +46,37 @@ class ChunkPart:
     fits_window: bool = False  # small: it is read together with its neighbours in the file
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of a chunk between two positions where the set of ranks changes."""
+def copies_of_ranks(layouts: Sequence[RankAndLayout], chunk: Region) -> list[RankCopy]:
+    """Every copy that ranks make out of a chunk, rank by rank. Equal layouts, given as one object, are worked out once."""
+    known: dict[int, list[BoxCopy]] = {}  # by id; the caller keeps the layouts alive
+    found: list[RankCopy] = []
+    for world_rank, layout in layouts:
+        copies = known.get(id(layout))
+        if copies is None:
+            copies = known[id(layout)] = copies_out_of(chunk, layout)
+        found += [RankCopy(world_rank, copy) for copy in copies]
+    return found
 
-    start: int
-    stop: int
-    copies: list[RankCopy]  # that take something of these rows
+
+def copies_out_of(chunk: Region, layout: TensorLayout) -> list[BoxCopy]:
+    """The copies that fill what a local tensor has of a chunk."""
+    return [copy for box in layout.boxes if (copy := copy_to_box(chunk, layout, box)) is not None]
 
 
-MemoryGroupOf = Callable[[int], str]  # by world rank
+def copy_to_box(chunk: Region, layout: TensorLayout, box: LocalRegion) -> BoxCopy | None:
+    """The copy that fills what one box of a local tensor has of a chunk; None where the two share no element."""
+    common = chunk.intersect(box.region)
+    if common is None:
+        return None
+    start, strides = layout.destination(box)
+    inside = common.relative_to(box.region.offsets)
+    offset = start + sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
+    return BoxCopy(common.relative_to(chunk.offsets), offset, strides)
 
 
-def whole_chunk(
-    copies: Sequence[RankCopy], *, chunk_shape: tuple[int, ...], itemsize: int, limits: SplitLimits
-) -> ChunkPart:
-    """The chunk as one part, for items that can't be read in ranges."""
-    fits = math.prod(chunk_shape) * itemsize <= limits.window_bytes
-    return ChunkPart(Region.whole(chunk_shape), tuple(copies), fits_window=fits)
+def ranks_of(copies: Iterable[RankCopy]) -> tuple[int, ...]:
+    """World ranks, ascending, each once."""
+    return tuple(sorted({copy.world_rank for copy in copies}))
 
 
 def split_chunk(
@@ -99,21 +85,31 @@ def split_chunk(
     chunk_shape: tuple[int, ...],
     itemsize: int,
     limits: SplitLimits,
+    is_ranged: bool,
     memory_group_of: MemoryGroupOf,
 ) -> list[ChunkPart]:
     """Split one chunk by the copies out of it.
 
     Args:
         itemsize: bytes of an element.
-        memory_group_of: ranks with the same answer write into each other's arenas.
+        is_ranged: whether the chunk's item can be read in ranges. If not, it is one part: one rank decodes it for all.
 
     Returns:
         The parts in the order of the chunk's rows. Every copy is in them, element by element, exactly once.
     """
-    if not chunk_shape:
-        return [whole_chunk(copies, chunk_shape=chunk_shape, itemsize=itemsize, limits=limits)]
-    splitter = _Splitter(chunk_shape, itemsize, limits, memory_group_of)
-    return list(splitter.parts(copies))
+    if not is_ranged or not chunk_shape:
+        fits = math.prod(chunk_shape) * itemsize <= limits.window_bytes
+        return [ChunkPart(Region.whole(chunk_shape), tuple(copies), fits_window=fits)]
+    return list(_Splitter(chunk_shape, itemsize, limits, memory_group_of).parts(copies))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a chunk between two positions where the set of ranks changes."""
+
+    start: int
+    stop: int
+    copies: list[RankCopy]  # that take something of these rows
 
 
 class _Splitter:
@@ -127,7 +123,8 @@ class _Splitter:
         self._limits = limits
         self._memory_group_of = memory_group_of
         self._dim = next((dim for dim, size in enumerate(chunk_shape) if size > 1), 0)
-        self._row_bytes = math.prod(chunk_shape[self._dim + 1 :]) * itemsize
+        self._row_shape = chunk_shape[self._dim + 1 :]
+        self._row_bytes = math.prod(self._row_shape) * itemsize
 
     def parts(self, copies: Sequence[RankCopy]) -> Iterator[ChunkPart]:
         rows = self._rows_by_ranks(copies)
@@ -150,19 +147,20 @@ class _Splitter:
 
     def _joined(self, all_rows: Iterable[_Rows]) -> Iterator[_Rows]:
         """Join neighbours that one memory group wants whole, up to a window's size."""
-        joined: list[_Rows] = []
-        memory_group: str | None = None  # of `joined`; None: nothing may be joined to it
+        last: tuple[_Rows, str | None] | None = None  # with the memory group that wants them
         for rows in all_rows:
             wanted_by = self._only_memory_group(rows)
-            fits = bool(joined) and (rows.stop - joined[0].start) * self._row_bytes <= self._limits.window_bytes
-            is_neighbour = fits and wanted_by is not None and wanted_by == memory_group
-            if joined and not (is_neighbour and joined[-1].stop == rows.start):
-                yield self._as_one(joined)
-                joined = []
-            joined.append(rows)
-            memory_group = wanted_by
-        if joined:
-            yield self._as_one(joined)
+            if last is not None:
+                before, group = last
+                fits = (rows.stop - before.start) * self._row_bytes <= self._limits.window_bytes
+                if fits and before.stop == rows.start and group is not None and group == wanted_by:
+                    later = [c for c in rows.copies if c.copy.source.offsets[self._dim] == rows.start]
+                    rows = _Rows(before.start, rows.stop, before.copies + later)
+                else:
+                    yield before
+            last = rows, wanted_by
+        if last is not None:
+            yield last[0]
 
     def _only_memory_group(self, rows: _Rows) -> str | None:
         """The one memory group that wants whole rows; None where the rows must not be joined with others.
@@ -170,21 +168,10 @@ class _Splitter:
         One rank's long run is not joined: that rank reads it in place.
         """
         memory_groups = {self._memory_group_of(rank_copy.world_rank) for rank_copy in rows.copies}
-        whole = self._chunk_shape[self._dim + 1 :]
-        if len(memory_groups) > 1 or all(c.copy.source.sizes[self._dim + 1 :] != whole for c in rows.copies):
+        if len(memory_groups) > 1 or all(c.copy.source.sizes[self._dim + 1 :] != self._row_shape for c in rows.copies):
             return None
         is_long = (rows.stop - rows.start) * self._row_bytes >= self._limits.long_run_bytes
         return None if is_long and len(ranks_of(rows.copies)) == 1 else memory_groups.pop()
-
-    def _as_one(self, neighbours: Sequence[_Rows]) -> _Rows:
-        first = neighbours[0]
-        later = [
-            rank_copy
-            for rows in neighbours[1:]
-            for rank_copy in rows.copies
-            if rank_copy.copy.source.offsets[self._dim] == rows.start
-        ]
-        return _Rows(first.start, neighbours[-1].stop, first.copies + later)
 
     def _divided(self, rows: _Rows) -> Iterator[ChunkPart]:
         """Divide rows among the ranks that want something of them."""
@@ -211,16 +198,15 @@ class _Splitter:
         return [RankCopy(world_rank, copy) for world_rank, copy in parts if copy is not None]
 
     def _region(self, start: int, stop: int) -> Region:
-        before, behind = (0,) * self._dim, len(self._chunk_shape) - self._dim - 1
-        sizes = (*self._chunk_shape[: self._dim], stop - start, *self._chunk_shape[self._dim + 1 :])
-        return Region((*before, start, *(0,) * behind), sizes)
+        offsets = (*(0,) * self._dim, start, *(0,) * len(self._row_shape))
+        return Region(offsets, (*self._chunk_shape[: self._dim], stop - start, *self._row_shape))
 
     def _share_nothing(self, copies: Sequence[RankCopy]) -> bool:
         """Whether no element is wanted twice and every contiguous run is long: then each rank reads its own."""
-        if any(self._run_bytes(c.copy.source) < self._limits.long_run_bytes for c in copies):
+        boxes = [rank_copy.copy.source for rank_copy in copies]
+        if any(self._run_bytes(box) < self._limits.long_run_bytes for box in boxes):
             return False
-        boxes = [c.copy.source for c in copies]
-        return all(one.intersect(other) is None for i, one in enumerate(boxes) for other in boxes[i + 1 :])
+        return all(one.intersect(other) is None for one, other in combinations(boxes, 2))
 
     def _run_bytes(self, box: Region) -> int:
         """Bytes of the box that are contiguous in a row-major chunk."""

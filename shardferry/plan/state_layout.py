@@ -6,7 +6,7 @@ too. So a state name that has another shape than its parameter once follows no p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
@@ -16,6 +16,7 @@ from shardferry.errors import LayoutError
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.match_keys import MatchedParam
+from shardferry.state_dicts import KeyPath
 
 Shape = tuple[int, ...]
 
@@ -36,11 +37,10 @@ class ParameterRule:
 
     def follows(self, fqn: str, name: str, saved: SavedTensor) -> bool:
         """Whether a state tensor that has no layout of its own is laid out as its parameter."""
-        return name not in SCALAR_STATE and name not in self._factors and saved.shape == self._shape(fqn)
-
-    def _shape(self, fqn: str) -> Shape | None:
+        if name in SCALAR_STATE or name in self._factors:
+            return False
         known = self._known_shape(fqn)
-        return known if known is not None else parameter_shape(self._tensors[fqn])
+        return saved.shape == (parameter_shape(self._tensors[fqn]) if known is None else known)
 
     @cached_property
     def _factors(self) -> frozenset[str]:
@@ -108,15 +108,17 @@ def _tensors(catalog: Catalog, saved: SavedOptimizer, parameter: MatchedParam) -
     return {name: catalog.tensors[entry.key] for name, entry in entries.items() if entry.key in catalog.tensors}
 
 
+def tensors_beside(catalog: Catalog, index: OptimizerIndex) -> Iterator[tuple[KeyPath, SavedTensor]]:
+    """The path of every tensor that is not the optimizer's, and the tensor: weights, also of what never stepped, and buffers."""
+    of_optimizer = set(index.all_keys())
+    return ((catalog.path(key), saved) for key, saved in catalog.tensors.items() if key not in of_optimizer)
+
+
 def _weight_shapes(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, Shape]:
     """Shapes of the tensors that were saved beside the optimizer, by FQN below their top-level key."""
     shapes: dict[str, Shape] = {}
-    of_optimizer = set(index.all_keys())
     saved_names: dict[str, Shape] = {}
-    for key, saved in catalog.tensors.items():
-        if key in of_optimizer:
-            continue
-        path = catalog.path(key)
+    for path, saved in tensors_beside(catalog, index):
         if len(path) > 1:
             saved_names.setdefault(".".join(map(str, path[1:])), saved.shape)
     for name, names in request.selection.wanted_names(saved_names).items():

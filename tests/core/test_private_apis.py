@@ -97,7 +97,7 @@ def sharded_tensor_without_a_collective() -> None:
     if dist.get_rank() == 1:
         return
     region, local = Region((2, 0), (2, 3)), torch.ones(2, 3)
-    made = boxes_as_sharded_tensor((8, 3), torch.float32, regions=[region], local=[local], group=dist.group.WORLD)
+    made = boxes_as_sharded_tensor((8, 3), torch.float32, [(region, local)], group=dist.group.WORLD)
     (shard,) = made.local_shards()
     assert shard.tensor is local
     assert made.size() == (8, 3)

@@ -42,7 +42,7 @@ def test_columns_have_the_region_of_each_rank(case: tuple[tuple[int, ...], Mesh,
         assert box.sizes == layout.local_shape
         assert box.numel == 0 or box == layout.boxes[0].region
         if box.intersect(region) is not None:
-            holders.append(rank)
+            holders.append((rank, box))
     assert boxes.holders(region) == holders
 
 

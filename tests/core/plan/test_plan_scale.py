@@ -99,7 +99,7 @@ def test_sharing_looks_at_those_who_want_the_same_chunks_alone(calls: Counter[st
             mine, catalog, LayoutsFromSpec(spec, range(spec.world_size)), limits=SplitLimits(max_part_bytes=1 << 20)
         )
         counts.append((calls["copies_out_of"], calls["MeshBoxes"]))
-    assert counts[0] == counts[1] == (2 * 5 + 1, 6), "five kinds of matrices and vectors, and the steps"
+    assert counts[0] == counts[1] == (6, 6), "five kinds of matrices and vectors, and the steps"
 
 
 def test_all_ranks_are_counted_with_one_array_for_each_kind(calls: Counter[str]) -> None:
