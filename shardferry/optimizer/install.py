@@ -18,6 +18,7 @@ from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.optimizer.forms import OptimizerForm
 from shardferry.optimizer.hyperparameters import GroupValues, group_values, overwritten
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
@@ -118,7 +119,7 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     found: list[Entries] = []
     changes: list[Overwritten] = []
     warnings: list[str] = []
-    for index, form in enumerate(live.forms):
+    for index, form in enumerate(_forms(loaded, live)):
         update = _OptimizerUpdate.of(loaded, live, index)
         entries = compare_entries(
             form.optimizer, update.saved_params(loaded), update.hyperparameters(), loaded.request.keys
@@ -141,6 +142,11 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     return Checked(found, tuple(changes), tuple(warnings))
 
 
+def _forms(loaded: LoadedState, live: LiveModel) -> tuple[OptimizerForm, ...]:
+    """Of the optimizers that the load is for: none where weights alone were asked for."""
+    return () if loaded.request.optimizer_key is None else live.forms
+
+
 def fit(loaded: LoadedState, live: LiveModel, checked: Checked) -> Installation:
     """Prepare a load that was read.
 
@@ -153,7 +159,7 @@ def fit(loaded: LoadedState, live: LiveModel, checked: Checked) -> Installation:
     source = _Source(loaded)
     steps: list[Replacement | WeightStep] = [
         Replacement(form.optimizer, _OptimizerUpdate.of(loaded, live, index).state_dict(source, checked.entries[index]))
-        for index, form in enumerate(live.forms)
+        for index, form in enumerate(_forms(loaded, live))
     ]
     return Installation([*steps, *(_weight_steps(loaded, live) if loaded.has_weights else ())])
 

@@ -120,6 +120,8 @@ def find_state(
     Raises:
         PlanError: some are missing, and the request does not allow it.
     """
+    if request.optimizer_key is None:
+        return [], ()
     wanted = layout.fqns()
     if wanted is None:
         known = dict.fromkeys([*saved.state, *sorted(saved.grouped)])

@@ -393,6 +393,31 @@ def test_weights_go_through_the_modules_own_code(tmp_path: Path) -> None:
     check_equal(dict(other.named_parameters()), dict(net.named_parameters()))
 
 
+def test_weights_alone_and_weights_from_another_directory(tmp_path: Path) -> None:
+    net = model()
+    one = adamw(net)
+    train(net, one)
+    save_alone({"optim": get_optimizer_state_dict(net, one)}, tmp_path / "optimizer")
+    save_alone({"model": net.state_dict()}, tmp_path / "model")
+    other = model()
+    two = adamw(other)
+    shardferry.load_model_state(other, tmp_path / "model")
+    check_equal(other.state_dict(), net.state_dict())
+    other = model()
+    two = adamw(other)
+    shardferry.load_optimizer_state(
+        other, two, tmp_path / "optimizer", model_key="model", model_location=tmp_path / "model"
+    )
+    check_equal(picture(other, two), picture(net, one))
+    third = model()
+    before = picture(third, adamw(third))
+    with pytest.raises(shardferry.ShardferryError, match="nothing is saved under model_key 'weights'"):
+        shardferry.load_optimizer_state(
+            third, adamw(third), tmp_path / "optimizer", model_key="weights", model_location=tmp_path / "model"
+        )
+    check_equal(picture(third, adamw(third)), before)
+
+
 def test_models_with_optimizers_of_their_own(tmp_path: Path) -> None:
     nets = [model(), model()]
     optimizers = [adamw(nets[0], lr=0.1), adamw(nets[1], lr=0.2)]
