@@ -14,7 +14,7 @@ from typing import Protocol
 
 from shardferry.actors.progress import Progress
 from shardferry.schemas.plan_report import PlanReport
-from shardferry.schemas.stage_report import StageReport
+from shardferry.schemas.stage_report import StageReport, what_is_loaded
 
 _LINE_EVERY_S = 5.0
 _MAX_RANKS_SHOWN = 32  # a longer table is replaced by least, median and most
@@ -112,7 +112,7 @@ def print_plan(report: PlanReport) -> None:
         ]
     mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     print_table(
-        f"{report.location}: {report.num_tensors} tensors of {report.optimizer_key!r} on {mesh}",
+        f"{report.location}: {report.num_tensors} tensors of {what_is_loaded(report.optimizer_key)} on {mesh}",
         header,
         [(name, *_counts(counts)) for name, counts in rows],
     )
@@ -161,7 +161,9 @@ def print_stage(report: StageReport) -> None:
         )
         for r in report.ranks
     ]
-    print_table(f"{report.location}: {report.optimizer_key!r} loaded on {report.world_size} ranks", header, rows)
+    print_table(
+        f"{report.location}: {what_is_loaded(report.optimizer_key)} loaded on {report.world_size} ranks", header, rows
+    )
     print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
     if report.busy:
         print("busy reading: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.busy.items()))

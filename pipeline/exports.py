@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from shardferry.schemas.stage_report import StageReport
+from shardferry.schemas.stage_report import StageReport, what_is_loaded
 
 
 def chrome_trace(report: StageReport) -> str:
@@ -33,7 +33,7 @@ def html_page(report: StageReport) -> str:
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in _totals(report)
     )
-    title = html.escape(f"{report.location}: {report.optimizer_key}")
+    title = html.escape(f"{report.location}: {what_is_loaded(report.optimizer_key)}")
     return _PAGE.format(title=title, rows=rows, bars="".join(_bars(report)))
 
 

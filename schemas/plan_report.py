@@ -37,7 +37,7 @@ class PlanReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     location: str
-    optimizer_key: str
+    optimizer_key: str | None
     world_size: int
     mesh: dict[str, int]
     num_tensors: int

@@ -46,6 +46,11 @@ class RankReport(BaseModel):
     spans: list[Span]
 
 
+def what_is_loaded(optimizer_key: str | None) -> str:
+    """For titles: the optimizer's key in quotes, or that weights alone are loaded."""
+    return "weights" if optimizer_key is None else repr(optimizer_key)
+
+
 class StageReport(BaseModel):
     """The whole stage."""
 
