@@ -186,7 +186,8 @@ class TopologySpec(Spec):
     )
     held_by: tuple[HeldBySpec, ...] = Field(
         (),
-        description="which ranks have which parameters; per axis the first match wins; other parameters are on all ranks",
+        description="which ranks have which parameters; per axis the first match wins; other parameters are on all ranks; a "
+        "glob that matches nothing is an error",
     )
 
     @field_validator("mesh")

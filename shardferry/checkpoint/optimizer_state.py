@@ -224,6 +224,7 @@ class SavedOptimizer:
     state: Mapping[str, Mapping[str, StateEntry]]  # FQN -> state name -> entry
     param_groups: tuple[ParamGroup, ...] | None  # "params" lists FQNs; None: they were not read
     names: frozenset[str]  # FQNs of all its parameters, before renaming and selection
+    unselected: Mapping[str, Mapping[str, StateEntry]]  # as ``state``, of the parameters that are not selected
 
     @classmethod
     def resolve(
@@ -250,19 +251,20 @@ class SavedOptimizer:
 
         selection = request.selection
         state: dict[str, Mapping[str, StateEntry]] = {}
+        unselected: dict[str, Mapping[str, StateEntry]] = {}
         for saved, entries in index.state.items():
             fqn = selection.wanted_name(name_of(saved))
             if fqn in state:
                 raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
-            if selection.selects(fqn):
-                state[fqn] = entries
+            (state if selection.selects(fqn) else unselected)[fqn] = entries
         named = []
         for group in groups or ():
             rest = {name: value for name, value in group.items() if name not in ("params", _NAMES)}
             fqns = [selection.wanted_name(name_of(saved)) for saved in group.get("params", ())]
             named.append({**rest, "params": [fqn for fqn in fqns if selection.selects(fqn)]})
         param_groups = None if groups is None else tuple(named)
-        return cls(index.optimizer_key, state, param_groups, frozenset(map(name_of, (*index.state, *grouped))))
+        all_names = frozenset(map(name_of, (*index.state, *grouped)))
+        return cls(index.optimizer_key, state, param_groups, all_names, unselected)
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """All param groups, with only these parameters in them. Groups that hold none of them stay, with no parameters."""

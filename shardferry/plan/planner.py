@@ -25,6 +25,7 @@ from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import spec_of
 from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
 from shardferry.plan.cover import covering_chunks
 from shardferry.plan.load_plan import (
@@ -36,7 +37,15 @@ from shardferry.plan.load_plan import (
     ReadItem,
     Section,
 )
-from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
+from shardferry.plan.match_keys import (
+    MatchedParam,
+    check_globs,
+    check_spec,
+    find_state,
+    find_weights,
+    matched_keys,
+    mismatch_error,
+)
 from shardferry.plan.state_layout import StateLayouts
 from shardferry.region import BoxCopy
 from shardferry.state_dicts import KeyPath, LeftLive
@@ -75,8 +84,13 @@ def _plan(
 ) -> LoadPlan:
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.resolve(index, values, request, layout.positions())
-    if not request.selection.is_everything:
-        check_globs(request.selection, saved.names | _names_beside(catalog, index))
+    spec = spec_of(layout)
+    if spec is not None or not request.selection.is_everything:
+        names = saved.names | _names_beside(catalog, request, index)
+        check_globs(request.selection, names)
+        if spec is not None:
+            state = None if request.optimizer_key is None else {**saved.unselected, **saved.state}
+            check_spec(spec, set(map(request.selection.wanted_name, names)), state)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found, index)
     weight_keys = MatchedKeys()
@@ -97,11 +111,12 @@ def _plan(
     )
 
 
-def _names_beside(catalog: Catalog, index: OptimizerIndex) -> set[str]:
-    """What all else is called below its top-level key: weights of parameters that never stepped, buffers."""
+def _names_beside(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> set[str]:
+    """The names of all other tensors below the model's key or their top-level key: parameters that never stepped, buffers."""
     of_optimizer = set(index.all_keys())
     paths = (catalog.path(key) for key in catalog.tensors if key not in of_optimizer)
-    return {".".join(map(str, path[1:] or path)) for path in paths}
+    weights = () if request.model_key is None else _weights(catalog, request, index)
+    return {*weights, *(".".join(map(str, path[1:] or path)) for path in paths)}
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
