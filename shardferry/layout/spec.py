@@ -13,7 +13,7 @@ from torch.distributed.tensor import Placement, Replicate
 from shardferry.errors import LayoutError
 from shardferry.layout.mesh import Mesh, sharded_dim
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, replicated, shard_on_mesh
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh
 from shardferry.region import Region
 
 _REPLICATE = Replicate()
@@ -79,13 +79,21 @@ class SpecLayout:
         """The layout of one rank. That the rank is below `world_size` is not checked."""
         return SpecRank(self, world_rank)
 
-    def placements(self, fqn: str) -> tuple[Placement, ...]:
-        """The placements of a parameter, by mesh axis, outermost first."""
-        known = self._known_placements.get(fqn)
+    def placements(self, fqn: str, ndim: int | None = None) -> tuple[Placement, ...]:
+        """The placements of a parameter, by mesh axis, outermost first.
+
+        Args:
+            ndim: the parameter's dimensions; None: placements are taken as they are written. A dimension that the parameter
+                lacks replicates if the default asks for it. If a rule does, it is kept, and can't be laid out; but a
+                parameter of 0 dimensions is replicated unless the rule is its FQN.
+        """
+        known = self._known_placements.get((fqn, ndim))
         if known is None:
             rule = next((rule for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match)), None)
             known = self._by_axis((self.default or {}) if rule is None else rule.placements)
-            self._known_placements[fqn] = known
+            if ndim is not None and (rule is None or (ndim == 0 and rule.match != fqn)):
+                known = tuple(_REPLICATE if getattr(p, "dim", -1) >= ndim else p for p in known)
+            self._known_placements[fqn, ndim] = known
         return known
 
     def entry_placements(self, fqn: str, name: str) -> tuple[Placement, ...] | None:
@@ -96,8 +104,8 @@ class SpecLayout:
         return None
 
     @cached_property
-    def _known_placements(self) -> dict[str, tuple[Placement, ...]]:
-        """By FQN. The ranks of a node ask for each parameter once per state entry."""
+    def _known_placements(self) -> dict[tuple[str, int | None], tuple[Placement, ...]]:
+        """By FQN and number of dimensions. The ranks of a node ask for each parameter once per state entry."""
         return {}
 
     @cached_property
@@ -138,14 +146,14 @@ class SpecRank(RankLayout):
         return not self.spec.held_by or self.spec.holds(fqn, self._coordinate)
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        return self._shard(fqn, shape, self.spec.placements(fqn))
+        return self._shard(fqn, shape, self.spec.placements(fqn, len(shape)))
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
         placements = self.spec.entry_placements(fqn, name)
         return None if placements is None else self._shard(f"{fqn}: {name!r}", shape, placements)
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        return self.parameter(fqn, shape) if shape else replicated(shape, len(self._coordinate))
+        return self.parameter(fqn, shape)
 
     def _shard(self, where: str, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> TensorLayout:
         layout = self._known_layouts.get((shape, placements))

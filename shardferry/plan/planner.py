@@ -24,8 +24,9 @@ from shardferry.checkpoint.optimizer_state import (
 from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
+from shardferry.layout.mesh import sharded_dim
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.spec import spec_of
+from shardferry.layout.spec import SpecLayout, spec_of
 from shardferry.layout.tensor_layout import LocalRegion, TensorLayout
 from shardferry.plan.cover import covering_chunks
 from shardferry.plan.load_plan import (
@@ -102,13 +103,39 @@ def _plan(
         weight_keys = matched_keys(weights, found_weights, layout)
     if layout.world_rank == 0:
         planner.add_objects(planned_objects(catalog, request))
-    return planner.finish(
+    plan = planner.finish(
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
         state_keys=matched_keys(saved.state, found, layout),
         weight_keys=weight_keys,
     )
+    if spec is not None:
+        _check_default(spec, catalog, plan)
+    return plan
+
+
+def _check_default(spec: SpecLayout, catalog: Catalog, plan: LoadPlan) -> None:
+    """Refuse a default for a dimension that no saved tensor has, as it would replicate everything.
+
+    It is not refused where no matrix is laid out as its parameter: other state doesn't tell the parameters' dimensions.
+
+    Raises:
+        LayoutError: names the first matrix.
+    """
+    followers = (tensor for tensor in plan.tensors if tensor.sharded_like_param)
+    first = next((tensor for tensor in followers if len(tensor.layout.global_shape) > 1), None)
+    if first is None:
+        return
+    most = max(len(saved.shape) for saved in catalog.tensors.values())
+    for axis, placement in (spec.default or {}).items():
+        dim = sharded_dim(placement)
+        if dim is not None and dim >= most:
+            shape = first.layout.global_shape
+            raise LayoutError(
+                f"{first.fqn}: Shard({dim}) asks for dimension {dim} of a tensor with {len(shape)} dimensions {shape}, and no "
+                f"saved tensor has it (default: {axis}); shard one of 0 to {most - 1}"
+            )
 
 
 def _names_beside(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch.distributed.tensor import Placement, Replicate
+from torch.distributed.tensor import Replicate
 
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import MeshBoxes, SpecLayout, ranks_at
@@ -49,7 +49,8 @@ class LayoutsFromSpec:
         return found
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:
-        shape, placements = tensor.layout.global_shape, self._placements(tensor)
+        shape = tensor.layout.global_shape
+        placements = tensor.layout.placements or (Replicate(),) * len(self._spec.mesh.axes)
         kept_to = self._spec.holder_coordinates(tensor.fqn)
         same = (shape, placements, tensor.section, tensor.sharded_like_param, kept_to)
         if same not in self._kinds:
@@ -61,16 +62,6 @@ class LayoutsFromSpec:
         if world_rank not in self._ranks:
             self._ranks[world_rank] = self._spec.rank(world_rank)
         return self._ranks[world_rank]
-
-    def _placements(self, tensor: PlannedTensor) -> tuple[Placement, ...]:
-        """As `_layout` has them."""
-        everywhere = (Replicate(),) * len(self._spec.mesh.axes)
-        as_parameter = self._spec.placements(tensor.fqn)
-        if tensor.section == "model":
-            return as_parameter if tensor.layout.global_shape else everywhere
-        return self._spec.entry_placements(tensor.fqn, tensor.name) or (
-            as_parameter if tensor.sharded_like_param else everywhere
-        )
 
     @staticmethod
     def _layout(rank: RankLayout, tensor: PlannedTensor) -> TensorLayout:

@@ -20,11 +20,13 @@ from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.metadata import parse_metadata
 from shardferry.config import LoadRequest, Selection
-from shardferry.errors import PlanError
+from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
 from shardferry.pipeline.demand import demand_of
 from shardferry.plan.planner import plan_load
+from shardferry.plan.rank_layouts import LayoutsFromSpec
+from shardferry.region import Region
 from tests.support.catalogs import item_info
 
 DP = Mesh((("dp", 2),))
@@ -33,6 +35,7 @@ OPTIM = {
     "optim.state.body.weight.row_var": (4,),
     "optim.state.head.bias.exp_avg": (6,),
 }
+MOMENTS = {key: shape for key, shape in OPTIM.items() if key.endswith("exp_avg")}
 MODEL = {"app.model.body.weight": (4, 6), "app.model.head.bias": (6,), "app.model.norm.mean": (6,)}
 REQUEST = LoadRequest("optim")
 WEIGHTS = LoadRequest("optim", model_key="app.model")
@@ -123,3 +126,32 @@ def test_rules_for_state_stay_in_a_load_of_the_weights_alone() -> None:
     plan_load(saved(MODEL), spec(Rule("body.*", {}, state="row_*")).rank(0), weights)
     with pytest.raises(PlanError, match="rule: 'bdoy"):
         plan_load(saved(MODEL), spec(Rule("bdoy.*", {}, state="row_*")).rank(0), weights)
+
+
+@pytest.mark.parametrize("dim", [1, 5])
+def test_a_default_for_a_dimension_that_no_tensor_has(dim: int) -> None:
+    """Vectors beside matrices replicate; a dimension that not even matrices have is mistyped."""
+    wanted = SpecLayout(DP, (), {"dp": Shard(dim)}).rank(1)
+    if dim == 1:
+        plan = plan_load(saved(MOMENTS), wanted, REQUEST)
+        assert {t.key: t.layout.local_shape for t in plan.tensors} == {
+            "optim.state.body.weight.exp_avg": (4, 3),
+            "optim.state.head.bias.exp_avg": (6,),
+        }
+        return
+    with pytest.raises(LayoutError, match=r"^body\.weight: Shard\(5\) asks for dimension 5 of a tensor with 2"):
+        plan_load(saved(MOMENTS), wanted, REQUEST)
+
+
+def test_all_ranks_agree_on_where_an_adapted_default_is_held() -> None:
+    spec = SpecLayout(DP, (), {"dp": Shard(1)})
+    plans = [plan_load(saved(MOMENTS), spec.rank(rank), REQUEST) for rank in range(2)]
+    layouts = LayoutsFromSpec(spec, range(2))
+    for tensor in plans[0].tensors:
+        whole = Region.whole(tensor.layout.global_shape)
+        expected = [next(t.layout for t in plan.tensors if t.key == tensor.key) for plan in plans]
+        found = layouts.holders(tensor, whole)
+        assert [rank for rank, _ in found] == [0, 1]
+        assert [layout.boxes for _, layout in found] == [layout.boxes for layout in expected]
+    demand = demand_of(saved(MOMENTS), spec, REQUEST)
+    assert demand.needed.tolist() == [plan.bytes_needed for plan in plans]
