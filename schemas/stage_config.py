@@ -176,11 +176,14 @@ class TopologySpec(Spec):
         (), description="placements by FQN; the first match wins; a rule that matches nothing is an error"
     )
     default: dict[str, str] = Field(
-        {}, description="placements where no rule matches; axes that are not named replicate"
+        {},
+        description="placements where no rule matches; axes that are not named replicate, as does an axis whose dimension the "
+        "tensor lacks",
     )
     held_by: tuple[HeldBySpec, ...] = Field(
         (),
-        description="which ranks have which parameters; per axis the first match wins; other parameters are on all ranks",
+        description="which ranks have which parameters; per axis the first match wins; other parameters are on all ranks; a "
+        "glob that matches nothing is an error",
     )
 
     @field_validator("mesh")

@@ -279,9 +279,10 @@ class SavedOptimizer:
     state: Mapping[str, Mapping[str, StateEntry]]  # FQN -> state name -> entry
     param_groups: tuple[ParamGroup, ...] | None  # "params" lists FQNs; None: they were not read
     names: frozenset[str]  # FQNs of all its parameters, before renaming and selection
-    extras: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # beside state and param groups, as its state_dict() had them
+    # As ``state``, of the parameters that are not selected.
+    unselected: Mapping[str, Mapping[str, StateEntry]] = field(default_factory=dict)
+    # What the optimizer's state_dict() had beside state and param groups.
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def resolve(
@@ -309,25 +310,21 @@ class SavedOptimizer:
         selection, saved_names = request.selection, frozenset(map(name_of, (*index.state, *grouped)))
         wanted = selection.wanted_names(saved_names)
         state: dict[str, Mapping[str, StateEntry]] = {}
+        unselected: dict[str, Mapping[str, StateEntry]] = {}
         for saved, entries in index.state.items():
             for fqn in wanted[name_of(saved)]:
                 if fqn in state:
                     raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
-                if selection.selects(fqn):
-                    state[fqn] = entries
-        extras = nest(
-            {
-                path: v
-                for path, key in index.extras.items()
-                if not isinstance(v := (values or {}).get(key, _UNREAD), LeftLive)
-            }
-        )
+                (state if selection.selects(fqn) else unselected)[fqn] = entries
+        read = {path: (values or {}).get(key, _UNREAD) for path, key in index.extras.items()}
+        extras = nest({path: value for path, value in read.items() if not isinstance(value, LeftLive)})
         named = []
         for group in groups or ():
             rest = {name: value for name, value in group.items() if name not in ("params", _NAMES)}
             fqns = [fqn for saved in group.get("params", ()) for fqn in wanted[name_of(saved)]]
             named.append({**rest, "params": [fqn for fqn in fqns if selection.selects(fqn)]})
-        return cls(index.optimizer_key, state, None if groups is None else tuple(named), saved_names, extras)
+        param_groups = None if groups is None else tuple(named)
+        return cls(index.optimizer_key, state, param_groups, saved_names, unselected, extras)
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """All param groups, with only these parameters in them. Groups that hold none of them stay, with no parameters."""

@@ -30,7 +30,7 @@ from shardferry.dcp.sharded_tensors import (
     size_of,
 )
 from shardferry.errors import LayoutError
-from shardferry.layout.from_tensor import layout_of_tensor
+from shardferry.layout.from_tensor import has_own_chunks, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout, replicated, single_box
 from shardferry.plan.state_layout import ParameterRule
 from shardferry.region import row_major_strides
@@ -180,9 +180,10 @@ def _as_dtensor(saved: SavedTensor, fqn: str, like: DTensor, group: dist.Process
             filled, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
         )
 
-    # Planners ignore the order in which two mesh axes cut one dimension, so they are given the box instead.
+    # Planners ignore the order in which two mesh axes cut one dimension, and the result lacks the local tensor's own list of
+    # chunks, so they are given the box instead.
     dims = [placement.dim for placement in like.placements if hasattr(placement, "dim")]
-    needs_box = is_in_mesh and len(set(dims)) < len(dims)
+    needs_box = is_in_mesh and (len(set(dims)) < len(dims) or has_own_chunks(like))
     for_planner = _boxes(saved, layouts, group, like.placements) if needs_box else result
     return Target(saved.key, saved.dtype, layouts, result, for_planner)
 

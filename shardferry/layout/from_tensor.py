@@ -1,4 +1,7 @@
-"""Find the layout of a live tensor on this rank: a DTensor, ShardedTensor, CheckpointableTensor or plain tensor."""
+"""Find the layout of a live tensor on this rank: a DTensor, ShardedTensor, CheckpointableTensor or plain tensor.
+
+A local tensor with a ``__create_chunk_list__`` of its own is asked first, as torch's planner does.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -25,6 +29,9 @@ from shardferry.layout.tensor_layout import (
 )
 from shardferry.region import Region
 
+# torch's protocol of tensors that checkpoint themselves: torch/distributed/_checkpointable.py. A DTensor always has it.
+_CHUNK_LIST, _SHARD, _WRITE_ITEMS = "__create_chunk_list__", "__get_tensor_shard__", "__create_write_items__"
+
 _PROTOCOL = ("global_shape", "global_offsets", "local_offsets", "local_sizes")  # of torch's CheckpointableTensor
 
 
@@ -37,16 +44,117 @@ def layout_of_tensor(tensor: torch.Tensor, *, name: str) -> TensorLayout:
 
     Raises:
         LayoutError: a Partial placement, several local shards that aren't parts of one local tensor, or a local tensor
-            whose shape contradicts its placements.
+            whose shape contradicts its placements or its own list of chunks.
     """
     if isinstance(tensor, DTensor):
-        local_shape = tuple(tensor.to_local().shape)
-        return layout_of_placements(tensor.device_mesh, tensor.placements, tuple(tensor.shape), local_shape, name=name)
+        return _layout_of_dtensor(tensor, name)
     if isinstance(tensor, ShardedTensor):
         return _layout_of_sharded_tensor(tensor, name)
     if all(hasattr(tensor, field) for field in _PROTOCOL):
         return _layout_of_checkpointable(tensor, name)
+    if hasattr(tensor, _CHUNK_LIST):
+        return _layout_of_chunks(tensor, _shape_by_write_items(tensor, name), name)
     return replicated(tuple(tensor.shape))
+
+
+def has_own_chunks(tensor: torch.Tensor) -> bool:
+    """Whether a DTensor's local tensor says itself which chunks of the whole it holds. Its placements may say otherwise."""
+    return isinstance(tensor, DTensor) and hasattr(_local(tensor), _CHUNK_LIST)
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    """The local tensor itself, with the attributes of the object. ``to_local`` may give another one.
+
+    The attribute is private in torch: only this function uses it, and tests/core/test_private_apis.py fails without it.
+    """
+    return tensor._local_tensor
+
+
+def _layout_of_dtensor(tensor: DTensor, name: str) -> TensorLayout:
+    local, shape = _local(tensor), tuple(tensor.shape)
+    candidates = _candidates(tensor.device_mesh, tensor.placements, shape, name)
+    if not hasattr(local, _CHUNK_LIST):
+        return _fitting(candidates, tensor.device_mesh, tensor.placements, tuple(local.shape), name=name)
+    own = _layout_of_chunks(local, shape, name)
+    same = (known for known in candidates if (known.boxes, known.local_shape) == (own.boxes, own.local_shape))
+    return next(same, own)
+
+
+def _layout_of_chunks(local: Any, shape: tuple[int, ...], name: str) -> TensorLayout:
+    """The layout of a local tensor that lists the chunks that it holds: torch's protocol for checkpoints.
+
+    The list doesn't tell where in the local tensor a chunk is. A single chunk is all of it. Several are found by
+    ``__get_tensor_shard__``, which gives views of the local tensor.
+
+    Args:
+        shape: of the whole tensor.
+    """
+    local_shape = tuple(local.shape)
+    boxes: list[LocalRegion] = []
+    for number, chunk in enumerate(local.__create_chunk_list__()):
+        region = _region(chunk.offsets, chunk.sizes)
+        if not _is_inside(region, shape):
+            raise LayoutError(f"{name}: its __create_chunk_list__ has the chunk {region}, which is not in {shape}")
+        if region.numel:
+            boxes.append(
+                LocalRegion(region, _place_of_chunk(local, region, MetadataIndex(name, chunk.offsets, number)))
+            )
+    layout = TensorLayout(shape, local_shape, tuple(boxes))
+    if layout.wanted_numel != layout.local_numel or _overlap([box.local for box in boxes]):
+        raise LayoutError(
+            f"{name}: its __create_chunk_list__ has {layout.wanted_numel} elements in {len(boxes)} chunks, but the local "
+            f"tensor of the shape {local_shape} has {layout.local_numel}; each of its elements must be in one chunk"
+        )
+    return layout
+
+
+def _overlap(regions: Sequence[Region]) -> bool:
+    pairs = itertools.combinations(regions, 2)
+    return any(one.intersect(other) is not None for one, other in pairs)
+
+
+def _place_of_chunk(local: Any, region: Region, index: MetadataIndex) -> Region:
+    """Where a chunk is in the local tensor. Raises LayoutError where that isn't known."""
+    whole = Region.whole(tuple(local.shape))
+    if region.sizes == whole.sizes:
+        return whole
+    if hasattr(local, _SHARD):
+        offsets = _offsets_of_view(local.__get_tensor_shard__(index), local)
+        place = Region(offsets, region.sizes)
+        if _is_inside(place, whole.sizes):
+            return place
+    raise LayoutError(
+        f"{index.fqn}: its __create_chunk_list__ has the chunk {region}, and the local tensor has the shape {whole.sizes}; "
+        f"where in it the chunk is must be told by {_SHARD}, as a view of the local tensor"
+    )
+
+
+def _offsets_of_view(view: torch.Tensor, base: torch.Tensor) -> tuple[int, ...]:
+    """Where a view begins in the tensor that it is a view of; () for anything else."""
+    try:
+        distance = (view.data_ptr() - base.data_ptr()) // base.element_size()
+        same_storage = view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a tensor subclass without memory of its own
+        return ()
+    if not same_storage or view.stride() != base.stride():
+        return ()
+    offsets = [0] * base.ndim
+    for dim in sorted(range(base.ndim), key=base.stride, reverse=True):
+        offsets[dim], distance = divmod(distance, max(base.stride(dim), 1))
+    return tuple(offsets)
+
+
+def _shape_by_write_items(tensor: Any, name: str) -> tuple[int, ...]:
+    """The whole shape of a plain tensor that lists its chunks: what it would be saved as, else its own."""
+    if not hasattr(tensor, _WRITE_ITEMS):
+        return tuple(tensor.shape)
+    for item in tensor.__create_write_items__(name, tensor):
+        if item.tensor_data is not None:
+            return tuple(item.tensor_data.size)
+    raise LayoutError(
+        f"{name}: its {_WRITE_ITEMS} has no items on this rank, so that the whole tensor's shape is not known; use a DTensor, "
+        "or the fields of torch's CheckpointableTensor"
+    )
 
 
 def layout_of_placements(
@@ -70,6 +178,14 @@ def layout_of_placements(
         LayoutError: this rank is not in the mesh, a placement is Partial, or no order of the axes gives the local
             shape.
     """
+    candidates = _candidates(mesh, placements, global_shape, name)
+    return _fitting(candidates, mesh, placements, local_shape, name=name)
+
+
+def _candidates(
+    mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...], name: str
+) -> list[TensorLayout]:
+    """The layouts that placements may mean on this rank, the likeliest first. Raises LayoutError."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise LayoutError(f"{name}: this rank {dist.get_rank()} is not in the tensor's device mesh {mesh}")
@@ -82,13 +198,24 @@ def layout_of_placements(
     # Torch reads placements from left to right. FSDP2 over TP, `(_StridedShard(0, split_factor=tp), Shard(0))`, was sharded by
     # TP first. Both orders give one layout if tensors are even; of uneven tensors, memory has the second. The local shape tells.
     orders = (_innermost_first, _strided_last, shard_left_to_right)  # the likeliest first
-    candidates = [layout for order in orders if (layout := order(global_shape, cuts)) is not None]
+    return [layout for order in orders if (layout := order(shape, cuts)) is not None]
+
+
+def _fitting(
+    candidates: Sequence[TensorLayout],
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    local_shape: tuple[int, ...],
+    *,
+    name: str,
+) -> TensorLayout:
+    """The first candidate with the local tensor's shape. Raises LayoutError."""
     for layout in candidates:
         if layout.local_shape == local_shape or (not layout.local_numel and 0 in local_shape):
             return layout
     raise LayoutError(
         f"{name}: the local tensor has the shape {local_shape}, but placements {tuple(placements)} over {mesh} of "
-        f"{global_shape} give {candidates[0].local_shape}; a tensor whose local shape contradicts its placements can't be loaded"
+        f"{candidates[0].global_shape} give {candidates[0].local_shape}; a tensor whose local shape contradicts its placements can't be loaded"
     )
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Placement, Replicate
 from shardferry.errors import LayoutError
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import AxisCut, TensorLayout, replicated, shard_on_mesh, sharded_dim
+from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh, sharded_dim
 from shardferry.region import Region
 
 _REPLICATE = Replicate()
@@ -51,7 +51,9 @@ class SpecLayout:
     default: Mapping[str, Placement] | None = None  # by axis, for parameters that no rule matches
     held_by: tuple[HeldBy, ...] = ()  # the first match per axis decides; every coordinate holds the other parameters
     # By FQN: the ranks of a node ask for each parameter once per state entry.
-    _known: dict[str, tuple[Placement, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[tuple[str, int | None], tuple[Placement, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         rules = [(f"rule {rule.match!r}", rule.placements) for rule in self.rules]
@@ -80,12 +82,21 @@ class SpecLayout:
         """The layout of one rank. That the rank is below `world_size` is not checked."""
         return SpecRank(self, world_rank)
 
-    def placements(self, fqn: str) -> tuple[Placement, ...]:
-        """The placements of a parameter, by mesh axis, outermost first."""
-        if fqn not in self._known:
-            rules = (rule.placements for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match))
-            self._known[fqn] = self._by_axis(next(rules, self.default or {}))
-        return self._known[fqn]
+    def placements(self, fqn: str, ndim: int | None = None) -> tuple[Placement, ...]:
+        """The placements of a parameter, by mesh axis, outermost first.
+
+        Args:
+            ndim: the parameter's dimensions; None: placements are taken as they are written. A dimension that the parameter
+                lacks replicates if the default asks for it. If a rule does, it is kept, and can't be laid out; but a
+                parameter of 0 dimensions is replicated unless the rule is its FQN.
+        """
+        if (fqn, ndim) not in self._known:
+            rule = next((rule for rule in self.rules if not rule.state and fnmatchcase(fqn, rule.match)), None)
+            found = self._by_axis((self.default or {}) if rule is None else rule.placements)
+            if ndim is not None and (rule is None or (ndim == 0 and rule.match != fqn)):
+                found = tuple(_REPLICATE if getattr(p, "dim", -1) >= ndim else p for p in found)
+            self._known[fqn, ndim] = found
+        return self._known[fqn, ndim]
 
     def entry_placements(self, fqn: str, name: str) -> tuple[Placement, ...] | None:
         """The placements of one state entry, by mesh axis, outermost first; None if no rule is for this entry."""
@@ -124,14 +135,14 @@ class SpecRank(RankLayout):
         return all(kept is None or index in kept for kept, index in zip(holders, self._coordinate, strict=True))
 
     def parameter(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        return self._shard(fqn, shape, self.spec.placements(fqn))
+        return self._shard(fqn, shape, self.spec.placements(fqn, len(shape)))
 
     def entry(self, fqn: str, name: str, shape: tuple[int, ...]) -> TensorLayout | None:
         placements = self.spec.entry_placements(fqn, name)
         return None if placements is None else self._shard(f"{fqn}: {name!r}", shape, placements)
 
     def weight(self, fqn: str, shape: tuple[int, ...]) -> TensorLayout:
-        return self.parameter(fqn, shape) if shape else replicated(shape, len(self._coordinate))
+        return self.parameter(fqn, shape)
 
     def _shard(self, where: str, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> TensorLayout:
         layout = self._known_layouts.get((shape, placements))

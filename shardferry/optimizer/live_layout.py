@@ -8,7 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
-from shardferry.layout.from_tensor import layout_of_tensor
+from shardferry.errors import LayoutError
+from shardferry.layout.from_tensor import has_own_chunks, layout_of_tensor
 from shardferry.layout.live import LiveEntry, LiveLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
@@ -66,8 +67,35 @@ def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry
 def _layout_of_entry(parameter: LiveParameter, part: Part, value: torch.Tensor, name: str) -> TensorLayout | None:
     """The layout of a state tensor; None where it is its parameter's."""
     if isinstance(value, DTensor):
-        layout = layout_of_tensor(value, name=f"{part.fqn}: {name!r}")
+        where = f"{part.fqn}: {name!r}"
+        if _is_placed_by_chunks(parameter, part) and not has_own_chunks(value) and _is_sharded(value):
+            if _has_form_of(value, parameter):
+                return None
+            raise LayoutError(
+                f"{where}: the parameter's own __create_chunk_list__ contradicts its placements, so that those of a state tensor "
+                f"of the shape {tuple(value.shape)} don't tell its rows either; give its local tensor that method too"
+            )
+        layout = layout_of_tensor(value, name=where)
         return None if layout == part.layout else layout
     if parameter.flattened or value.shape == parameter.local.shape:
         return None
     return replicated(tuple(value.shape))
+
+
+def _is_placed_by_chunks(parameter: LiveParameter, part: Part) -> bool:
+    """Whether the parameter's local tensor says itself what it holds, and its placements don't say the same."""
+    return has_own_chunks(parameter.tensor) and part.layout.placements is None
+
+
+def _is_sharded(value: DTensor) -> bool:
+    return not all(placement.is_replicate() for placement in value.placements)
+
+
+def _has_form_of(value: DTensor, parameter: LiveParameter) -> bool:
+    """Whether a state tensor lies as its parameter does: torch makes it from the local tensor, ``zeros_like`` for one."""
+    live = parameter.tensor
+    return (
+        isinstance(live, DTensor)
+        and (value.device_mesh, value.placements, value.shape) == (live.device_mesh, live.placements, live.shape)
+        and value.to_local().shape == live.to_local().shape
+    )

@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from shardferry.checkpoint.optimizer_state import SavedOptimizer
+from shardferry.checkpoint.optimizer_state import SavedOptimizer, StateEntry
 from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.spec import SpecLayout
 
 _SHOWN = 5  # names in a message
 
@@ -105,9 +106,33 @@ def check_globs(selection: Selection, saved: Collection[str]) -> None:
         )
 
 
-def _fits_nothing(word: str, glob: str, names: Collection[str]) -> PlanError:
+def check_spec(spec: SpecLayout, names: Collection[str], state: Mapping[str, Mapping[str, StateEntry]] | None) -> None:
+    """Refuse a rule or a ``held_by`` of a spec that is about nothing that was saved, as `check_globs` does.
+
+    Args:
+        names: all names after renaming, also of parameters that are not selected.
+        state: all state entries by FQN and name, after renaming; None where no optimizer is wanted: rules with ``state``
+            may then be about one.
+
+    Raises:
+        PlanError: the message has the nearest names.
+    """
+    globs = [("rule", rule.match) for rule in spec.rules] + [("held_by", held.match) for held in spec.held_by]
+    for word, glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise _fits_nothing(word, glob, names)
+    if state is None:
+        return
+    for rule in spec.rules:
+        if rule.state:
+            entries = {name for fqn, there in state.items() if fnmatchcase(fqn, rule.match) for name in there}
+            if not any(fnmatchcase(name, rule.state) for name in entries):
+                raise _fits_nothing(f"rule {rule.match!r}: state", rule.state, entries, "state entries there")
+
+
+def _fits_nothing(word: str, glob: str, names: Collection[str], what: str = "saved names") -> PlanError:
     return PlanError(
-        f"{word}: {glob!r} fits none of the {len(names)} saved names; the nearest are {nearest(glob, names)}. "
+        f"{word}: {glob!r} fits none of the {len(names)} {what}; the nearest are {nearest(glob, names)}. "
         "Correct it, or leave it out"
     )
 

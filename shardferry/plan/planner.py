@@ -26,10 +26,19 @@ from shardferry.config import DtypePolicy, LoadRequest, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.layout.spec import SpecLayout, spec_of
+from shardferry.layout.tensor_layout import TensorLayout, sharded_dim
 from shardferry.plan.cover import covering_chunks, identity_of_chunks
 from shardferry.plan.load_plan import LoadPlan, PlannedTensor, PlannedValue, ReadItem, Section, dotted
-from shardferry.plan.match_keys import MatchedParam, check_globs, find_state, find_weights, matched_keys, mismatch_error
+from shardferry.plan.match_keys import (
+    MatchedParam,
+    check_globs,
+    check_spec,
+    find_state,
+    find_weights,
+    matched_keys,
+    mismatch_error,
+)
 from shardferry.plan.split import copy_to_box
 from shardferry.plan.state_layout import StateLayouts, tensors_beside
 from shardferry.region import BoxCopy
@@ -61,9 +70,14 @@ def plan_load(
     """
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.resolve(index, values, request, layout.positions())
-    if not request.selection.is_everything:
-        beside = {".".join(map(str, path[1:] or path)) for path, _ in tensors_beside(catalog, index)}
-        check_globs(request.selection, saved.names | beside)
+    spec = spec_of(layout)
+    if spec is not None or not request.selection.is_everything:
+        names = saved.names | _names_beside(catalog, request, index)
+        check_globs(request.selection, names)
+        if spec is not None:
+            state = None if request.optimizer_key is None else {**saved.unselected, **saved.state}
+            here = {name for names_here in request.selection.wanted_names(names).values() for name in names_here}
+            check_spec(spec, here, state)
     planner = _Planner(catalog, layout, request, values, with_reads=with_reads)
     found, missing = find_state(saved, layout, request)
     planner.add_state(saved, found, index)
@@ -74,7 +88,7 @@ def plan_load(
         planner.add_weights(weights, found_weights)
         missing += missing_weights
         weight_keys = matched_keys(weights, found_weights)
-    return planner.finish(
+    plan = planner.finish(
         objects=planned_objects(catalog, request) if layout.world_rank == 0 else {},
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
@@ -83,6 +97,38 @@ def plan_load(
         state_keys=matched_keys(saved.state, found),
         weight_keys=weight_keys,
     )
+    if spec is not None:
+        _check_default(spec, catalog, plan)
+    return plan
+
+
+def _check_default(spec: SpecLayout, catalog: Catalog, plan: LoadPlan) -> None:
+    """Refuse a default for a dimension that no saved tensor has, as it would replicate everything.
+
+    It is not refused where no matrix is laid out as its parameter: other state doesn't tell the parameters' dimensions.
+
+    Raises:
+        LayoutError: names the first matrix.
+    """
+    followers = (tensor for tensor in plan.tensors if tensor.sharded_like_param)
+    first = next((tensor for tensor in followers if len(tensor.layout.global_shape) > 1), None)
+    if first is None:
+        return
+    most = max(len(saved.shape) for saved in catalog.tensors.values())
+    for axis, placement in (spec.default or {}).items():
+        dim = sharded_dim(placement)
+        if dim is not None and dim >= most:
+            shape = first.layout.global_shape
+            raise LayoutError(
+                f"{first.fqn}: Shard({dim}) asks for dimension {dim} of a tensor with {len(shape)} dimensions {shape}, and no "
+                f"saved tensor has it (default: {axis}); shard one of 0 to {most - 1}"
+            )
+
+
+def _names_beside(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> set[str]:
+    """The names of all other tensors below the model's key or their top-level key: parameters that never stepped, buffers."""
+    weights = () if request.model_key is None else _weights(catalog, request, index)
+    return {*weights, *(".".join(map(str, path[1:] or path)) for path, _ in tensors_beside(catalog, index))}
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:

@@ -17,7 +17,7 @@ from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import make_handle
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.spec import Rule, SpecLayout
+from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
 from shardferry.region import Region
 from shardferry.stats import Counters
@@ -46,7 +46,7 @@ def rows_over(num_ranks: int, copies: int = 1) -> SpecLayout:
 
 
 def columns_over(num_ranks: int) -> SpecLayout:
-    return SpecLayout(Mesh((("dp", num_ranks),)), (Rule("*.bias", {}), Rule("ln_?.weight", {})), {"dp": Shard(1)})
+    return SpecLayout(Mesh((("dp", num_ranks),)), (), {"dp": Shard(1)})
 
 
 @dataclass(frozen=True)

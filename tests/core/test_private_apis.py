@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle, _ShardParamInfo
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -35,6 +36,19 @@ def test_strided_shard() -> None:
     placement = strided_shard(0, 2)
     assert not placement.is_replicate()
     assert (placement.dim, placement.split_factor) == (0, 2)
+
+
+def local_tensor_is_an_object() -> None:
+    mesh, local = init_device_mesh("cpu", (2,)), torch.zeros(4)
+    parameter: Any = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
+    parameter._local_tensor.__create_chunk_list__ = list
+    assert parameter._local_tensor.__create_chunk_list__ is list
+    assert parameter.__create_chunk_list__() == []  # torch asks it too
+
+
+def test_local_tensor(ranks: RankPool) -> None:
+    """shardferry/layout/from_tensor.py"""
+    ranks.run(2, local_tensor_is_an_object)
 
 
 def test_shard_param_info_fields() -> None:

@@ -46,3 +46,8 @@ def catalog_of(saved: Saved, *, name: str = "exp_avg") -> Catalog:
 def _length(region: Region) -> int:
     """Bytes of a saved item, its head among them."""
     return 4 * region.numel + 1024
+
+
+def item_info(file: str, shape: Sequence[int]) -> _StorageInfo:
+    """Where a float32 item is that is alone in its file."""
+    return _StorageInfo(file, 0, _length(Region.whole(tuple(shape))))

@@ -161,3 +161,32 @@ def test_a_dimension_that_is_not_there_is_refused_with_both_numbers() -> None:
         shard_on_mesh((4, 6), [AxisCut(2, 0, Shard(5))])
     with pytest.raises(LayoutError, match="of a scalar; leave it replicated"):
         shard_on_mesh((), [AxisCut(2, 0, Shard(0))])
+
+
+TP = Mesh((("dp", 2), ("tp", 2)))
+
+
+def test_a_default_applies_where_the_tensor_has_the_dimension() -> None:
+    rank = SpecLayout(TP, (Rule("head.*", {"tp": Shard(0)}),), {"dp": Shard(0), "tp": Shard(1)}).rank(3)
+    for layout_of in (rank.parameter, rank.weight):
+        assert layout_of("body.weight", (4, 6)).placements == (Shard(0), Shard(1))
+        bias = layout_of("body.bias", (4,))
+        assert (bias.placements, bias.local_shape) == ((Shard(0), Replicate()), (2,))
+        scalar = layout_of("body.scale", ())
+        assert (scalar.placements, scalar.wanted_numel) == ((Replicate(), Replicate()), 1)
+        assert layout_of("head.scale", ()).placements == (Replicate(), Replicate())
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "message"),
+    [
+        pytest.param(Rule("body.bias", {"tp": Shard(1)}), (4,), r"Shard\(1\) asks for dimension 1", id="name"),
+        pytest.param(Rule("*.bias", {"tp": Shard(1)}), (4,), r"Shard\(1\) asks for dimension 1", id="glob"),
+        pytest.param(Rule("body.bias", {"tp": Shard(0)}), (), r"Shard\(0\) of a scalar", id="scalar"),
+    ],
+)
+def test_a_rule_that_does_not_fit_stays_an_error(rule: Rule, shape: Index, message: str) -> None:
+    rank = SpecLayout(TP, (rule,), {"tp": Shard(0)}).rank(0)
+    for layout_of in (rank.parameter, rank.weight):
+        with pytest.raises(LayoutError, match=rf"body\.bias: {message}"):
+            layout_of("body.bias", shape)

@@ -29,9 +29,11 @@ def strided(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def load(path: Path, dim: int, world_rank: int, world_size: int, *, concurrency: int = 4) -> LoadedShard:
     mesh = Mesh((("dp", world_size),))
-    spec = SpecLayout(mesh, (Rule("vector", {"dp": Shard(0)}),), {"dp": Shard(dim)})
+    catalog = open_checkpoint(path)
+    rules = (Rule("vector", {"dp": Shard(0)}),) if "optim.state.vector.exp_avg" in catalog.tensors else ()
+    spec = SpecLayout(mesh, rules, {"dp": Shard(dim)})
     options = ReadOptions(concurrency=concurrency)
-    job = LoadJob(open_checkpoint(path), spec.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), options)
+    job = LoadJob(catalog, spec.rank(world_rank), LoadRequest("optim"), torch.device("cpu"), options)
     return load_rank(job, Agreement(None))
 
 
