@@ -60,7 +60,7 @@ class LiveLayout(RankLayout):
         if known is None:
             return None
         if known.layout is None:
-            _same_shape(self.parameters[fqn], shape, f"{fqn}: the model's parameter (of {name!r})", "model")
+            _same_shape(self.parameters[fqn], shape, f"{fqn}: the model's parameter", "model")
             return None
         if known.is_foretold and known.layout.global_shape != shape:  # it may change as the optimizer goes on
             return None

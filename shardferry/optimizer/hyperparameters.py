@@ -58,9 +58,9 @@ def group_values(
                 if ownerless:
                     return GroupValues(warning=_ownerless(ownerless, len(saved), name))
                 raise InstallError(
-                    f"{fqns[0]} and {len(fqns) - 1} other parameters of one live param group were saved in groups that differ "
-                    f"in {name!r}: {values[name]!r} and {value!r}. Split the live group as it was saved, or keep the live "
-                    f"values: hyperparameters: live, or {{live: [{name}]}}"
+                    f"{fqns[0]}, {len(fqns) - 1} others: one live param group joins saved groups that differ in {name!r} "
+                    f"({values[name]!r} and {value!r}); split the live group as it was saved, or keep the live values with "
+                    f"hyperparameters: live, or {{live: [{name}]}}"
                 )
             else:  # a label, such as a name: the live group has its own
                 values[name] = live.get(name, values[name])

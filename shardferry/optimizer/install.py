@@ -332,7 +332,8 @@ class _StateBuilder:
             return self._step(parameter, value) if name in SCALAR_STATE else value
         if name in SCALAR_STATE:
             device = parameter.local.device if self.scalars_on_device else torch.device("cpu")
-            value = _converted(self.source.local_tensor(first, device), expected)
+            # In the shape in which it was saved, unless the live optimizer has another one: both count alike.
+            value = _converted(self.source.local_tensor(first, device), parameter.state.get(name))
             return self._step(parameter, value)
         device = self._device(parameter, name)
         if not first.layout.global_shape:

