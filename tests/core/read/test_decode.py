@@ -231,7 +231,7 @@ def test_objects() -> None:
     value = {"lr": 0.5, "betas": (0.25, 0.5), "names": ["a", None], "on": True, "count": 3}
     assert decode_object(item_of(value)) == value
     assert torch.equal(decode_object(item_of(torch.arange(3))), torch.arange(3))
-    with pytest.raises(DecodeError, match="is not plain data|is damaged"):
+    with pytest.raises(DecodeError, match="is not plain data"):
         decode_object(item_of(_Custom()))
     with pytest.raises(DecodeError, match="the saved object of 10 bytes is damaged"):
         decode_object(item_of(value)[:10])
