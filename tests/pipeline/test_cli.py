@@ -42,7 +42,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     """The demo in fewer steps, run once, in a process of its own: its output, and the checkpoint it kept."""
     directory = tmp_path_factory.mktemp("demo")
     with nothing_left():
-        done = run_process("demo", "--directory", directory, python=("-c", SHORT_DEMO), timeout_s=270)
+        done = run_process("demo", "--directory", directory, python=("-c", SHORT_DEMO), timeout_s=500)
     return done, directory / "checkpoint"
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from tests.programs.whole_state import WholeState, read_whole_state
 
-_DEADLINE_S = 120.0
+_DEADLINE_S = 240.0
 _PROGRAMS = ("accelerator", "fabric", "titan", "trainer")  # modules beside this one
 
 

@@ -25,7 +25,7 @@ Command = Callable[..., Finished]  # called with the arguments; tests/pipeline/c
 
 
 def run_process(
-    *arguments: str | Path, python: tuple[str, ...] = ("-m", "pipeline"), timeout_s: float = 180
+    *arguments: str | Path, python: tuple[str, ...] = ("-m", "pipeline"), timeout_s: float = 300
 ) -> Finished:
     """``python -m pipeline ...``, or another program."""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}

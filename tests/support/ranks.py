@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.processes import forking
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 _TIRED_THREADS = 80  # torch keeps some process groups for ever, whose threads spin once their peers are gone
 
 
@@ -102,7 +102,7 @@ def _serve(pipe: Connection) -> None:
         try:
             store = dist.FileStore(rendezvous, world_size)
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=DEADLINE_S / 2)
             )
             try:
                 outcome = (True, work(*args))
