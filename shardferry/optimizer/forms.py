@@ -43,6 +43,11 @@ class OptimizerForm:
         except NoShadow as error:
             return cls(optimizer, state_dict, keys, None, str(error))
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The state dict's keys beside state and param groups: counters, schedules, another optimizer's state dict."""
+        return tuple(sorted(map(str, self.state_dict.keys() - {"state", "param_groups"})))
+
     def entries(self) -> Iterator[tuple[torch.Tensor, Mapping[Any, Any], Mapping[Any, Any]]]:
         """Every trained tensor, its entries now, and its entries after a step; both in the state dict's form."""
         for index, (group, keys) in enumerate(zip(self.optimizer.param_groups, self.keys, strict=True)):

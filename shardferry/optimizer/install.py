@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
+from shardferry.config import KeyPolicy
 from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import dtensor_placements
+from shardferry.optimizer.forms import OptimizerForm
 from shardferry.optimizer.hyperparameters import GroupValues, group_values, overwritten
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
@@ -112,6 +114,8 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     changes: list[Overwritten] = []
     warnings: list[str] = []
     for index, form in enumerate(live.forms):
+        if form.others:
+            warnings.append(_kept_others(form, loaded.request.keys))
         update = _OptimizerUpdate.of(loaded, live, index)
         entries = compare_entries(
             form.optimizer, update.saved_params(loaded), update.hyperparameters(), loaded.request.keys
@@ -127,6 +131,18 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
         if entries.unknown:
             warnings.append(f"{type(form.optimizer).__name__}: its state can't be foretold ({entries.unknown})")
     return Checked(found, tuple(changes), tuple(warnings))
+
+
+def _kept_others(form: OptimizerForm, policy: KeyPolicy) -> str:
+    """Says that entries beside state and hyperparameters stay live. Raises InstallError: they must not."""
+    name = type(form.optimizer).__name__
+    what = f"{name}.state_dict() has {list(form.others)} beside 'state' and 'param_groups'"
+    if not policy.allow_missing:
+        raise InstallError(
+            f"{what}, which are not loaded: its next step would go by the live ones. Load them yourself and set keys: "
+            "allow_missing; nothing was changed"
+        )
+    return f"{what}; the live ones stay"
 
 
 def fit(loaded: LoadedState, live: LiveModel, checked: Checked | None = None) -> Installation:
@@ -290,11 +306,15 @@ class _StateBuilder:
         return nested
 
     def _value(self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]]) -> Any:
+        value = self._row_major(parameter, name, found)
+        return _with_strides(value, parameter.expected(name)) if isinstance(value, torch.Tensor) else value
+
+    def _row_major(self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]]) -> Any:
         _, first = found[0]
         expected = parameter.expected(name)
         if isinstance(first, PlannedValue):
-            value = _converted(copy.deepcopy(first.value), expected)
-            return self._step(parameter, value) if name in SCALAR_STATE else value
+            value = copy.deepcopy(first.value)
+            return self._step(parameter, _converted(value, expected)) if name in SCALAR_STATE else value
         if name in SCALAR_STATE:
             device = parameter.local.device if self.scalars_on_device else torch.device("cpu")
             value = _converted(self.source.local_tensor(first, device), expected)
@@ -302,7 +322,7 @@ class _StateBuilder:
         device = self._device(parameter, name)
         if not first.layout.global_shape:
             value = self.source.local_tensor(first, device)
-            return _converted(self._factor(parameter, first, value, expected), expected)
+            return self._factor(parameter, first, value, expected)
         if not first.sharded_like_param:
             return self._factor(parameter, first, self.source.local_tensor(first, device), expected)
         return self._moment(parameter, name, found, device)
@@ -385,6 +405,15 @@ def _converted(value: Any, expected: Any) -> Any:
     if isinstance(expected, int | float) and isinstance(value, torch.Tensor) and value.numel() == 1:
         return type(expected)(value.item())
     return value
+
+
+def _with_strides(value: torch.Tensor, expected: Any) -> torch.Tensor:
+    """A local tensor with its elements in the order in memory that the optimizer has them in: sums round by it."""
+    if type(value) is not torch.Tensor or type(expected) is not torch.Tensor or value.shape != expected.shape:
+        return value
+    if value.stride() == expected.stride() or not value.numel():
+        return value
+    return torch.empty_strided(value.shape, expected.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _like(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
