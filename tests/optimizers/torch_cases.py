@@ -42,7 +42,9 @@ CLASSES = [
 
 _CASES = [
     *(
-        Case(c.__name__, _OTHER[c.__name__]) if c.__name__ in _OTHER else _case(c, sparse=c is torch.optim.SparseAdam)
+        Case(c.__name__, _OTHER[c.__name__], closure=c is torch.optim.LBFGS)
+        if c.__name__ in _OTHER
+        else _case(c, sparse=c is torch.optim.SparseAdam)
         for c in CLASSES
     ),
     _case(torch.optim.AdamW, "amsgrad", amsgrad=True),
