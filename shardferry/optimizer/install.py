@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
+from shardferry.config import KeyPolicy
 from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout
@@ -120,6 +121,8 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     changes: list[Overwritten] = []
     warnings: list[str] = []
     for index, form in enumerate(_forms(loaded, live)):
+        if lacking := [name for name in form.extras if name not in loaded.extras]:
+            warnings.append(_kept_extras(form, lacking, loaded.request.keys))
         update = _OptimizerUpdate.of(loaded, live, index)
         entries = compare_entries(
             form.optimizer, update.saved_params(loaded), update.hyperparameters(), loaded.request.keys
@@ -132,14 +135,20 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
         found.append(entries)
         changes += update.overwritten
         warnings += [new.warning for new in update.values if new.warning]
-        if lacking := [name for name in form.extras if name not in loaded.extras]:
-            warnings.append(
-                f"{type(form.optimizer).__name__}: its state dict has {lacking} beside state and param groups, which was not "
-                "saved; it stays as it is"
-            )
         if entries.unknown:
             warnings.append(f"{type(form.optimizer).__name__}: its state can't be foretold ({entries.unknown})")
     return Checked(found, tuple(changes), tuple(warnings))
+
+
+def _kept_extras(form: OptimizerForm, lacking: Sequence[str], policy: KeyPolicy) -> str:
+    """Says that entries beside state and hyperparameters stay live. Raises InstallError: they must not."""
+    what = f"{type(form.optimizer).__name__}.state_dict() has {lacking} beside state and param_groups, which were not saved"
+    if not policy.allow_missing:
+        raise InstallError(
+            f"{what}: its next step would go by the live ones. Save its own state_dict(), or set keys: allow_missing to keep "
+            "the live ones; nothing was changed"
+        )
+    return f"{what}; the live ones stay"
 
 
 def _forms(loaded: LoadedState, live: LiveModel) -> tuple[OptimizerForm, ...]:
@@ -325,11 +334,15 @@ class _StateBuilder:
         return nested
 
     def _value(self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]]) -> Any:
+        value = self._row_major(parameter, name, found)
+        return _with_strides(value, parameter.expected(name)) if isinstance(value, torch.Tensor) else value
+
+    def _row_major(self, parameter: LiveParameter, name: str, found: list[tuple[Part, Entry]]) -> Any:
         _, first = found[0]
         expected = parameter.expected(name)
         if isinstance(first, PlannedValue):
-            value = _converted(copy.deepcopy(first.value), expected)
-            return self._step(parameter, value) if name in SCALAR_STATE else value
+            value = copy.deepcopy(first.value)
+            return self._step(parameter, _converted(value, expected)) if name in SCALAR_STATE else value
         if name in SCALAR_STATE:
             device = parameter.local.device if self.scalars_on_device else torch.device("cpu")
             # In the shape in which it was saved, unless the live optimizer has another one: both count alike.
@@ -338,7 +351,7 @@ class _StateBuilder:
         device = self._device(parameter, name)
         if not first.layout.global_shape:
             value = self.source.local_tensor(first, device)
-            return _converted(self._factor(parameter, first, value, expected), expected)
+            return self._factor(parameter, first, value, expected)
         if not first.sharded_like_param:
             return self._factor(parameter, first, self.source.local_tensor(first, device), expected)
         return self._moment(parameter, name, found, device)
@@ -421,6 +434,15 @@ def _converted(value: Any, expected: Any) -> Any:
     if isinstance(expected, int | float) and isinstance(value, torch.Tensor) and value.numel() == 1:
         return type(expected)(value.item())
     return value
+
+
+def _with_strides(value: torch.Tensor, expected: Any) -> torch.Tensor:
+    """A local tensor with its elements in the order in memory that the optimizer has them in: sums round by it."""
+    if type(value) is not torch.Tensor or type(expected) is not torch.Tensor or value.shape != expected.shape:
+        return value
+    if value.stride() == expected.stride() or not value.numel():
+        return value
+    return torch.empty_strided(value.shape, expected.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _like(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,430 @@
+"""Train, save, load and train on: one optimizer under one wrapper, against the run that was not interrupted.
+
+The functions run on the ranks of a process group, many optimizers in one group.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import shardferry
+from shardferry.errors import ShardferryError
+from shardferry.state_dicts import flat_entries
+from tests.support.ranks import RankPool
+
+SAVES_ONE_RANKS = "state that is not a DTensor differs from rank to rank, and torch saves one rank's"
+NUM_STEPS = 6  # before the save
+LR = 2.0**-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer with its arguments."""
+
+    name: str
+    make: Callable[[nn.Module, float], Any]  # from a model and a learning rate
+    wide: bool = False  # whether it treats only large parameters in its own way
+    sparse: bool = False  # whether it wants sparse gradients
+    closure: bool = False  # whether its step wants one
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """How a model is wrapped, and on how many ranks it is saved and loaded."""
+
+    name: str
+    wrap: Callable[[nn.Module], nn.Module]
+    source: int
+    target: int
+
+
+def _fsdp2(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+WRAPPERS = (
+    Wrapper("plain", lambda model: model, 1, 1),
+    Wrapper("DDP", DistributedDataParallel, 2, 2),
+    Wrapper("FSDP2 4 → 2", _fsdp2, 4, 2),
+    Wrapper("FSDP2 2 → 3", _fsdp2, 2, 3),
+)
+
+Verdict = Literal["right", "rounded", "refused", "cannot", "wrong"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case came to.
+
+    ``right``: state, groups and next step are bitwise those of the uninterrupted run. ``rounded``: the next step is so but
+    for rounding, as it sums over another number of ranks. ``refused``: by an error, and nothing was changed. ``cannot``: the
+    optimizer doesn't train, or torch doesn't save it. ``wrong``: a defect.
+    """
+
+    verdict: Verdict
+    words: str = ""
+
+
+def network(*, wide: bool) -> nn.Module:
+    torch.manual_seed(0)
+    inner = 64 if wide else 8
+    return nn.Sequential(nn.Linear(inner, inner), nn.Linear(inner, inner, bias=False), nn.Linear(inner, 3))
+
+
+def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+
+
+def step(case: Case, model: nn.Module, optimizer: Any, number: int) -> None:
+    """Take a step. Gradients depend on the element and on the weights, not on the wrapper."""
+    parameters = named_parameters(model)
+
+    def closure() -> torch.Tensor:
+        for fqn, parameter in parameters.items():
+            whole = _noise(fqn, tuple(parameter.shape), number)
+            grad = _like(whole, parameter) + 0.125 * parameter.detach()
+            parameter.grad = grad.to_sparse() if case.sparse else grad
+        return torch.tensor(1.0 / number)
+
+    closure()
+    torch.manual_seed(number)
+    if case.closure:
+        optimizer.step(closure)
+    else:
+        optimizer.step()
+
+
+@cache
+def _noise(fqn: str, shape: tuple[int, ...], number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * number + sum(map(ord, fqn)))
+    return torch.randn(shape, generator=generator)
+
+
+def _like(whole: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """The same part of a whole tensor as a live one has; no rank sends anything."""
+    if not isinstance(live, DTensor):
+        return whole
+    return distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)
+
+
+# --- what an optimizer has ------------------------------------------------------------------------------------------
+
+
+def entries_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Weights, state and hyperparameters by name."""
+    parameters = named_parameters(model)
+    names = {id(parameter): fqn for fqn, parameter in parameters.items()}
+    found: dict[str, Any] = {f"model.{fqn}": parameter.detach() for fqn, parameter in parameters.items()}
+    for parameter, state in optimizer.state.items():
+        if isinstance(state, dict):
+            found |= {
+                f"state.{names.get(id(parameter), parameter)}.{name}": value
+                for name, value in flat_entries(state).items()
+            }
+    for index, group in enumerate(optimizer.param_groups):
+        found |= {
+            f"group.{index}.{name}": value
+            for name, value in flat_entries(group).items()
+            if not name.startswith("params.") and not isinstance(value, nn.Parameter)
+        }
+    return found
+
+
+def whole_entries(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The same with whole tensors, which nothing changes afterwards."""
+    return {name: _whole(value) for name, value in entries_of(model, optimizer).items()}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _plain_data(value: Any) -> Any:
+    """A tensor subclass as the tensors that it consists of."""
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
+        return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
+    return value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bitwise; both whole or both local."""
+    one, other = _plain_data(one), _plain_data(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if (type(one), one.dtype, one.shape) != (type(other), other.dtype, other.shape):
+            return False
+        if one.is_sparse or one.numel() == 0:
+            return True
+        return torch.equal(_bytes(one), _bytes(other))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, float) and math.isnan(one):
+        return math.isnan(other)
+    try:
+        return bool(one == other) or type(one).__eq__ is object.__eq__
+    except (ValueError, RuntimeError):
+        return False
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def differences(model: nn.Module, optimizer: Any, whole: dict[str, Any]) -> list[str]:
+    """Names of the entries that differ from whole ones of another run."""
+    found = entries_of(model, optimizer)
+    return [
+        name
+        for name in sorted({*found, *whole})
+        if name not in found or name not in whole or not _is_part_of(found[name], whole[name])
+    ]
+
+
+def _is_part_of(found: Any, whole: Any) -> bool:
+    if isinstance(found, DTensor) and isinstance(whole, torch.Tensor) and found.shape == whole.shape:
+        return same(found.to_local(), _like(whole, found).to_local())
+    return same(found, whole)
+
+
+def rounding_only(model: nn.Module, optimizer: Any, whole: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether entries differ by less than a thousandth of the largest one."""
+    found = entries_of(model, optimizer)
+    for name in names:
+        one, other = found.get(name), whole.get(name)
+        if isinstance(one, DTensor):
+            one, other = one.to_local(), _like(other, one).to_local()
+        if isinstance(one, float) and isinstance(other, float):
+            one, other = torch.tensor(one), torch.tensor(other)
+        if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+            return False
+        if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
+            return False
+        if one.numel() and (one - other).abs().max() > 1e-3 * other.abs().max().clamp(min=1e-6):
+            return False
+    return True
+
+
+# --- on the ranks ---------------------------------------------------------------------------------------------------
+
+
+Cases = Callable[[], Sequence[Case]]  # a function that ranks can import, as the makers in a case can't be sent to them
+
+
+def save_all(directory: str, wrapper: int, cases: Cases, which: Sequence[int]) -> list[Outcome | None]:
+    """Train and save some of the cases; None where one was saved."""
+    everything = cases()
+    return [_agreed(_save, Path(directory) / str(index), WRAPPERS[wrapper], everything[index]) for index in which]
+
+
+def load_all(directory: str, wrapper: int, cases: Cases, which: Sequence[int]) -> list[Outcome]:
+    """Load some of the cases, and train on."""
+    everything = cases()
+    found = [_agreed(_load, Path(directory) / str(index), WRAPPERS[wrapper], everything[index]) for index in which]
+    return [outcome or Outcome("right") for outcome in found]
+
+
+def _agreed(work: Callable[..., Outcome | None], *args: Any) -> Outcome | None:
+    """The worst outcome of all ranks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            own = work(*args)
+        except Exception as error:
+            own = Outcome("wrong", words_of(error))
+    outcomes: list[Outcome | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, own)
+    order = ("wrong", "cannot", "refused", "rounded", "right")
+    found = [outcome for outcome in outcomes if outcome is not None]
+    return min(found, key=lambda outcome: order.index(outcome.verdict), default=None)
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one line; of torch's checkpointing the error behind it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _save(directory: Path, wrapper: Wrapper, case: Case) -> Outcome | None:
+    try:
+        model, optimizer = _trained(wrapper, case, LR, range(1, NUM_STEPS + 1))
+        before = whole_entries(model, optimizer)
+        optim = _optimizer_state_dict(model, optimizer)
+        differing = _differing(optim)
+        dcp.save({"model": get_model_state_dict(model), "optim": optim}, checkpoint_id=str(directory / "ckpt"))
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        step(case, model, optimizer, NUM_STEPS + 1)
+        after = whole_entries(model, optimizer)
+    except (Exception, CheckpointException) as error:
+        return Outcome("cannot", words_of(error))
+    lost = _lost_by_stock(wrapper, case, state_dict, before, after)
+    if dist.get_rank() == 0:
+        torch.save((before, after, lost, differing), directory / "oracle.pt")
+    return None
+
+
+def _lost_by_stock(
+    wrapper: Wrapper, case: Case, state_dict: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+) -> list[str] | str:
+    """What the optimizer's own state dict doesn't bring back: the entries that differ after the next step, or an error."""
+    try:
+        model, optimizer = _trained(wrapper, case, LR / 2, ())
+        with torch.no_grad():
+            for fqn, parameter in named_parameters(model).items():
+                parameter.copy_(_like(before[f"model.{fqn}"], parameter))
+        optimizer.load_state_dict(state_dict)
+        step(case, model, optimizer, NUM_STEPS + 1)
+    except Exception as error:
+        return words_of(error)
+    return differences(model, optimizer, after)
+
+
+def _trained(wrapper: Wrapper, case: Case, lr: float, steps: Iterable[int]) -> tuple[nn.Module, Any]:
+    model = wrapper.wrap(network(wide=case.wide))
+    optimizer = case.make(model, lr)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    for number in steps:
+        step(case, model, optimizer, number)
+    return model, optimizer
+
+
+def _optimizer_state_dict(model: nn.Module, optimizer: Any) -> Any:
+    """By name; by position where torch's function doesn't take the optimizer."""
+    try:
+        return get_optimizer_state_dict(model, optimizer)
+    except Exception:
+        return optimizer.state_dict()
+
+
+def _differing(state_dict: Any) -> str | None:
+    """The first entry, not sharded, that other ranks have with another value."""
+    if dist.get_world_size() == 1:
+        return None
+    own = {
+        name: hash(_bytes(value).numpy().tobytes()) if isinstance(value, torch.Tensor) else repr(value)
+        for name, value in flat_entries(state_dict).items()
+        if not isinstance(value, DTensor) and not hasattr(value, "__tensor_flatten__")
+    }
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return next((name for name in own if any(there.get(name) != own[name] for there in everyone)), None)
+
+
+def _load(directory: Path, wrapper: Wrapper, case: Case) -> Outcome | None:
+    """Into an optimizer before its first step, and into one that has stepped."""
+    oracle = torch.load(directory / "oracle.pt", weights_only=False)
+    outcomes = [_load_one(directory, wrapper, case, range(101, 101 + stepped), *oracle) for stepped in (0, 2)]
+    return next((outcome for outcome in outcomes if outcome is not None), None)
+
+
+def _load_one(
+    directory: Path,
+    wrapper: Wrapper,
+    case: Case,
+    steps: Sequence[int],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    lost: list[str] | str,
+    differing: str | None,
+) -> Outcome | None:
+    try:
+        model, optimizer = _trained(wrapper, case, LR / 2, steps)
+    except Exception as error:
+        return Outcome("cannot", words_of(error))
+    untouched = local_entries(model, optimizer)
+    try:
+        shardferry.load_optimizer_state(model, optimizer, directory / "ckpt", model_key="model")
+    except ShardferryError as error:
+        words, now = words_of(error).replace(str(directory), "…"), local_entries(model, optimizer)
+        changed = [n for n in {*now, *untouched} if not same(now.get(n), untouched.get(n))]
+        return Outcome("wrong", f"{changed[0]} was changed: {words}") if changed else Outcome("refused", words)
+    if differing is not None:
+        return Outcome("cannot", f"{SAVES_ONE_RANKS}: {differing}")
+    if wrong := differences(model, optimizer, before):
+        return Outcome("wrong", f"loaded {_said(model, optimizer, before, wrong)}")
+    try:
+        step(case, model, optimizer, NUM_STEPS + 1)
+    except Exception as error:
+        return Outcome("cannot" if isinstance(lost, str) else "wrong", f"the next step: {words_of(error)}")
+    wrong = differences(model, optimizer, after)
+    if not wrong:
+        return None
+    may_round = wrapper.source != wrapper.target or lost
+    if may_round and rounding_only(model, optimizer, after, wrong):
+        return Outcome("rounded")
+    if wrapper.source != wrapper.target and not differences(model, optimizer, _step_by_hand(wrapper, case, before)):
+        return Outcome("rounded")
+    if lost:
+        return Outcome(
+            "cannot", "its own state_dict() and load_state_dict() don't bring back all that its next step needs"
+        )
+    return Outcome("wrong", f"next step {_said(model, optimizer, after, wrong)}")
+
+
+def _step_by_hand(wrapper: Wrapper, case: Case, before: dict[str, Any]) -> dict[str, Any]:
+    """What the next step gives on these ranks, where weights and state are filled in by hand; nothing, where they are nested."""
+    model, optimizer = _trained(wrapper, case, LR, range(1, NUM_STEPS + 1))
+    with torch.no_grad():
+        for name, live in entries_of(model, optimizer).items():
+            if isinstance(live, torch.Tensor) and isinstance(before.get(name), torch.Tensor):
+                live.copy_(_like(before[name], live))
+    step(case, model, optimizer, NUM_STEPS + 1)
+    return whole_entries(model, optimizer)
+
+
+def local_entries(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """What this rank has, copied."""
+    found = {name: _local(value) for name, value in entries_of(model, optimizer).items()}
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _said(model: nn.Module, optimizer: Any, whole: dict[str, Any], names: Sequence[str]) -> str:
+    found = entries_of(model, optimizer)
+    name = names[0]
+    return f"{len(names)} entries differ, {name}: {_short(found.get(name, 'nothing'))}, not {_short(whole.get(name, 'nothing'))}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def run_table(
+    ranks: RankPool, directory: Path, wrapper: int, cases: Cases, which: Sequence[int] | None = None
+) -> dict[str, Outcome]:
+    """Cases under one wrapper, by name; all where it isn't said which."""
+    spec, everything = WRAPPERS[wrapper], cases()
+    which = range(len(everything)) if which is None else which
+    for index in which:
+        (directory / str(index)).mkdir(parents=True)
+    found = dict(zip(which, ranks.run(spec.source, save_all, str(directory), wrapper, cases, which)[0], strict=True))
+    saved = [index for index, outcome in found.items() if outcome is None]
+    found |= zip(saved, ranks.run(spec.target, load_all, str(directory), wrapper, cases, saved)[0], strict=True)
+    return {everything[index].name: outcome for index, outcome in found.items()}
