@@ -19,6 +19,7 @@ from shardferry.read.zip_header import (
     MAX_HEADER_BYTES,
     HeaderTooShort,
     ItemLayout,
+    QuantisedState,
     parse_header,
 )
 from shardferry.region import row_major_strides
@@ -139,6 +140,7 @@ class ItemLayouts:
 
         Raises:
             HeaderTooShort: the header goes on after ``content``.
+            QuantisedState: the item is whole, and of a class of its own.
             DecodeError: the item is damaged, or not the one that the metadata describes.
         """
         num_bytes = item.byte_length if item.is_ranged else len(content)
@@ -167,6 +169,8 @@ class ItemLayouts:
                 if len(header) == len(content):
                     raise
                 header = bytes(content[: 2 * len(header)])
+            except QuantisedState as error:
+                raise QuantisedState(f"{item.key}: item at byte {item.byte_offset} of {item.path}: {error}") from error
             except DecodeError as error:
                 raise item.damaged(str(error)) from error
         self.header_bytes = max(self.header_bytes, len(header))

@@ -12,6 +12,7 @@ from shardferry.checkpoint.catalog import Catalog, KnownValue, RawItem
 from shardferry.errors import DecodeError, StorageError
 from shardferry.plan.cover import find_problems
 from shardferry.read.items import ItemLayouts, StoredItem, TensorItem, decoded, items_of, read_item, read_layout
+from shardferry.read.zip_header import ItemLayout, QuantisedState
 from shardferry.storage.base import RangeReader
 
 _COPY_BYTES = 1024 * 1024  # of an item at a time, for its checksum
@@ -85,6 +86,7 @@ def _items(catalog: Catalog) -> list[StoredItem]:
 
 
 def _check(item: StoredItem, storage: RangeReader) -> None:
+    """Raises StorageError, DecodeError; QuantisedState where an item can't be loaded though it is whole."""
     if isinstance(item.format, KnownValue):
         return
     size = storage.size(item.path)
@@ -92,18 +94,28 @@ def _check(item: StoredItem, storage: RangeReader) -> None:
         raise StorageError(f"it ends at byte {item.byte_stop}, the file has {size} bytes")
     if not item.is_ranged:
         content = bytes(decoded(item, read_item(item, storage, item.byte_length)))
-        if isinstance(item, TensorItem):
-            ItemLayouts().layout(item, content)
+        refused = _refused(item, lambda tensor: ItemLayouts().layout(tensor, content))
         _check_sums(item, io.BytesIO(content))
-        return
-    if isinstance(item, TensorItem):
-        read_layout(item, storage, ItemLayouts())
-    file = io.BufferedReader(_ItemFile(storage, item), _COPY_BYTES)
-    if isinstance(item.format, RawItem):  # no checksum to hold it against; that it can be read is what can be said
-        while file.read(_COPY_BYTES):
-            pass
     else:
-        _check_sums(item, file)
+        refused = _refused(item, lambda tensor: read_layout(tensor, storage, ItemLayouts()))
+        file = io.BufferedReader(_ItemFile(storage, item), _COPY_BYTES)
+        if isinstance(item.format, RawItem):  # no checksum to hold it against; that it can be read is what can be said
+            while file.read(_COPY_BYTES):
+                pass
+        else:
+            _check_sums(item, file)
+    if refused is not None:
+        raise refused
+
+
+def _refused(item: StoredItem, parse: Callable[[TensorItem], ItemLayout]) -> QuantisedState | None:
+    """Why an item can't be loaded though it may be whole. Raises DecodeError where it is damaged."""
+    try:
+        if isinstance(item, TensorItem):
+            parse(item)
+    except QuantisedState as error:
+        return error
+    return None
 
 
 def _check_sums(item: StoredItem, file: IO[bytes]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from shardferry.errors import DecodeError
 HEADER_BYTES = 1024  # nearly every header fits
 MAX_HEADER_BYTES = 512 * 1024  # up to 6 records, each padded to up to 64 KiB by writers that align them
 
+_MAX_NAME = 200  # characters of a class's name in a message
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL_MAGIC = b"PK\x03\x04"
 _DESCRIPTOR_MAGIC = b"PK\x07\x08"
@@ -49,6 +51,14 @@ class ItemLayout:
 
 class HeaderTooShort(Exception):
     """The bytes end before the raw data starts; read more."""
+
+
+class QuantisedState(DecodeError):
+    """The item is a tensor of a class of its own, whose elements only the code of that class can make. The file is whole."""
+
+
+class _ForeignGlobal(DecodeError):
+    """The description names something that no plain tensor needs."""
 
 
 def parse_header(header: bytes) -> ItemLayout:
@@ -131,6 +141,9 @@ def _parse_description(header: bytes, start: int) -> tuple[ItemLayout, int]:
     stream = io.BytesIO(header[start:])
     try:
         value = _ItemUnpickler(stream).load()
+    except _ForeignGlobal:
+        _refuse_tensor_classes(header, start)
+        raise
     except DecodeError:
         raise
     except Exception as error:  # a cut pickle raises nearly any type
@@ -140,6 +153,33 @@ def _parse_description(header: bytes, start: int) -> tuple[ItemLayout, int]:
     if not isinstance(value, ItemLayout):
         raise DecodeError(f"the item holds a {type(value).__name__}, not a tensor")
     return value, stream.tell()
+
+
+def _refuse_tensor_classes(header: bytes, start: int) -> None:
+    """Name the class of a quantised tensor or another tensor subclass. Nothing is unpickled.
+
+    Raises:
+        HeaderTooShort: the description goes on after ``header``.
+        QuantisedState: it is one of these.
+    """
+    names: list[tuple[str, str]] = []
+    try:
+        for operation, argument, _ in pickletools.genops(header[start:]):
+            if operation.name == "GLOBAL":
+                module, _, name = str(argument).partition(" ")
+                names.append((module, name))
+    except Exception as error:  # a cut pickle raises nearly any type
+        if len(header) < MAX_HEADER_BYTES:
+            raise HeaderTooShort from error
+        return
+    if not names or names[0] not in _CLASS_MAKERS:
+        return
+    found = next((".".join(name) for name in names[1:] if name[0] != "torch._utils"), names[0][1])
+    raise QuantisedState(
+        f"quantised state: the item is a tensor of the class {found[:_MAX_NAME]}, whose elements only the code of that class can make out of "
+        "its parts (codes, scales); code that a checkpoint names is not run. Leave the parameter out with exclude, or save it "
+        "dequantised, as a plain tensor"
+    )
 
 
 class _ItemUnpickler(pickle.Unpickler):
@@ -153,7 +193,7 @@ class _ItemUnpickler(pickle.Unpickler):
             return _TYPED_STORAGES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise DecodeError(f"the item's description names {module}.{name}, which no plain tensor needs; refused")
+        raise _ForeignGlobal(f"the item's description names {module}.{name}, which no plain tensor needs; refused")
 
     def persistent_load(self, pid: Any) -> torch.dtype | None:
         """The dtype of a storage; None where it is untyped, and the tensor says."""
@@ -186,6 +226,13 @@ def _tensor_v3(
 def _parameter(data: ItemLayout, *_: Any) -> ItemLayout:
     return data
 
+
+# How torch.save describes tensors of classes of their own: the first global of the description.
+_CLASS_MAKERS = {
+    ("torch._tensor", "_rebuild_from_type_v2"),
+    ("torch._utils", "_rebuild_wrapper_subclass"),
+    ("torch._utils", "_rebuild_qtensor"),
+}
 
 _TYPED_STORAGES = {
     "DoubleStorage": torch.float64,
