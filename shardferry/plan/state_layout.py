@@ -6,7 +6,9 @@ too. So a state name that has another shape than its parameter once follows no p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
@@ -16,6 +18,7 @@ from shardferry.errors import LayoutError
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import TensorLayout, replicated
 from shardferry.plan.match_keys import MatchedParam
+from shardferry.plan.saved_parts import CODE_DTYPES, StateOfParam, local_part_names, scales_apart
 from shardferry.state_dicts import KeyPath
 
 Shape = tuple[int, ...]
@@ -68,26 +71,97 @@ class StateLayouts:
     ) -> None:
         self._layout = layout
         self._tensors = {parameter.fqn: _tensors(catalog, saved, parameter) for parameter in found}
-        self._weights = _weight_shapes(catalog, request, index)
+        self._weights = _weights(catalog, request, index)
+        self._catalog = catalog
         self._rule = ParameterRule(self._tensors, self._known_shape)
 
     def layout_for(self, fqn: str, name: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
         """The layout of one state tensor on this rank, and whether it is the parameter's own.
 
         Raises:
-            LayoutError: the state can't belong to this model's parameter, or the parameter can't have this layout.
+            LayoutError: the state can't belong to this model's parameter, the parameter can't have this layout, or the saved
+                state is one that no rank can be given a part of (`saved_parts`).
         """
-        own = self._layout.entry(fqn, name, saved.shape)
-        if own is not None:
-            return own, False
-        self._check_same_model(fqn, name, saved)
-        if self._rule.follows(fqn, name, saved):
-            return self._layout.parameter(fqn, saved.shape), True
-        return replicated(saved.shape), False
+        own = self._own_layout(fqn, name, saved)
+        follows = own is None and self._rule.follows(fqn, name, saved)
+        layout = own or (self._layout.parameter(fqn, saved.shape) if follows else replicated(saved.shape))
+        if saved.dtype in CODE_DTYPES:
+            self._check_codes(fqn, name, saved, layout)
+        return layout, follows
+
+    def _own_layout(self, fqn: str, name: str, saved: SavedTensor) -> TensorLayout | None:
+        """The layout that the optimizer or the spec gives this entry alone. Raises LayoutError."""
+        try:
+            own = self._layout.entry(fqn, name, saved.shape)
+        except LayoutError:
+            self._check_whole(fqn, name, saved)
+            raise
+        if own is None:
+            self._check_whole(fqn, name, saved)
+            self._check_same_model(fqn, name, saved)
+        return own
+
+    def _check_whole(self, fqn: str, name: str, saved: SavedTensor) -> None:
+        """One rank's part must not pass as a factor of the whole."""
+        shape = self._known_shape(fqn)
+        if saved.shape == shape or len(saved.chunks) > 1 or name not in self._local_parts:
+            return
+        raise LayoutError(
+            f"{fqn}: {name!r} was saved as one plain tensor of the shape {saved.shape}, the parameter has the shape {shape}: it is "
+            "one rank's part, and those of the other ranks were not saved. Save moments as DTensors like their parameters, or "
+            "leave the parameter out with exclude"
+        )
+
+    def _check_codes(self, fqn: str, name: str, saved: SavedTensor, layout: TensorLayout) -> None:
+        """Codes of quantised state must not be cut from their scales."""
+        apart = scales_apart(
+            self._states,
+            fqn,
+            name,
+            is_cut=layout.wanted_numel < math.prod(saved.shape),
+            is_param_cut=self._is_cut(fqn),
+        )
+        if apart is None:
+            return
+        scales = self._tensors[fqn][apart]
+        raise LayoutError(
+            f"{fqn}: quantised state: {name!r} has {saved.dtype} codes of the shape {saved.shape} in {len(saved.chunks)} saved "
+            f"chunks, of which this rank wants {layout.wanted_numel} of {math.prod(saved.shape)} elements; {apart!r} of the shape "
+            f"{scales.shape} was saved whole or by one rank, so it can't be told which of it belongs to a part. Load it where "
+            "each rank holds the whole parameter, as it was saved; leave the parameter out with exclude; or save it dequantised"
+        )
+
+    @cached_property
+    def _states(self) -> dict[str, StateOfParam]:
+        return {
+            fqn: StateOfParam(tensors, self._known_shape(fqn), self._part_shapes(fqn))
+            for fqn, tensors in self._tensors.items()
+        }
+
+    @cached_property
+    def _local_parts(self) -> frozenset[str]:
+        return local_part_names(self._states)
+
+    def _part_shapes(self, fqn: str) -> frozenset[Shape]:
+        """Shapes of a parameter's parts: of this rank's, and of those that its weight was saved in."""
+        weight, shape = self._weights.get(fqn), self._known_shape(fqn)
+        shapes: set[Shape] = set()
+        if weight is not None and len(weight.chunks) > 1:
+            shapes.update(map(tuple, self._catalog.boxes(weight)[1].tolist()))
+        if shape is not None:
+            with suppress(LayoutError):  # told where the parameter's own state is planned
+                shapes.add(self._layout.parameter(fqn, shape).local_shape)
+        return frozenset(part for part in shapes if part != shape and 0 not in part)
+
+    def _is_cut(self, fqn: str) -> bool:
+        """Whether this rank holds a part of a parameter. Raises LayoutError: the parameter can't have its layout."""
+        shape = self._known_shape(fqn)
+        return shape is not None and self._layout.parameter(fqn, shape).wanted_numel < math.prod(shape)
 
     def _known_shape(self, fqn: str) -> Shape | None:
         live = self._layout.parameter_shape(fqn)
-        return live if live is not None else self._weights.get(fqn)
+        weight = self._weights.get(fqn)
+        return live if live is not None or weight is None else weight.shape
 
     def _check_same_model(self, fqn: str, name: str, saved: SavedTensor) -> None:
         """Moments of another model's parameter must not pass as factors of this one's."""
@@ -95,10 +169,10 @@ class StateLayouts:
         if live is None or name in SCALAR_STATE:
             return
         there = self._weights.get(fqn)
-        if there is None or there == live:
+        if there is None or there.shape == live:
             return
         raise LayoutError(
-            f"{fqn}: the model's parameter has the shape {live}, the saved one {there} ({name!r} has {saved.shape}); "
+            f"{fqn}: the model's parameter has the shape {live}, the saved one {there.shape} ({name!r} has {saved.shape}); "
             "this checkpoint belongs to another model"
         )
 
@@ -114,14 +188,14 @@ def tensors_beside(catalog: Catalog, index: OptimizerIndex) -> Iterator[tuple[Ke
     return ((catalog.path(key), saved) for key, saved in catalog.tensors.items() if key not in of_optimizer)
 
 
-def _weight_shapes(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, Shape]:
-    """Shapes of the tensors that were saved beside the optimizer, by FQN below their top-level key."""
-    shapes: dict[str, Shape] = {}
-    saved_names: dict[str, Shape] = {}
+def _weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, SavedTensor]:
+    """The tensors that were saved beside the optimizer, by FQN below their top-level key."""
+    saved_names: dict[str, SavedTensor] = {}
     for path, saved in tensors_beside(catalog, index):
         if len(path) > 1:
-            saved_names.setdefault(".".join(map(str, path[1:])), saved.shape)
+            saved_names.setdefault(".".join(map(str, path[1:])), saved)
+    weights: dict[str, SavedTensor] = {}
     for name, names in request.selection.wanted_names(saved_names).items():
         for fqn in names:
-            shapes.setdefault(fqn, saved_names[name])
-    return shapes
+            weights.setdefault(fqn, saved_names[name])
+    return weights
