@@ -85,6 +85,7 @@ def inspect(checkpoint: CheckpointArg, as_json: JsonOption = False) -> None:
         f"{human_bytes(report.total_bytes)}; metadata version {report.torch_metadata_version}; keys: {', '.join(report.top_level_keys)}"
     )
     print("saved as: " + "; ".join(f"{count} x {sharding}" for sharding, count in report.topology.items()))
+    print("".join(f"warning: {warning}\n" for warning in report.warnings), end="")
     print("problems: " + ("none" if not report.problems else "".join(f"\n  {problem}" for problem in report.problems)))
 
 
@@ -193,9 +194,12 @@ def verify(
                 bar.show(done[0], total)
 
         problems = verify_checkpoint(catalog, storage, concurrency=concurrency, on_item=on_item)
+    warnings = [catalog.stale] if catalog.stale else []
     if as_json:
-        print(json.dumps({"location": catalog.location, "bytes_read": total, "problems": problems}, indent=2))
+        found = {"location": catalog.location, "bytes_read": total, "problems": problems, "warnings": warnings}
+        print(json.dumps(found, indent=2))
     else:
+        print("".join(f"warning: {warning}\n" for warning in warnings), end="")
         print(f"{catalog.location}: {human_bytes(total)} in {len(catalog.files)} files, {len(problems)} problems")
         print("".join(f"  {problem}\n" for problem in problems), end="")
     if problems:

@@ -161,9 +161,9 @@ def print_stage(report: StageReport) -> None:
         )
         for r in report.ranks
     ]
-    print_table(
-        f"{report.location}: {what_is_loaded(report.optimizer_key)} loaded on {report.world_size} ranks", header, rows
-    )
+    title = f"{report.location}: {what_is_loaded(report.optimizer_key)} loaded on {report.world_size} ranks"
+    print_table(title, header, rows)
+    print("".join(f"warning: {warning}\n" for warning in report.warnings), end="")
     print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
     if report.busy:
         print("busy reading: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.busy.items()))

@@ -27,6 +27,7 @@ def inspect_report(catalog: Catalog) -> InspectReport:
         topology=dict(Counter(_sharding(tensor.grid) for tensor in tensors).most_common()),
         tensors=tensors,
         problems=find_problems(catalog),
+        warnings=[catalog.stale] if catalog.stale else [],
     )
 
 

@@ -134,7 +134,8 @@ class StageResult:
         receptions = ray.get(list(refs.receptions))
         layouts = [r.layout for r in receptions] or [spec.rank(rank) for rank in range(len(ranks)) if spec is not None]
         report = build_report(submission.config, catalog, layouts, ranks, self._driver_phases)
-        return report.model_copy(update=told_by_trainers(self._receipts))
+        told = told_by_trainers(self._receipts)
+        return report.model_copy(update={**told, "warnings": [*report.warnings, *told["warnings"]]})
 
     @cached_property
     def handles(self) -> list[ShardHandle]:

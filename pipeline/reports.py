@@ -52,6 +52,7 @@ def build_report(
         num_requests=sum(rank.num_requests for rank in ranks),
         missing=sorted({fqn for rank in ranks for fqn in rank.missing}),
         unexpected=sorted({fqn for rank in ranks for fqn in rank.unexpected}),
+        warnings=[catalog.stale] if catalog.stale else [],
         phases=phases,
         busy=_longest(rank.busy for rank in ranks),
         lower_bound_s=bound,

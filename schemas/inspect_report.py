@@ -34,3 +34,4 @@ class InspectReport(BaseModel):
     topology: dict[str, int]  # how tensors were sharded when they were saved, in words: number of tensors
     tensors: list[TensorReport]
     problems: list[str]
+    warnings: list[str] = []

@@ -35,6 +35,7 @@ from shardferry.config import (
     LoadRequest,
     ReadOptions,
     Selection,
+    StalePolicy,
     Strategy,
     can_convert,
 )
@@ -110,6 +111,12 @@ class CheckpointSpec(Spec):
         description="dotted names of classes that saved Python objects may be of; they are imported",
     )
 
+    stale: StalePolicy = Field(
+        _REQUEST.stale,
+        description="if data files are younger than the metadata that describes them by more than the save took (a later save was "
+        "killed): warn, or raise an error",
+    )
+
     @field_validator("keys", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
@@ -141,6 +148,7 @@ class CheckpointSpec(Spec):
             wanted_dtypes=tuple((glob, getattr(torch, name)) for glob, name in self.wanted_dtypes.items()),
             hyperparameters=HyperparameterPolicy.of(self.hyperparameters),
             safe_globals=self.safe_globals,
+            stale=self.stale,
         )
 
 

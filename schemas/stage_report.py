@@ -70,7 +70,7 @@ class StageReport(BaseModel):
     missing_entries: list[str] = []  # <fqn>.<name>: state that the optimizer makes and that was not saved, if allowed
     unexpected_entries: list[
         str
-    ] = []  # <fqn>.<name>: state that was saved and that the optimizer has no use for, if allowed
+    ] = []  # <fqn>.<name>: state that was saved and the optimizer has no use for, if allowed
     overwritten: list[tuple[int, str, str, str]] = []  # hyperparameters of trainers: group, name, old and new value
     warnings: list[str] = []
     phases: dict[str, float]  # seconds; of the slowest rank

@@ -46,6 +46,21 @@ def dtype_policy(name: str) -> DtypePolicy:
         raise SpecError(f"dtype: {name!r} is not one of {', '.join(DtypePolicy)}") from None
 
 
+class StalePolicy(StrEnum):
+    """What happens where data files are younger than the metadata that describes them."""
+
+    WARN = "warn"
+    ERROR = "error"
+
+
+def stale_policy(name: str) -> StalePolicy:
+    """From ``"warn"`` or ``"error"``. Raises SpecError."""
+    try:
+        return StalePolicy(name)
+    except ValueError:
+        raise SpecError(f"stale: {name!r} is not one of {', '.join(StalePolicy)}") from None
+
+
 def can_convert(saved: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a cast keeps the numbers: between floating-point dtypes, between integer ones, or between complex ones."""
     kinds = {(dtype.is_floating_point, dtype.is_complex, dtype is torch.bool) for dtype in (saved, wanted)}
@@ -190,6 +205,7 @@ class LoadRequest:
     wanted_dtypes: tuple[tuple[str, torch.dtype], ...] = ()  # glob over state names; what live state has comes first
     hyperparameters: HyperparameterPolicy = HyperparameterPolicy()
     safe_globals: tuple[str, ...] = ()  # dotted names of classes that saved Python objects may be of
+    stale: StalePolicy = StalePolicy.WARN
 
     def wanted_dtype(self, name: str) -> torch.dtype | None:
         """The dtype asked for a state entry, by name; None: any."""

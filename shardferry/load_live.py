@@ -22,6 +22,7 @@ from shardferry.config import (
     ReadOptions,
     Selection,
     dtype_policy,
+    stale_policy,
 )
 from shardferry.errors import SpecError
 from shardferry.exchange.agreement import Agreement
@@ -60,6 +61,7 @@ def load_optimizer_state(
     wanted_dtypes: Mapping[str, torch.dtype] | None = None,
     hyperparameters: str | Mapping[str, Sequence[str]] = "saved",
     safe_globals: Sequence[str] = (),
+    stale: str = "warn",
     **read: Unpack[ReadKeywords],
 ) -> KeyReport:
     """Load an optimizer's state in place, resharding as needed: from any number of ranks to those of this job.
@@ -93,6 +95,8 @@ def load_optimizer_state(
             these names.
         safe_globals: dotted names of classes that saved Python objects may be of; they are imported. Those that
             ``torch.serialization.add_safe_globals`` has are allowed too.
+        stale: ``warn`` or ``error``, where data files are younger than the metadata that describes them by more than the save
+            took: a later save may have been killed over them.
         **read: the options of the spec's ``read`` section, and ``load_s``; see `shardferry.config.ReadOptions`. With
             ``strategy="cooperative"`` ranks read for each other, so that each byte leaves storage once; with ``"direct"`` each
             rank reads for itself; ``"auto"`` reads directly from local files on one node, else cooperatively.
@@ -112,6 +116,7 @@ def load_optimizer_state(
             wanted_dtypes=tuple((wanted_dtypes or {}).items()),
             hyperparameters=HyperparameterPolicy.of(hyperparameters),
             safe_globals=tuple(safe_globals),
+            stale=stale_policy(stale),
         )
         found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=str(location))
         return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
@@ -131,6 +136,7 @@ def load_model_state(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: str = "error",
+    stale: str = "warn",
     **read: Unpack[ReadKeywords],
 ) -> KeyReport:
     """Load a model's weights, buffers and extra states in place, without an optimizer; else as `load_optimizer_state`.
@@ -149,6 +155,7 @@ def load_model_state(
             selection=Selection.of(rename, include, exclude),
             keys=KeyPolicy.of(keys),
             dtype=dtype_policy(dtype),
+            stale=stale_policy(stale),
         )
         return [_Part(LiveModel(as_tuple(model), ()), request, str(location))]
 
@@ -297,7 +304,8 @@ def _load_part(
         for key, value in values.items()
         if isinstance(value, LeftLive)
     )
-    return _LoadedPart(shard, replace(checked[0], warnings=checked[0].warnings + left), ready)
+    stale = (catalog.stale,) if catalog.stale else ()
+    return _LoadedPart(shard, replace(checked[0], warnings=checked[0].warnings + left + stale), ready)
 
 
 def _install(installations: Sequence[Installation], agreement: Agreement) -> None:

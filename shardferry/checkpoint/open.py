@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,13 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
 from shardferry.checkpoint.metadata import parse_metadata
 from shardferry.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors, with_safetensors_positions
+from shardferry.checkpoint.stale import stale_metadata, stale_warning
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.storage.base import RangeReader, read_file
 from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryPolicy
+
+logger = logging.getLogger(__name__)
 
 CacheDirectory = str | os.PathLike[str] | None  # None: no catalog is kept
 
@@ -97,6 +101,7 @@ def read_catalog(
         raise _no_checkpoint(storage, names)
     catalog = dataclasses.replace(
         catalog,
+        stale=_stale(catalog, storage.times(), listing),
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
         file_versions={file: versions[file] for file in catalog.files if file in versions},
         storage_options=dict(storage_options or {}),
@@ -104,6 +109,20 @@ def read_catalog(
     if COMMON_FILE in listing:
         return with_common_values(catalog, read_file(storage, COMMON_FILE))
     return catalog
+
+
+def _stale(catalog: Catalog, times: Mapping[str, float], sizes: Mapping[str, int | None]) -> str:
+    """A warning where data files may be of a later save than the metadata, which is logged too; else empty."""
+    if METADATA_FILE not in times:
+        return ""
+    data = {file: times[file] for file in catalog.files if file in times}
+    largest = max((sizes.get(file) or 0 for file in data), default=0)
+    found = stale_metadata(times[METADATA_FILE], data, largest_file_bytes=largest)
+    if found is None:
+        return ""
+    warning = stale_warning(catalog.location, METADATA_FILE, len(data), found)
+    logger.warning("%s", warning)
+    return warning
 
 
 # Reads the metadata of one format: storage, names of its files, cache -> catalog; None if the files have another format.

@@ -22,7 +22,7 @@ from shardferry.checkpoint.optimizer_state import (
     index_weights,
     top_level_keys,
 )
-from shardferry.config import DtypePolicy, LoadRequest, can_convert
+from shardferry.config import DtypePolicy, LoadRequest, StalePolicy, can_convert
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.rank_layout import RankLayout
@@ -65,9 +65,12 @@ def plan_load(
 
     Raises:
         PlanError: nothing is saved under the key, a wanted parameter isn't there, an element is in no saved chunk
-            (a hole) or in two (an overlap); the message names FQN and box.
+            (a hole) or in two (an overlap); the message names FQN and box. Or data files are younger than their metadata, and
+            the request refuses that.
         LayoutError: a parameter can't lie as the layout says, or has another dtype than is wanted.
     """
+    if catalog.stale and request.stale is StalePolicy.ERROR:
+        raise PlanError(catalog.stale)
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.resolve(index, values, request, layout.positions())
     spec = spec_of(layout)

@@ -76,6 +76,7 @@ class RangeReader(ByteReader):
         self.location = location
         self.traits = traits
         self._versions: dict[str, str] = {}  # of the last listing
+        self._times: dict[str, float] = {}  # of the last listing
         self._expected: dict[str, str] = {}
 
     @abstractmethod
@@ -90,6 +91,10 @@ class RangeReader(ByteReader):
     def versions(self) -> dict[str, str]:
         """Version of each file of the last `listing`, by name, where the storage tells one: an etag, a time of change."""
         return dict(self._versions)
+
+    def times(self) -> dict[str, float]:
+        """When each file of the last `listing` was written, by name, in seconds since the epoch, where the storage tells it."""
+        return dict(self._times)
 
     def expect(self, versions: Mapping[str, str]) -> None:
         """From now on, reading a file of another version than the one given here raises StorageError."""

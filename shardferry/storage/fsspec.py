@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, TypeVar
 
 from shardferry.errors import CheckpointNotFound, StorageError
@@ -19,6 +21,8 @@ T = TypeVar("T")
 # The field that changes when a file is written again, by the names of s3fs, adlfs, gcsfs and the local filesystem. No other
 # times: a listing and the information about one file have these in different forms.
 _VERSION_FIELDS = ("ETag", "etag", "generation", "mtime")
+# When a file was written, by the names of the local filesystem, s3fs, adlfs, gcsfs and the memory's.
+_TIME_FIELDS = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 class FsspecRangeReader(RangeReader):
@@ -50,6 +54,7 @@ class FsspecRangeReader(RangeReader):
             raise storage_error(f"{self.location}: can't be listed", error) from error
         files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
         self._versions = {name: version for name, entry in files.items() if (version := _version(entry)) is not None}
+        self._times = {name: time for name, entry in files.items() if (time := _time_s(entry)) is not None}
         return {name: files[name].get("size") for name in sorted(files)}
 
     def size(self, path: str) -> int:
@@ -134,3 +139,13 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> FsspecRa
 
 def _version(entry: Mapping[str, Any]) -> str | None:
     return next((f"{name} {entry[name]}" for name in _VERSION_FIELDS if entry.get(name)), None)
+
+
+def _time_s(entry: Mapping[str, Any]) -> float | None:
+    """When a file was written, in seconds since the epoch; None where its entry doesn't tell."""
+    time = next((entry[name] for name in _TIME_FIELDS if entry.get(name)), None)
+    with suppress(ValueError):
+        time = datetime.fromisoformat(time) if isinstance(time, str) else time
+    if isinstance(time, datetime):
+        return time.timestamp()
+    return float(time) if isinstance(time, int | float) else None

@@ -125,6 +125,7 @@ class LocalReader(RangeReader):
                     if not stat.S_ISDIR((status := entry.stat()).st_mode):  # a FIFO too: to open it is an error
                         files[entry.name] = status
         self._versions = {name: _version(status) for name, status in files.items()}
+        self._times = {name: status.st_mtime for name, status in files.items()}
         return {name: files[name].st_size for name in sorted(files)}
 
     def size(self, path: str) -> int:

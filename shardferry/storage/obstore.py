@@ -76,6 +76,7 @@ class ObstoreReader(RangeReader):
         if not found:
             raise CheckpointNotFound(f"{self.location}: no such directory, or nothing in it")
         self._known = {meta["path"].rsplit("/", 1)[-1]: _FileInfo.parse(meta) for meta in found}
+        self._times = {meta["path"].rsplit("/", 1)[-1]: meta["last_modified"].timestamp() for meta in found}
         return {name: info.size for name, info in sorted(self._known.items())}
 
     def versions(self) -> dict[str, str]:

@@ -78,6 +78,9 @@ class RetryingReader(RangeReader):
     def versions(self) -> dict[str, str]:
         return self._storage.versions()
 
+    def times(self) -> dict[str, float]:
+        return self._storage.times()
+
     def expect(self, versions: Mapping[str, str]) -> None:
         self._storage.expect(versions)
 
