@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.arena import Arena, HostArena, allocate_arena
+from shardferry.arena import Arena, HostArena, allocate_arena, host_identity
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage, read_catalog
 from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import LoadRequest, MessageLimits, ReadOptions
-from shardferry.errors import DecodeError
+from shardferry.errors import DecodeError, MissingFile, RankError
 from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.delivery import open_delivery
+from shardferry.exchange.node_files import check_node_files
 from shardferry.exchange.point_to_point import Channel
 from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken_by_any
 from shardferry.exchange.strategy import ChosenStrategy, choose_strategy
@@ -127,7 +128,15 @@ def load_rank(
             files = storage or opened.enter_context(_opened(job))
             files.expect(job.catalog.file_versions)
             ready.append(_Ready(plan, to_fill, arena is None, files))
-            return rank_info(plan, to_fill, job.layout, job.read, agreement, is_new_arena=arena is None)
+            return rank_info(
+                plan,
+                to_fill,
+                job.layout,
+                job.read,
+                agreement,
+                is_new_arena=arena is None,
+                lacks_files=bool(files.lacking(job.catalog.files)),
+            )
 
         with clock.phase("agree"):
             ranks = agreement.gather("planning", prepare)
@@ -146,6 +155,9 @@ def load_rank(
                 is_connected=agreement.host_group is not None,
                 limits=traits.split_limits(traits.read_limits(job.read)),
             )
+            if any(rank.lacks_files for rank in ranks):
+                needed, node = _files_to_read(job, plan, strategy), ranks[agreement.rank].node
+                check_node_files(agreement, ready[0].storage, job.catalog.files, needed, node=node)
         with clock.phase("read"):
             agreement.all_or_raise(
                 "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
@@ -169,6 +181,14 @@ class _Ready:
     arena: Arena
     is_new: bool  # the arena: nothing was written to it
     storage: RangeReader
+
+
+def _files_to_read(job: LoadJob, plan: LoadPlan, strategy: ChosenStrategy) -> list[str]:
+    """The files that this rank reads, for itself or for others."""
+    shared = strategy.plan
+    own = plan.reads if shared is None else shared.own
+    chunks = {read.chunk for read in own} | {read.chunk for read in (shared.reads if shared else ())}
+    return [job.catalog.files[file] for file in {int(job.catalog.chunk_file[chunk]) for chunk in chunks}]
 
 
 def _read(
@@ -300,9 +320,23 @@ def open_for_all(
         storage_options: with which it was opened; they go with the catalog.
     """
 
-    def read() -> tuple[Catalog, dict[str, Any]]:
+    def read() -> tuple[Catalog, dict[str, Any] | MissingFile]:
         catalog = read_catalog(storage, storage_options=storage_options)
         storage.expect(catalog.file_versions)
-        return catalog, read_values(catalog, request, storage, options, counters)
+        try:
+            return catalog, read_values(catalog, request, storage, options, counters)
+        except MissingFile as error:
+            return catalog, error
 
-    return agreement.from_rank0("opening the checkpoint", read)
+    catalog, values = agreement.from_rank0("opening the checkpoint", read)
+    if isinstance(values, MissingFile):
+        raise _missing_on_rank0(values, storage, agreement, catalog, node=options.node or host_identity())
+    return catalog, values
+
+
+def _missing_on_rank0(
+    error: MissingFile, storage: RangeReader, agreement: Agreement, catalog: Catalog, *, node: str
+) -> Exception:
+    """The error for values that rank 0 can't read: every rank tells what its node has. All ranks call it."""
+    check_node_files(agreement, storage, catalog.files, catalog.files, node=node)
+    return error if agreement.rank == 0 else RankError(f"opening the checkpoint failed on rank 0: {error}", [0])

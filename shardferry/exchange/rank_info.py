@@ -33,6 +33,7 @@ class RankInfo:
     address: ArenaAddress | None  # of its arena, where that is on the host
     direct_because: str  # why it reads for itself; empty where it can read with others
     layouts: Mapping[str, TensorLayout] | None  # of a live model, by checkpoint key; None where a spec gives them
+    lacks_files: bool  # its node doesn't see all files of the checkpoint
     taken: bytes  # one bit per saved name, in the same order on all ranks: whether this rank takes it
 
 
@@ -44,11 +45,13 @@ def rank_info(
     agreement: Agreement,
     *,
     is_new_arena: bool,
+    lacks_files: bool,
 ) -> RankInfo:
     """The facts about this rank.
 
     Args:
         is_new_arena: it has taken no memory yet.
+        lacks_files: its node doesn't see all files of the checkpoint.
     """
     node, on_host = options.node or host_identity(), isinstance(arena, HostArena)
     because = _direct_because(arena, layout, options, agreement)
@@ -61,6 +64,7 @@ def rank_info(
         address=ArenaAddress.of(arena) if isinstance(arena, HostArena) else None,
         direct_because=because,
         layouts=layouts_to_send(plan) if not because and spec_of(layout) is None else None,
+        lacks_files=lacks_files,
         taken=np.packbits(np.array([*plan.state_keys.values(), *plan.weight_keys.values()], dtype=bool)).tobytes(),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from shardferry.arena import Arena, Destination, HostArena, HostMemory, destination_of
 from shardferry.checkpoint.catalog import Catalog, KnownValue
 from shardferry.config import ReadLimits, ReadOptions
-from shardferry.errors import DecodeError, StorageError
+from shardferry.errors import DecodeError, MissingFile, StorageError
 from shardferry.exchange.delivery import Delivery
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.read.buffers import BufferPool, buffer_bytes
@@ -348,6 +348,8 @@ def _check_sizes(items: Iterable[StoredItem], catalog: Catalog, storage: RangeRe
 def _check_size(catalog: Catalog, storage: RangeReader, item: StoredItem) -> tuple[()]:
     try:
         size = storage.size(item.path)
+    except MissingFile as error:
+        raise MissingFile(f"{item.key}: {error}") from error
     except StorageError as error:
         raise StorageError(f"{item.key}: {error}") from error
     if item.byte_stop > size:

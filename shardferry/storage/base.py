@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,6 +108,10 @@ class RangeReader(ByteReader):
             MissingFile: there is no such file.
             StorageError: the request failed.
         """
+
+    def lacking(self, paths: Iterable[str]) -> list[str]:
+        """Which of some files are not there as this node sees it. None where every node sees the same: a service's files."""
+        return []
 
     def mapped(self, path: str, start: int, stop: int) -> memoryview:
         """The bytes ``[start, stop)`` of a file, mapped: each page is fetched when it is accessed.

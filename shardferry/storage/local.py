@@ -8,7 +8,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -127,6 +127,12 @@ class LocalReader(RangeReader):
         self._versions = {name: _version(status) for name, status in files.items()}
         self._times = {name: status.st_mtime for name, status in files.items()}
         return {name: files[name].st_size for name in sorted(files)}
+
+    def lacking(self, paths: Iterable[str]) -> list[str]:
+        with suppress(OSError):
+            names = {path.name for path in self._directory.iterdir()}  # one request, and not one a file
+            return [path for path in paths if path not in names and not (self._directory / path).exists()]
+        return list(paths)
 
     def size(self, path: str) -> int:
         return os.fstat(self._file(path).descriptor).st_size

@@ -10,7 +10,7 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -83,6 +83,9 @@ class RetryingReader(RangeReader):
 
     def expect(self, versions: Mapping[str, str]) -> None:
         self._storage.expect(versions)
+
+    def lacking(self, paths: Iterable[str]) -> list[str]:
+        return self._storage.lacking(paths)
 
     def size(self, path: str) -> int:
         return self._try(self._storage.size, path)
