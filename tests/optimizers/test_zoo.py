@@ -12,11 +12,20 @@ from tests.optimizers.table import WRAPPERS, Cases, Outcome, run_table
 from tests.optimizers.zoo import LIBRARIES, cases
 from tests.support.ranks import RankPool
 
-_TOGETHER = 16  # cases in one process group
+_TOGETHER = 20  # cases in one process group
+_DEADLINE_S = 1200.0  # for as many; torchao compiles
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Processes of this table's own: imports of the libraries take long, and stay."""
+    pool = RankPool(4, deadline_s=_DEADLINE_S)
+    yield pool
+    pool.close()
 
 
 @pytest.mark.zoo
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("wrapper", range(len(WRAPPERS)), ids=["plain", "ddp", "fsdp2-4-to-2", "fsdp2-2-to-3"])
 def test_zoo(

@@ -24,8 +24,9 @@ _TIRED_THREADS = 80  # torch keeps some process groups for ever, whose threads s
 class RankPool:
     """Processes that stay up between tests, so that the first calls of torch's functions are behind them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, deadline_s: float = DEADLINE_S) -> None:
         self._context = forking()
+        self._deadline_s = deadline_s
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._size = size
         self._directory = tempfile.TemporaryDirectory(prefix="shardferry-ranks-")
@@ -52,7 +53,7 @@ class RankPool:
             pipe.send((work, args, rank, world_size, str(rendezvous)))
         results: list[tuple[bool, Any]] = []
         for rank, (process, pipe) in enumerate(members):
-            if not wait([pipe, process.sentinel], timeout=DEADLINE_S) or not pipe.poll(0):
+            if not wait([pipe, process.sentinel], timeout=self._deadline_s) or not pipe.poll(0):
                 self.close()
                 pytest.fail(f"rank {rank} of {world_size} died or hung in {work.__name__}", pytrace=False)
             results.append(pipe.recv())

@@ -1,0 +1,97 @@
+"""State that an optimizer has as a number at one time and as a tensor at another, in another order in memory, or beside state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardferry
+from shardferry.errors import InstallError
+from tests.support.alone import save_alone
+
+
+class Trusting(torch.optim.SGD):
+    """Has a ratio that is a number at first, and a basis that lies in memory by columns."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                first = "basis" not in state
+                state["ratio"] = 1.0 if first else parameter.detach().norm()
+                state["basis"] = torch.arange(12.0).view(3, 4).t()
+
+
+class Counting(torch.optim.SGD):
+    """Has a counter beside its state."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr, momentum=0.5)
+        self.total = 0
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step()
+        self.total += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "total": self.total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.total = state_dict["total"]
+
+
+def stepped(cls: type, times: int) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    optimizer = cls(model.parameters(), lr=0.125)
+    for _ in range(times):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("saved", [1, 2], ids=["number", "tensor"])
+@pytest.mark.parametrize("live", [0, 1, 2], ids=["before-first-step", "number", "tensor"])
+def test_the_saved_kind_stays(tmp_path: Path, saved: int, live: int) -> None:
+    _, optimizer = stepped(Trusting, saved)
+    save_alone({"optim": optimizer.state_dict()}, tmp_path)
+    model, resumed = stepped(Trusting, live)
+    shardferry.load_optimizer_state(model, resumed, tmp_path)
+    for mine, theirs in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        assert type(theirs["ratio"]) is type(mine["ratio"])
+        assert theirs["ratio"] == mine["ratio"]
+
+
+@pytest.mark.parametrize("live", [0, 2], ids=["before-first-step", "after-steps"])
+def test_the_order_in_memory_is_the_optimizers(tmp_path: Path, live: int) -> None:
+    _, optimizer = stepped(Trusting, 2)
+    save_alone({"optim": optimizer.state_dict()}, tmp_path)
+    model, resumed = stepped(Trusting, live)
+    shardferry.load_optimizer_state(model, resumed, tmp_path)
+    for mine, theirs in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        assert theirs["basis"].stride() == mine["basis"].stride() == (1, 4)
+        assert torch.equal(theirs["basis"], mine["basis"])
+
+
+def test_entries_beside_state_are_not_dropped_silently(tmp_path: Path) -> None:
+    _, optimizer = stepped(Counting, 3)
+    save_alone({"optim": optimizer.state_dict()}, tmp_path)
+    model, resumed = stepped(Counting, 1)
+    before = [state["momentum_buffer"].clone() for state in resumed.state.values()]
+    with pytest.raises(InstallError, match=r"has \['total'\] beside 'state' and 'param_groups'"):
+        shardferry.load_optimizer_state(model, resumed, tmp_path)
+    for state, buffer in zip(resumed.state.values(), before, strict=True):
+        assert torch.equal(state["momentum_buffer"], buffer)
+    report = shardferry.load_optimizer_state(model, resumed, tmp_path, keys="allow_missing")
+    assert any("'total'" in warning for warning in report.warnings)
+    assert resumed.total == 1
+    for state, saved in zip(resumed.state.values(), optimizer.state.values(), strict=True):
+        assert torch.equal(state["momentum_buffer"], saved["momentum_buffer"])
