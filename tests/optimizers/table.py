@@ -154,13 +154,18 @@ def whole_entries(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> Any:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
+    return _copied(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _copied(value: Any) -> Any:
+    value = _plain_data(value)
+    if isinstance(value, dict):
+        return {name: inner.detach().clone() for name, inner in value.items()}
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _plain_data(value: Any) -> Any:
-    """A tensor subclass as the tensors that it consists of."""
+    """A tensor of a class of its own, such as a quantised one, as the tensors that it consists of."""
     if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
         return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
     return value
@@ -408,8 +413,7 @@ def _step_by_hand(wrapper: Wrapper, case: Case, before: dict[str, Any]) -> dict[
 
 def local_entries(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """What this rank has, copied."""
-    found = {name: _local(value) for name, value in entries_of(model, optimizer).items()}
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+    return {name: _copied(_local(value)) for name, value in entries_of(model, optimizer).items()}
 
 
 def _local(value: Any) -> Any:
