@@ -154,13 +154,18 @@ def whole_entries(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> Any:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
+    return _copied(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _copied(value: Any) -> Any:
+    value = _plain_data(value)
+    if isinstance(value, dict):
+        return {name: inner.detach().clone() for name, inner in value.items()}
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _plain_data(value: Any) -> Any:
-    """A tensor subclass as the tensors that it consists of."""
+    """A tensor of a class of its own, such as a quantised one, as the tensors that it consists of."""
     if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
         return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
     return value
@@ -362,20 +367,25 @@ def _load_one(
         return Outcome("wrong", f"{changed[0]} was changed: {words}") if changed else Outcome("refused", words)
     if differing is not None:
         return Outcome("cannot", f"{SAVES_ONE_RANKS}: {differing}")
-    if wrong := differences(model, optimizer, before):
-        return Outcome("wrong", f"loaded {_said(model, optimizer, before, wrong)}")
+    wrong = differences(model, optimizer, before)
+    if _on_any_rank(bool(wrong)):
+        return Outcome("wrong", f"loaded {_said(model, optimizer, before, wrong)}") if wrong else None
     try:
         step(case, model, optimizer, NUM_STEPS + 1)
     except Exception as error:
         return Outcome("cannot" if isinstance(lost, str) else "wrong", f"the next step: {words_of(error)}")
     wrong = differences(model, optimizer, after)
-    if not wrong:
+    if not _on_any_rank(bool(wrong)):
         return None
     may_round = wrapper.source != wrapper.target or lost
-    if may_round and rounding_only(model, optimizer, after, wrong):
+    if may_round and not _on_any_rank(not rounding_only(model, optimizer, after, wrong)):
         return Outcome("rounded")
-    if wrapper.source != wrapper.target and not differences(model, optimizer, _step_by_hand(wrapper, case, before)):
-        return Outcome("rounded")
+    if wrapper.source != wrapper.target:
+        by_hand = differences(model, optimizer, _step_by_hand(wrapper, case, before))
+        if not _on_any_rank(bool(by_hand)):
+            return Outcome("rounded")
+    if not wrong:
+        return None
     if lost:
         return Outcome(
             "cannot", "its own state_dict() and load_state_dict() don't bring back all that its next step needs"
@@ -383,8 +393,15 @@ def _load_one(
     return Outcome("wrong", f"next step {_said(model, optimizer, after, wrong)}")
 
 
+def _on_any_rank(answer: bool) -> bool:
+    """Whether it is so on some rank: what follows communicates, and all ranks have to go the same way."""
+    answers = [answer] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    return any(answers)
+
+
 def _step_by_hand(wrapper: Wrapper, case: Case, before: dict[str, Any]) -> dict[str, Any]:
-    """What the next step gives on these ranks, where weights and state are filled in by hand; nothing, where they are nested."""
+    """What the next step gives on these ranks, where weights and state are filled in by hand."""
     model, optimizer = _trained(wrapper, case, LR, range(1, NUM_STEPS + 1))
     with torch.no_grad():
         for name, live in entries_of(model, optimizer).items():
@@ -396,8 +413,7 @@ def _step_by_hand(wrapper: Wrapper, case: Case, before: dict[str, Any]) -> dict[
 
 def local_entries(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """What this rank has, copied."""
-    found = {name: _local(value) for name, value in entries_of(model, optimizer).items()}
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+    return {name: _copied(_local(value)) for name, value in entries_of(model, optimizer).items()}
 
 
 def _local(value: Any) -> Any:

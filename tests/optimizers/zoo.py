@@ -19,8 +19,8 @@ LIBRARIES = {
     "torch-optimizer": "torch_optimizer",
     "schedulefree": "schedulefree",
     "bitsandbytes": "bitsandbytes.optim",
-    "torchao": "torchao.optim",
     "adam-mini": "adam_mini",
+    "torchao": "torchao.optim",
 }
 
 Maker = Callable[[type, nn.Module, float], Any]
@@ -46,6 +46,11 @@ def _matrices_apart(cls: type, model: nn.Module, lr: float) -> Any:
 
 def _named(cls: type, model: nn.Module, lr: float) -> Any:
     return cls(list(model.named_parameters()), lr=lr, dim=64, n_heads=4)
+
+
+def _compiled(cls: type, model: nn.Module, lr: float) -> Any:
+    torch.compiler.reset()  # torch compiles a function for so many optimizers only
+    return _plain(cls, model, lr)
 
 
 def _of_model(cls: type, model: nn.Module, lr: float) -> Any:
@@ -100,7 +105,7 @@ def cases(library: str) -> list[Case]:
     """One for each class."""
 
     def case(name: str, cls: type) -> Case:
-        make = _MAKERS.get((library, name), _plain)
+        make = _MAKERS.get((library, name), _compiled if library == "torchao" else _plain)
         wide = "bit" in name or "Fp8" in name
         closure = name in _WITH_CLOSURE or name.endswith("Closure")
         return Case(name, lambda model, lr: make(cls, model, lr), wide=wide, closure=closure)
