@@ -101,6 +101,12 @@ def same(one: Any, other: Any) -> bool:
     return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
 
 
+def may_change_entries(change: Overwritten) -> bool:
+    """Whether the optimizer may make other state under the new value: with momentum 0 it needs no buffer, say."""
+    values = (change.old, change.new)
+    return not all(isinstance(value, int | float) and not isinstance(value, bool) and value != 0 for value in values)
+
+
 def overwritten(group: int, live: Mapping[str, Any], values: Mapping[str, Any]) -> list[Overwritten]:
     """What the new values change of a live group."""
     return [

@@ -20,7 +20,7 @@ from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.optimizer.forms import OptimizerForm
-from shardferry.optimizer.hyperparameters import GroupValues, group_values, overwritten
+from shardferry.optimizer.hyperparameters import GroupValues, group_values, may_change_entries, overwritten
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
 from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
@@ -125,7 +125,11 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
             warnings.append(_kept_extras(form, lacking, loaded.request.keys))
         update = _OptimizerUpdate.of(loaded, live, index)
         entries = compare_entries(
-            form.optimizer, update.saved_params(loaded), update.hyperparameters(), loaded.request.keys
+            form.optimizer,
+            update.saved_params(loaded),
+            update.hyperparameters(),
+            policy=loaded.request.keys,
+            known=None if any(map(may_change_entries, update.overwritten)) else form.foretold,
         )
         try_load(
             form.optimizer,

@@ -70,6 +70,7 @@ class Shadow:
         self.has_guessed = False
         with _guarded("a copy"):
             self.optimizer = _copied(optimizer)
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, group in enumerate(self.optimizer.param_groups):
             group.update(hyperparameters[index] if hyperparameters is not None else {})
             group.update(plain_hyperparameters(group))
@@ -83,9 +84,9 @@ class Shadow:
 
     def step(self) -> None:
         """Take one step with gradients of zero. Raises NoShadow."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        for parameter in self._parameters:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         step = type(self.optimizer).step
         if getattr(step, "hooked", False):  # by torch, for hooks that are for all optimizers too
             step = step.__wrapped__  # type: ignore[attr-defined]
@@ -149,6 +150,19 @@ def foretell(
         return _after_steps(optimizer, hyperparameters, num_steps, everything)
     entries = [_spread(there, found) for there, found in zip(alike, first.entries, strict=True)]
     return Foretold(entries, first.has_guessed or last.has_guessed)
+
+
+def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
+    """By param group, the positions of parameters of which each looks different, itself or in the state dict."""
+    chosen = []
+    for index, (group, packed) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):
+        firsts: dict[Any, int] = {}
+        for kind, members in enumerate(_alike(index, group["params"])):
+            for position in members:
+                form = _form(state_dict["state"].get(packed["params"][position], {}))
+                firsts.setdefault((kind, repr(form)), position)
+        chosen.append(sorted(firsts.values()))
+    return chosen
 
 
 def _alike(group: int, parameters: Sequence[torch.Tensor]) -> list[list[int]]:

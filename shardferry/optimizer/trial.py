@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.config import KeyPolicy
 from shardferry.errors import InstallError
-from shardferry.optimizer.shadow import Foretold, NoShadow, Shadow, foretell, has_load_hooks, plain_hyperparameters
+from shardferry.optimizer.shadow import (
+    Foretold,
+    NoShadow,
+    Shadow,
+    foretell,
+    has_load_hooks,
+    one_of_each,
+    plain_hyperparameters,
+)
 
 _MANY_STEPS = 12  # entries that an optimizer makes late, as Lookahead's slow weights, are there after so many
 
@@ -52,18 +60,20 @@ def compare_entries(
     params: Sequence[SavedParam],
     hyperparameters: Sequence[Mapping[str, Any]],
     policy: KeyPolicy,
+    known: Foretold | None,
 ) -> Entries:
     """Compare the saved state entries with those that the optimizer makes under its new hyperparameters.
 
     Args:
         params: those that the load is for.
         hyperparameters: by param group.
+        known: what it makes, where the new hyperparameters don't change that; None: it is foretold.
 
     Raises:
         InstallError: the state is another optimizer's, or one side has entries of its own and the request doesn't allow it.
     """
     try:
-        later = foretell(optimizer, hyperparameters)
+        later = known or foretell(optimizer, hyperparameters)
     except NoShadow as error:
         return Entries(unknown=str(error))
     found = Entries()
@@ -143,24 +153,42 @@ def try_load(optimizer: Optimizer, state_dict: dict[str, Any], *, steps: bool) -
     """
     if has_load_hooks(optimizer):  # they may change the state dict, and run once only
         return
+    shadow = _loaded_shadow(optimizer, state_dict)
+    if shadow is None or not steps:
+        return
+    try:
+        shadow.narrow(one_of_each(optimizer, state_dict))  # of thousands of parameters a dozen differ
+        shadow.step()
+    except NoShadow:
+        _try_whole_step(optimizer, state_dict)
+
+
+def _loaded_shadow(optimizer: Optimizer, state_dict: dict[str, Any]) -> Shadow | None:
+    """A copy that has loaded the state dict; None where that can't be tried. Raises InstallError."""
     groups = [{**group, **plain_hyperparameters(group)} for group in state_dict["param_groups"]]
     try:
         shadow = Shadow(optimizer)
         shadow.load({**state_dict, "param_groups": groups})
     except NoShadow:
-        return
+        return None
     except Exception as error:
         raise InstallError(
             f"{type(optimizer).__name__}.load_state_dict refuses the saved state: {type(error).__name__}: {error}. The "
             "checkpoint is another optimizer's, or of another version of it; nothing was changed"
         ) from error
-    if steps:
-        try:
+    return shadow
+
+
+def _try_whole_step(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Step with all parameters. Raises InstallError."""
+    shadow = _loaded_shadow(optimizer, state_dict)
+    try:
+        if shadow is not None:
             shadow.step()
-        except NoShadow as answer:
-            cause = answer.__cause__
-            if cause is not None and isinstance(cause, KeyError | AttributeError | IndexError | TypeError):
-                raise InstallError(
-                    f"{type(optimizer).__name__} couldn't step with the saved state: {type(cause).__name__}: {cause}. The "
-                    "checkpoint is another optimizer's, or of another version of it; nothing was changed"
-                ) from cause
+    except NoShadow as answer:
+        cause = answer.__cause__
+        if cause is not None and isinstance(cause, KeyError | AttributeError | IndexError | TypeError):
+            raise InstallError(
+                f"{type(optimizer).__name__} couldn't step with the saved state: {type(cause).__name__}: {cause}. The "
+                "checkpoint is another optimizer's, or of another version of it; nothing was changed"
+            ) from cause
