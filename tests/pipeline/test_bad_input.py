@@ -167,14 +167,14 @@ def test_loader_killed_in_mid_load(tmp_path: Path) -> None:
 
 def _kill_a_reader(driver: int) -> float:
     """Wait until a loader has filled some of its arena, then kill it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for process in psutil.Process(driver).children(recursive=True):
             if _arena_kib(process.pid) > 64 * 1024:
                 os.kill(process.pid, signal.SIGKILL)
                 return time.monotonic()
         time.sleep(0.02)
-    pytest.fail("no loader filled an arena within 60 s")
+    pytest.fail("no loader filled an arena within 240 s")
 
 
 def _arena_kib(pid: int) -> int:
