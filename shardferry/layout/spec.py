@@ -192,13 +192,16 @@ class MeshBoxes:
                 self.offsets[:, dim] += start
                 self.sizes[:, dim] = np.minimum(full, sizes - start)
 
-    def holders(self, region: Region) -> list[tuple[int, Region]]:
-        """The world ranks that hold at least one element of a region of the tensor, ascending, each with its own region."""
+    def holders(self, region: Region) -> dict[Region, list[int]]:
+        """The ranks' boxes that share an element with a region of the tensor, each with its world ranks, ascending."""
         starts = np.maximum(self.offsets, region.offsets)
         ends = np.minimum(self.offsets + self.sizes, region.ends)
         rows = (starts < ends).all(axis=1)
         columns = (column[rows].tolist() for column in (self.world_ranks, self.offsets, self.sizes))
-        return [(rank, Region(tuple(offsets), tuple(sizes))) for rank, offsets, sizes in zip(*columns, strict=True)]
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for rank, offsets, sizes in zip(*columns, strict=True):
+            found.setdefault((tuple(offsets), tuple(sizes)), []).append(rank)
+        return {Region(*box): ranks for box, ranks in found.items()}
 
 
 def ranks_at(mesh: Mesh, world_ranks: np.ndarray, coordinates: Sequence[tuple[int, ...] | None]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 from torch.distributed.tensor import Replicate
@@ -17,10 +18,9 @@ from shardferry.region import Region
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Tensors with the same boxes on every rank, and what was found of them so far."""
+    """Tensors with the same boxes on every rank, and the holders found so far."""
 
     boxes: MeshBoxes
-    layouts: dict[Region, TensorLayout] = field(default_factory=dict)  # by the box that a rank holds
     holders: dict[Region, tuple[RankAndLayout, ...]] = field(default_factory=dict)
 
 
@@ -43,10 +43,11 @@ class LayoutsFromSpec:
         found = kind.holders.get(region)
         if found is None:
             shape, placements = tensor.layout.global_shape, tensor.layout.placements
-            held = kind.boxes.holders(region)
-            for box in {box for _, box in held} - kind.layouts.keys():
-                kind.layouts[box] = single_box(shape, box, placements)
-            found = kind.holders[region] = tuple((rank, kind.layouts[box]) for rank, box in held)
+            held: list[RankAndLayout] = []
+            for box, ranks in kind.boxes.holders(region).items():
+                layout = single_box(shape, box, placements)
+                held += [(rank, layout) for rank in ranks]
+            found = kind.holders[region] = tuple(sorted(held, key=itemgetter(0)))
         return found
 
     def _kind(self, tensor: PlannedTensor) -> _Kind:

@@ -31,7 +31,7 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], Mesh, list[Placement], Reg
 def test_columns_have_the_region_of_each_rank(case: tuple[tuple[int, ...], Mesh, list[Placement], Region]) -> None:
     shape, mesh, placements, region = case
     boxes = MeshBoxes(shape, mesh, placements, np.arange(mesh.size))
-    holders = []
+    holders: dict[Region, list[int]] = {}
     for rank in range(mesh.size):
         cuts = [
             AxisCut(size, index, placement)
@@ -42,7 +42,7 @@ def test_columns_have_the_region_of_each_rank(case: tuple[tuple[int, ...], Mesh,
         assert box.sizes == layout.local_shape
         assert box.numel == 0 or box == layout.boxes[0].region
         if box.intersect(region) is not None:
-            holders.append((rank, box))
+            holders.setdefault(box, []).append(rank)
     assert boxes.holders(region) == holders
 
 
