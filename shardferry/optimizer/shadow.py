@@ -281,6 +281,8 @@ class _WithoutMemory(TorchDispatchMode):
 def _guarded(what: str, *, passes_errors: bool = False) -> Iterator[_WithoutMemory]:
     """Run an optimizer's code on tensors without memory, and leave random numbers and warnings as they were.
 
+    Nothing is compiled: torch.compile gives up on a function that it meets under a dispatch mode, for the live one too.
+
     Args:
         passes_errors: whether errors that don't come of the lack of memory are the optimizer's own, and raised.
     """
@@ -289,6 +291,7 @@ def _guarded(what: str, *, passes_errors: bool = False) -> Iterator[_WithoutMemo
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
+            torch.compiler.set_stance("force_eager"),
             mode,
         ):
             warnings.simplefilter("ignore")

@@ -6,6 +6,7 @@ The functions run on the ranks of a process group, many optimizers in one group.
 from __future__ import annotations
 
 import copy
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -278,7 +279,7 @@ def _save(directory: Path, wrapper: Wrapper, case: Case) -> Outcome | None:
         optim = _optimizer_state_dict(model, optimizer)
         differing = _differing(optim)
         dcp.save({"model": get_model_state_dict(model), "optim": optim}, checkpoint_id=str(directory / "ckpt"))
-        state_dict = copy.deepcopy(optimizer.state_dict())
+        state_dict = _copy_of_tree(optimizer.state_dict())
         step(case, model, optimizer, NUM_STEPS + 1)
         after = whole_entries(model, optimizer)
     except (Exception, CheckpointException) as error:
@@ -287,6 +288,16 @@ def _save(directory: Path, wrapper: Wrapper, case: Case) -> Outcome | None:
     if dist.get_rank() == 0:
         torch.save((before, after, lost, differing), directory / "oracle.pt")
     return None
+
+
+def _copy_of_tree(state_dict: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return copy.deepcopy(state_dict)
+    except NotImplementedError:  # quantised tensors that can't be cloned can be saved
+        file = io.BytesIO()
+        torch.save(state_dict, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
 
 
 def _lost_by_stock(

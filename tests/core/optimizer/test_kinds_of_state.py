@@ -96,3 +96,34 @@ def test_entries_beside_state_are_not_dropped_silently(tmp_path: Path) -> None:
     assert resumed.total == 1
     for state, saved in zip(resumed.state.values(), optimizer.state.values(), strict=True):
         assert torch.equal(state["momentum_buffer"], saved["momentum_buffer"])
+
+
+class Compiled(torch.optim.SGD):
+    """Compiles its step, as torchao's do."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        compiled = torch.compile(_decay, backend="eager", fullgraph=True, dynamic=False)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                compiled(parameter.detach(), parameter.grad, average)
+
+
+def _decay(parameter: torch.Tensor, grad: torch.Tensor, average: torch.Tensor) -> None:
+    average.lerp_(grad, 0.25)
+    parameter.sub_(average, alpha=0.125)
+
+
+def test_a_trial_does_not_spoil_a_compiled_step(tmp_path: Path) -> None:
+    """Else dynamo marks the function as one that it skips, and the live optimizer can't step."""
+    model, optimizer = stepped(Compiled, 2)
+    save_alone({"optim": optimizer.state_dict(), "model": model.state_dict()}, tmp_path)
+    torch.compiler.reset()
+    other, resumed = stepped(Compiled, 0)
+    shardferry.load_optimizer_state(other, resumed, tmp_path, model_key="model")
+    for module, one in ((model, optimizer), (other, resumed)):
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        one.step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
