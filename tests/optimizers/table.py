@@ -9,7 +9,7 @@ import copy
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,6 +82,11 @@ class Outcome:
 
     verdict: Verdict
     words: str = ""
+
+
+def as_plain(found: Mapping[str, Outcome]) -> dict[str, tuple[str, str]]:
+    """Outcomes as a report may carry them from one test process to another."""
+    return {optimizer: (outcome.verdict, outcome.words) for optimizer, outcome in found.items()}
 
 
 def network(*, wide: bool) -> nn.Module:

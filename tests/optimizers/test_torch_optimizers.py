@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.optimizers.table import WRAPPERS, run_table
+from tests.optimizers.table import WRAPPERS, as_plain, run_table
 from tests.optimizers.torch_cases import cases
 from tests.support.ranks import RankPool
 
@@ -30,7 +30,7 @@ def test_torch_optimizers(
 ) -> None:
     found = run_table(ranks, tmp_path, wrapper, cases)
     name = WRAPPERS[wrapper].name
-    record_property("optimizers", ("torch.optim", name, found))
+    record_property("optimizers", ("torch.optim", name, as_plain(found)))
     cannot = ON_DTENSORS if name.startswith("FSDP2") else {}
     for optimizer, outcome in found.items():
         if words := cannot.get(optimizer) or CANNOT.get((optimizer, name)):

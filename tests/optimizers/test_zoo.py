@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.optimizers.table import WRAPPERS, Cases, Outcome, run_table
+from tests.optimizers.table import WRAPPERS, Cases, Outcome, as_plain, run_table
 from tests.optimizers.zoo import LIBRARIES, cases
 from tests.support.ranks import RankPool
 
@@ -36,7 +36,7 @@ def test_zoo(
     for start in range(0, len(of_library()), _TOGETHER):
         which = range(start, min(start + _TOGETHER, len(of_library())))
         found |= dict(_outcomes(ranks, tmp_path / str(start), wrapper, of_library, which))
-    record_property("optimizers", (library, WRAPPERS[wrapper].name, found))
+    record_property("optimizers", (library, WRAPPERS[wrapper].name, as_plain(found)))
     assert {name: outcome.words for name, outcome in found.items() if outcome.verdict == "wrong"} == {}
 
 

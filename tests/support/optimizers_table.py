@@ -35,7 +35,7 @@ class Recorder:
             if name == "optimizers":
                 library, wrapper, outcomes = value  # type: ignore[misc]
                 for optimizer, outcome in outcomes.items():
-                    self._found[library][optimizer][wrapper] = outcome
+                    self._found[library][optimizer][wrapper] = Outcome(*outcome)
 
     def pytest_sessionfinish(self) -> None:
         self._file.write_text(render(self._found), encoding="utf-8")
@@ -53,7 +53,7 @@ def render(found: Outcomes) -> str:
     """The whole document."""
     notes: dict[str, int] = {}
     parts = [_section(library, optimizers, notes) for library, optimizers in found.items()]
-    words = "\n".join(f"{number}. {text}" for text, number in notes.items())
+    words = "\n".join(f"{number}. {text.replace('](', '] (')}" for text, number in notes.items())
     return f"""# Which optimizers load
 
 Made by `scripts/zoo` from the results of `tests/optimizers`. Don't edit: run it again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch.utils.serialization import config
 from shardferry.errors import DecodeError
 from shardferry.read.objects import decode_object
 from shardferry.read.zip_header import MAX_HEADER_BYTES, HeaderTooShort, ItemLayout, parse_header
+from tests.support.alone import item_of
 
 DTYPES = [
     torch.float64,
@@ -39,12 +39,6 @@ DTYPES = [
     torch.complex64,
     torch.complex128,
 ]
-
-
-def item_of(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -14,8 +14,7 @@ import shardferry
 from shardferry.checkpoint.open import open_checkpoint, opened_storage
 from shardferry.read.verify import verify_checkpoint
 from shardferry.read.zip_header import HeaderTooShort, QuantisedState, parse_header
-from tests.core.read.test_decode import item_of
-from tests.support.alone import save_alone
+from tests.support.alone import item_of, save_alone
 from tests.support.small_net import Net, adamw, fill
 
 
