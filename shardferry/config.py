@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
 
@@ -38,14 +38,6 @@ class DtypePolicy(StrEnum):
     CAST = "cast"
 
 
-def dtype_policy(name: str) -> DtypePolicy:
-    """From ``"error"`` or ``"cast"``. Raises SpecError."""
-    try:
-        return DtypePolicy(name)
-    except ValueError:
-        raise SpecError(f"dtype: {name!r} is not one of {', '.join(DtypePolicy)}") from None
-
-
 class StalePolicy(StrEnum):
     """What happens where data files are younger than the metadata that describes them."""
 
@@ -53,12 +45,15 @@ class StalePolicy(StrEnum):
     ERROR = "error"
 
 
-def stale_policy(name: str) -> StalePolicy:
-    """From ``"warn"`` or ``"error"``. Raises SpecError."""
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def one_of(choices: type[_Choice], option: str, name: str) -> _Choice:
+    """The choice of this name. Raises SpecError, which names the option and the choices."""
     try:
-        return StalePolicy(name)
+        return choices(name)
     except ValueError:
-        raise SpecError(f"stale: {name!r} is not one of {', '.join(StalePolicy)}") from None
+        raise SpecError(f"{option}: {name!r} is not one of {', '.join(choices)}") from None
 
 
 def can_convert(saved: torch.dtype, wanted: torch.dtype) -> bool:
@@ -142,10 +137,6 @@ class Selection:
     def is_everything(self) -> bool:
         """Whether all parameters are loaded under their saved FQNs."""
         return not (self.rename or self.include or self.exclude)
-
-    def wanted_name(self, saved_fqn: str) -> str:
-        """The FQN here of a saved FQN; the first one where it has several."""
-        return (self._renamed(saved_fqn) or (saved_fqn,))[0]
 
     def wanted_names(self, saved: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """The FQNs here of saved FQNs.

@@ -15,14 +15,15 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from shardferry.config import (
+    DtypePolicy,
     HyperparameterPolicy,
     KeyPolicy,
     LoadRequest,
     ReadKeywords,
     ReadOptions,
     Selection,
-    dtype_policy,
-    stale_policy,
+    StalePolicy,
+    one_of,
 )
 from shardferry.errors import SpecError
 from shardferry.exchange.agreement import Agreement
@@ -89,7 +90,7 @@ def load_optimizer_state(
             parameter to several, as where it was tied.
         include, exclude: globs over the FQNs here; the state of other parameters stays as it is.
         dtype: ``error`` or ``cast``, where the optimizer's state (or with ``model_key`` a weight) has another dtype than was
-            saved. The state of an optimizer that has not stepped is foretold by a step without memory.
+            saved. The state of an optimizer that has not stepped is predicted by a step without memory.
         wanted_dtypes: glob over state names to the dtype that is wanted, where the optimizer's own isn't known.
         hyperparameters: whose they are after the load: ``saved``; ``live``; or ``{"live": ["lr", ...]}``, which keeps those of
             these names.
@@ -112,11 +113,11 @@ def load_optimizer_state(
         request = LoadRequest(
             selection=Selection.of(rename, include, exclude),
             keys=KeyPolicy.of(keys),
-            dtype=dtype_policy(dtype),
+            dtype=one_of(DtypePolicy, "dtype", dtype),
             wanted_dtypes=tuple((wanted_dtypes or {}).items()),
             hyperparameters=HyperparameterPolicy.of(hyperparameters),
             safe_globals=tuple(safe_globals),
-            stale=stale_policy(stale),
+            stale=one_of(StalePolicy, "stale", stale),
         )
         found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=str(location))
         return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
@@ -154,8 +155,8 @@ def load_model_state(
             model_key=model_key,
             selection=Selection.of(rename, include, exclude),
             keys=KeyPolicy.of(keys),
-            dtype=dtype_policy(dtype),
-            stale=stale_policy(stale),
+            dtype=one_of(DtypePolicy, "dtype", dtype),
+            stale=one_of(StalePolicy, "stale", stale),
         )
         return [_Part(LiveModel(as_tuple(model), ()), request, str(location))]
 

@@ -95,7 +95,7 @@ def check_globs(selection: Selection, saved: Collection[str]) -> None:
             raise _fits_nothing("rename", renaming.saved, saved)
     if not (selection.include or selection.exclude):
         return
-    here = {selection.wanted_name(name) for name in saved}
+    here = {name for names in selection.wanted_names(saved).values() for name in names}
     for glob in selection.include:
         if not any(fnmatchcase(name, glob) for name in here):
             raise _fits_nothing("include", glob, here)

@@ -79,7 +79,7 @@ def test_what_is_asked_of_the_checkpoint() -> None:
     }
     request = StageConfig.model_validate({"checkpoint": values}).checkpoint.request()
     assert (request.optimizer_key, request.model_key) == ("app.optim", "app.model")
-    assert request.selection.wanted_name("_orig_mod.layers.0.weight") == "layers.0.weight"
+    assert request.selection.wanted_names(["_orig_mod.head.bias"]) == {"_orig_mod.head.bias": ("head.bias",)}
     assert [request.selection.selects(fqn) for fqn in ("layers.0.weight", "head.weight")] == [True, False]
     assert (request.keys.allow_missing, request.keys.ignore_unexpected) == (True, False)
     assert (request.wanted_dtype("exp_avg_sq"), request.wanted_dtype("step")) == (torch.bfloat16, None)

@@ -259,7 +259,7 @@ def test_entries_that_only_one_side_has_go_by_policy(saved: Checkpoint) -> None:
     check_equal([e["max_exp_avg_sq"] for e in optimizer.state.values()], kept)
 
 
-def test_the_dtype_of_state_is_foretold(saved: Checkpoint) -> None:
+def test_the_dtype_of_state_is_predicted(saved: Checkpoint) -> None:
     net, low = model(), model().bfloat16()
     location = saved(net, adamw(net))
     optimizer = adamw(low)
@@ -273,7 +273,7 @@ def test_the_dtype_of_state_is_foretold(saved: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("split", ["one", "by layer", "one each"])
-def test_groups_may_be_split_anew(split: str, saved: Checkpoint) -> None:
+def test_groups_may_be_split_in_another_way(split: str, saved: Checkpoint) -> None:
     net = model()
     decay = [{"params": [p for p in net.parameters() if p.ndim == 2], "weight_decay": 0.1, "name": "weights"}]
     no_decay = [{"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0, "name": "biases"}]
@@ -376,7 +376,6 @@ def test_state_comes_back_in_its_form(make: Any, has_stepped: bool, saved: Check
     shardferry.load_optimizer_state(net, two, location)
     for p in net.parameters():
         check_equal(dict(two.state[p]), dict(one.state[p]))
-        assert list(map(repr, two.state[p])) == list(map(repr, one.state[p])) or set(two.state[p]) == set(one.state[p])
 
 
 class Halves(nn.Linear):
@@ -504,3 +503,19 @@ def test_tied_state_for_two_parameters_is_given_to_both(tmp_path: Path) -> None:
     shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt", rename=rename)
     expected = next(iter(one.state.values()))
     check_equal([dict(optimizer.state[p]) for p in net.parameters()], [expected, expected])
+
+
+def test_globs_are_over_names_without_wrappers(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    one = adamw(net)
+    train(net, one)
+    state_dict = get_optimizer_state_dict(net, one)
+    wrapped = {f"_orig_mod.{fqn}": entries for fqn, entries in state_dict["state"].items()}
+    groups = [
+        {**group, "params": [f"_orig_mod.{fqn}" for fqn in group["params"]]} for group in state_dict["param_groups"]
+    ]
+    save_alone({"optim": {"state": wrapped, "param_groups": groups}}, tmp_path / "ckpt")
+    two = adamw(net)
+    shardferry.load_optimizer_state(net, two, tmp_path / "ckpt", include=["1.*"])
+    assert list(two.state) == list(net[1].parameters())
+    check_equal([dict(two.state[p]) for p in net[1].parameters()], [dict(one.state[p]) for p in net[1].parameters()])
