@@ -109,13 +109,8 @@ def load_rank(
     """
     counters, clock = counters or Counters(), PhaseClock()
     if values is None:
-
-        def read_own_values() -> dict[str, Any]:
-            with _opened(job) as files:
-                return read_values(job.catalog, job.request, files, job.read, counters)
-
         with clock.phase("values"):
-            values = agreement.from_rank0("reading the param groups", read_own_values)
+            values = agreement.from_rank0("reading the param groups", lambda: _read_values(job, counters))
     with ExitStack() as opened, paused_gc():
         ready: list[_Ready] = []
 
@@ -144,20 +139,7 @@ def load_rank(
             unexpected = _check_unexpected(plan, job, ranks)
             announce(plan)
             check_room(ranks)
-            traits = ready[0].storage.traits
-            strategy = choose_strategy(
-                plan,
-                job.catalog,
-                job.layout,
-                ranks,
-                asked=job.read.strategy,
-                is_local=traits.is_local,
-                is_connected=agreement.host_group is not None,
-                limits=traits.split_limits(traits.read_limits(job.read)),
-            )
-            if any(rank.lacks_files for rank in ranks):
-                needed, node = _files_to_read(job, plan, strategy), ranks[agreement.rank].node
-                check_node_files(agreement, ready[0].storage, job.catalog.files, needed, node=node)
+            strategy = _choose_strategy(job, ready[0], ranks, agreement)
         with clock.phase("read"):
             agreement.all_or_raise(
                 "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
@@ -181,6 +163,25 @@ class _Ready:
     arena: Arena
     is_new: bool  # the arena: nothing was written to it
     storage: RangeReader
+
+
+def _choose_strategy(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> ChosenStrategy:
+    """The same strategy on all ranks, with this rank's part. Raises MissingFile: a node lacks files that it would read."""
+    traits = ready.storage.traits
+    strategy = choose_strategy(
+        ready.plan,
+        job.catalog,
+        job.layout,
+        ranks,
+        asked=job.read.strategy,
+        is_local=traits.is_local,
+        is_connected=agreement.host_group is not None,
+        limits=traits.split_limits(traits.read_limits(job.read)),
+    )
+    if any(rank.lacks_files for rank in ranks):
+        needed, node = _files_to_read(job, ready.plan, strategy), ranks[agreement.rank].node
+        check_node_files(agreement, ready.storage, job.catalog.files, needed, node=node)
+    return strategy
 
 
 def _files_to_read(job: LoadJob, plan: LoadPlan, strategy: ChosenStrategy) -> list[str]:
@@ -234,6 +235,11 @@ def _read(
 
 def _opened(job: LoadJob) -> AbstractContextManager[RangeReader]:
     return opened_storage(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
+
+
+def _read_values(job: LoadJob, counters: Counters) -> dict[str, Any]:
+    with _opened(job) as storage:
+        return read_values(job.catalog, job.request, storage, job.read, counters)
 
 
 def read_values(
