@@ -20,7 +20,7 @@ class LiveEntry:
 
     layout: TensorLayout | None  # None: as its parameter
     dtype: torch.dtype
-    is_foretold: bool = False
+    is_predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LiveLayout(RankLayout):
         if known.layout is None:
             _same_shape(self.parameters[fqn], shape, f"{fqn}: the model's parameter", "model")
             return None
-        if known.is_foretold and known.layout.global_shape != shape:  # it may change as the optimizer goes on
+        if known.is_predicted and known.layout.global_shape != shape:  # it may change as the optimizer goes on
             return None
         return _same_shape(known.layout, shape, f"{fqn}: the live optimizer's {name!r}", "optimizer")
 

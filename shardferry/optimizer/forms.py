@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardferry.errors import InstallError
-from shardferry.optimizer.shadow import Foretold, NoShadow, foretell
+from shardferry.optimizer.shadow import NoShadow, Predicted, predict
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class OptimizerForm:
     optimizer: Optimizer
     state_dict: Mapping[str, Any]
     keys: Sequence[Sequence[Any]]  # in state_dict["state"], by param group and parameter
-    foretold: Foretold | None  # None: the optimizer can't be stepped without memory
+    predicted: Predicted | None  # None: the optimizer can't be stepped without memory
     why_not: str = ""
 
     @classmethod
@@ -44,7 +44,7 @@ class OptimizerForm:
                 "an optimizer whose state dict has another form can't be filled"
             )
         try:
-            return cls(optimizer, state_dict, keys, foretell(optimizer))
+            return cls(optimizer, state_dict, keys, predict(optimizer))
         except NoShadow as error:
             return cls(optimizer, state_dict, keys, None, str(error))
 
@@ -57,5 +57,5 @@ class OptimizerForm:
         """Every trained tensor, its entries now, and its entries after a step; both in the state dict's form."""
         for index, (group, keys) in enumerate(zip(self.optimizer.param_groups, self.keys, strict=True)):
             for position, (parameter, key) in enumerate(zip(group["params"], keys, strict=True)):
-                later = {} if self.foretold is None else self.foretold.entries[index][position]
+                later = {} if self.predicted is None else self.predicted.entries[index][position]
                 yield parameter, self.state_dict["state"].get(key) or {}, later

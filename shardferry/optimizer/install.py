@@ -89,6 +89,7 @@ class Installation:
 class Checked:
     """What a load will change beside state and weights, and what of it the request tolerates."""
 
+    updates: Sequence[_OptimizerUpdate] = ()  # by optimizer
     entries: Sequence[Entries] = ()  # by optimizer
     overwritten: tuple[Overwritten, ...] = ()  # hyperparameters
     warnings: tuple[str, ...] = ()
@@ -117,8 +118,8 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     Raises:
         InstallError, LayoutError: as `load_into`.
     """
+    updates: list[_OptimizerUpdate] = []
     found: list[Entries] = []
-    changes: list[Overwritten] = []
     warnings: list[str] = []
     for index, form in enumerate(_forms(loaded, live)):
         if lacking := [name for name in form.extras if name not in loaded.extras]:
@@ -129,19 +130,20 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
             update.saved_params(loaded),
             update.hyperparameters(),
             policy=loaded.request.keys,
-            known=None if any(map(may_change_entries, update.overwritten)) else form.foretold,
+            known=None if any(map(may_change_entries, update.overwritten)) else form.predicted,
         )
         try_load(
             form.optimizer,
             update.state_dict(_Source(loaded, without_memory=True), entries),
             steps=not entries.unknown,
         )
+        updates.append(update)
         found.append(entries)
-        changes += update.overwritten
         warnings += [new.warning for new in update.values if new.warning]
         if entries.unknown:
-            warnings.append(f"{type(form.optimizer).__name__}: its state can't be foretold ({entries.unknown})")
-    return Checked(found, tuple(changes), tuple(warnings))
+            warnings.append(f"{type(form.optimizer).__name__}: its state can't be predicted ({entries.unknown})")
+    changes = tuple(change for update in updates for change in update.overwritten)
+    return Checked(updates, found, changes, tuple(warnings))
 
 
 def _kept_extras(form: OptimizerForm, lacking: Sequence[str], policy: KeyPolicy) -> str:
@@ -171,8 +173,8 @@ def fit(loaded: LoadedState, live: LiveModel, checked: Checked) -> Installation:
     """
     source = _Source(loaded)
     steps: list[Replacement | WeightStep] = [
-        Replacement(form.optimizer, _OptimizerUpdate.of(loaded, live, index).state_dict(source, checked.entries[index]))
-        for index, form in enumerate(_forms(loaded, live))
+        Replacement(update.form.optimizer, update.state_dict(source, entries))
+        for update, entries in zip(checked.updates, checked.entries, strict=True)
     ]
     return Installation([*steps, *(_weight_steps(loaded, live) if loaded.has_weights else ())])
 
@@ -181,6 +183,7 @@ def fit(loaded: LoadedState, live: LiveModel, checked: Checked) -> Installation:
 class _OptimizerUpdate:
     """New hyperparameters of one optimizer, and the parameters that get new state."""
 
+    form: OptimizerForm
     groups: Sequence[LiveGroup]
     values: Sequence[GroupValues]  # by group
     params: Sequence[Sequence[LiveParameter]]  # by group: those that the load is for
@@ -209,7 +212,7 @@ class _OptimizerUpdate:
             for group, new in zip(groups, values, strict=True)
             for change in overwritten(first + group.index, group.group, new.values)
         ]
-        return cls(groups, values, params, changes)
+        return cls(form, groups, values, params, overwritten=changes)
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """By group, all that it will have."""
@@ -245,7 +248,7 @@ class _OptimizerUpdate:
         Args:
             entries: those that only one side has.
         """
-        form = self.groups[0].form
+        form = self.form
         state = dict(form.state_dict["state"])
         for group, hyperparameters, there in zip(self.groups, self.hyperparameters(), self.params, strict=True):
             keys = dict(zip((id(p.tensor) for p in group.parameters), form.keys[group.index], strict=True))

@@ -48,7 +48,7 @@ class LiveParameter:
     parts: tuple[Part, ...]  # one; several where FSDP1 has flattened several parameters into this tensor
     flattened: bool = False  # by FSDP1
     state: Mapping[str, Any] = field(default_factory=dict)  # that its optimizer has now, by dotted name
-    foretold: Mapping[str, Any] = field(default_factory=dict)  # after a step: tensors without memory, by dotted name
+    predicted: Mapping[str, Any] = field(default_factory=dict)  # after a step: tensors without memory, by dotted name
     form: Mapping[Any, Any] = field(default_factory=dict)  # both, nested as in the optimizer's state dict
 
     @property
@@ -66,7 +66,7 @@ class LiveParameter:
 
     def expected(self, name: str) -> Any:
         """A state entry that the optimizer has, or will have; None if nothing is known of it."""
-        return self.state[name] if self.state.get(name) is not None else self.foretold.get(name)
+        return self.state[name] if self.state.get(name) is not None else self.predicted.get(name)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _parameter(
 ) -> LiveParameter:
     now, later = states.get(id(tensor), ({}, {}))
     return LiveParameter(
-        tensor, parts, flattened, state=flat_entries(now), foretold=flat_entries(later), form={**later, **now}
+        tensor, parts, flattened, state=flat_entries(now), predicted=flat_entries(later), form={**later, **now}
     )
 
 

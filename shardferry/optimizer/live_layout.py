@@ -57,11 +57,11 @@ def _fqns_of(groups: Sequence[LiveGroup]) -> tuple[tuple[str, ...], ...] | None:
 
 def _entries_of(parameter: LiveParameter) -> Iterator[tuple[Part, str, LiveEntry]]:
     """Layout and dtype of the state tensors that the optimizer has, or will have."""
-    for name in {**parameter.foretold, **parameter.state}:
-        value, is_foretold = parameter.expected(name), parameter.state.get(name) is None
+    for name in {**parameter.predicted, **parameter.state}:
+        value, is_predicted = parameter.expected(name), parameter.state.get(name) is None
         if isinstance(value, torch.Tensor) and value.ndim and name not in SCALAR_STATE:
             for part in parameter.parts:
-                yield part, name, LiveEntry(_layout_of_entry(parameter, part, value, name), value.dtype, is_foretold)
+                yield part, name, LiveEntry(_layout_of_entry(parameter, part, value, name), value.dtype, is_predicted)
 
 
 def _layout_of_entry(parameter: LiveParameter, part: Part, value: torch.Tensor, name: str) -> TensorLayout | None:
@@ -92,7 +92,7 @@ def _is_sharded(value: DTensor) -> bool:
 
 
 def _has_form_of(value: DTensor, parameter: LiveParameter) -> bool:
-    """Whether a state tensor lies as its parameter does: torch makes it from the local tensor, ``zeros_like`` for one."""
+    """Whether a state tensor is laid out as its parameter is: torch makes it from the local tensor, ``zeros_like`` for one."""
     live = parameter.tensor
     return (
         isinstance(live, DTensor)

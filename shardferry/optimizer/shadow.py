@@ -1,4 +1,4 @@
-"""A copy of a live optimizer over tensors without memory: it foretells the state that the optimizer makes, and tries a load.
+"""A copy of a live optimizer over tensors without memory: it predicts the state that the optimizer makes, and tries a load.
 
 The copy has the optimizer's attributes, with a meta tensor for each tensor, so that no step and no load of it touches the
 live one, allocates memory or reaches another rank. Hooks are left out: they run once, on the live optimizer.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,17 +118,17 @@ def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Predicted:
     """The state that an optimizer has after its first steps, in the form of ``state_dict()``."""
 
     entries: Sequence[Sequence[Mapping[Any, Any]]]  # by param group and parameter
     has_guessed: bool  # by a number that isn't known: it may have more or other entries
 
 
-def foretell(
+def predict(
     optimizer: Optimizer, hyperparameters: Sequence[Mapping[str, Any]] | None = None, *, num_steps: int = 1
-) -> Foretold:
-    """Step a copy of an optimizer. Parameters that look alike are foretold by the first and the last of them.
+) -> Predicted:
+    """Step a copy of an optimizer. Parameters that look alike are predicted by the first and the last of them.
 
     Args:
         optimizer: is left as it is.
@@ -149,7 +150,7 @@ def foretell(
     if not is_by_form:  # but by a parameter's place
         return _after_steps(optimizer, hyperparameters, num_steps, everything)
     entries = [_spread(there, found) for there, found in zip(alike, first.entries, strict=True)]
-    return Foretold(entries, first.has_guessed or last.has_guessed)
+    return Predicted(entries, first.has_guessed or last.has_guessed)
 
 
 def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
@@ -196,17 +197,17 @@ def _after_steps(
     hyperparameters: Sequence[Mapping[str, Any]] | None,
     num_steps: int,
     chosen: Sequence[Sequence[int]],
-) -> Foretold:
+) -> Predicted:
     """Step a copy that trains the chosen parameters of each group."""
 
-    def after_steps(*, from_nothing: bool) -> Foretold:
+    def after_steps(*, from_nothing: bool) -> Predicted:
         shadow = Shadow(optimizer, hyperparameters)
         shadow.narrow(chosen)
         if from_nothing:
             shadow.optimizer.state = defaultdict(dict)
         for _ in range(num_steps):
             shadow.step()
-        return Foretold(shadow.entries(), shadow.has_guessed)
+        return Predicted(shadow.entries(), shadow.has_guessed)
 
     try:
         return after_steps(from_nothing=True)
@@ -308,4 +309,4 @@ def _guarded(what: str, *, passes_errors: bool = False) -> Iterator[_WithoutMemo
 
 def comes_of_meta(error: BaseException) -> bool:
     """Whether an operation failed because its tensors have no memory."""
-    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+    return isinstance(error, NotImplementedError) or re.search(r"\bmeta\b", str(error), re.IGNORECASE) is not None

@@ -14,13 +14,13 @@ from shardferry.checkpoint.optimizer_state import SCALAR_STATE
 from shardferry.config import KeyPolicy
 from shardferry.errors import InstallError
 from shardferry.optimizer.shadow import (
-    Foretold,
     NoShadow,
+    Predicted,
     Shadow,
-    foretell,
     has_load_hooks,
     one_of_each,
     plain_hyperparameters,
+    predict,
 )
 
 _MANY_STEPS = 12  # entries that an optimizer makes late, as Lookahead's slow weights, are there after so many
@@ -60,20 +60,20 @@ def compare_entries(
     params: Sequence[SavedParam],
     hyperparameters: Sequence[Mapping[str, Any]],
     policy: KeyPolicy,
-    known: Foretold | None,
+    known: Predicted | None,
 ) -> Entries:
     """Compare the saved state entries with those that the optimizer makes under its new hyperparameters.
 
     Args:
         params: those that the load is for.
         hyperparameters: by param group.
-        known: what it makes, where the new hyperparameters don't change that; None: it is foretold.
+        known: what it makes, where the new hyperparameters don't change that; None: it is predicted.
 
     Raises:
         InstallError: the state is another optimizer's, or one side has entries of its own and the request doesn't allow it.
     """
     try:
-        later = known or foretell(optimizer, hyperparameters)
+        later = known or predict(optimizer, hyperparameters)
     except NoShadow as error:
         return Entries(unknown=str(error))
     found = Entries()
@@ -92,7 +92,7 @@ def compare_entries(
     return found
 
 
-def _with_made(params: Sequence[SavedParam], later: Foretold) -> Iterator[tuple[SavedParam, set[str]]]:
+def _with_made(params: Sequence[SavedParam], later: Predicted) -> Iterator[tuple[SavedParam, set[str]]]:
     """Parameters that have saved state, each with the names that the optimizer makes. One that never stepped has none."""
     for param in params:
         if param.saved and param.tensor.requires_grad:
@@ -111,14 +111,14 @@ def _without_late(
 ) -> list[tuple[SavedParam, str]]:
     """Without those that the optimizer makes after more steps."""
     try:
-        late = foretell(optimizer, hyperparameters, num_steps=_MANY_STEPS)
+        late = predict(optimizer, hyperparameters, num_steps=_MANY_STEPS)
     except NoShadow:
         return list(unexpected)
     made = {id(param.tensor): names for param, names in _with_made(params, late)}
     return [(param, name) for param, name in unexpected if name not in made[id(param.tensor)]]
 
 
-def _refuse_another_optimizer(optimizer: Optimizer, found: Entries, later: Foretold) -> None:
+def _refuse_another_optimizer(optimizer: Optimizer, found: Entries, later: Predicted) -> None:
     """Where nothing but the step is the same."""
     for param, _ in found.unexpected:
         made = _names(later.entries[param.group][param.position]) | param.live
@@ -130,7 +130,7 @@ def _refuse_another_optimizer(optimizer: Optimizer, found: Entries, later: Foret
 
 
 def _only_one_side(
-    optimizer: Optimizer, entries: Sequence[tuple[SavedParam, str]], later: Foretold, what: str, policy: str
+    optimizer: Optimizer, entries: Sequence[tuple[SavedParam, str]], later: Predicted, what: str, policy: str
 ) -> str:
     param, name = entries[0]
     made = _names(later.entries[param.group][param.position])

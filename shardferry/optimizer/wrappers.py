@@ -54,7 +54,7 @@ def torch_optimizers(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     """
     if not isinstance(optimizer, Optimizer):
         raise InstallError(
-            f"optimizer: {type(optimizer).__module__}.{type(optimizer).__name__} is no torch.optim.Optimizer; give the "
+            f"optimizer: {type(optimizer).__module__}.{type(optimizer).__name__} is not a torch.optim.Optimizer; give the "
             "optimizer in it, a list of optimizers, or a dict of them by optimizer_key"
         )
     members = getattr(optimizer, "optimizers", None)

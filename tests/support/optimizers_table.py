@@ -56,7 +56,7 @@ def render(found: Outcomes) -> str:
     words = "\n".join(f"{number}. {text.replace('](', '] (')}" for text, number in notes.items())
     return f"""# Which optimizers load
 
-Made by `scripts/zoo` from the results of `tests/optimizers`. Don't edit: run it again.
+Made from the results of `tests/optimizers`; the sections are the libraries that were run. `scripts/zoo` runs six others too. Don't edit.
 
 Each optimizer trains under a wrapper, saves with `dcp.save`, and a fresh one and one that has stepped load that, on as many ranks as the
 column says. The uninterrupted run is the oracle.

@@ -94,7 +94,7 @@ def test_an_optimizer_around_another_with_state_of_its_own_is_refused(attribute:
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(InstallError, match=r"builtins\.dict is no torch\.optim\.Optimizer"):
+    with pytest.raises(InstallError, match=r"builtins\.dict is not a torch\.optim\.Optimizer"):
         torch_optimizers({})  # type: ignore[arg-type]
 
 

@@ -118,7 +118,8 @@ def test_globs_are_over_the_wanted_names() -> None:
 
 
 def test_a_rule_may_be_about_a_buffer_below_a_nested_model_key() -> None:
-    plan_load(saved({**OPTIM, **MODEL}), spec(Rule("norm.mean", {})).rank(0), WEIGHTS)
+    plan = plan_load(saved({**OPTIM, **MODEL}), spec(Rule("norm.mean", {})).rank(0), WEIGHTS)
+    assert "norm.mean" in {tensor.fqn for tensor in plan.tensors}
 
 
 def test_rules_for_state_stay_in_a_load_of_the_weights_alone() -> None:

@@ -76,7 +76,7 @@ def plan_of(catalog: Catalog, regions: dict[str, Region]) -> LoadPlan:
 def read(
     catalog: Catalog, storage: LocalReader, tensors: dict[str, torch.Tensor], regions: dict[str, Region], **options: Any
 ) -> Counters:
-    """Load boxes and compare; what was asked for must be what was foretold."""
+    """Load boxes and compare; what was asked for must be what was predicted."""
     plan, counters = plan_of(catalog, regions), Counters()
     arena, chosen = HostArena(plan.arena_bytes), ReadOptions(**options)
     read_plan(plan, catalog, storage, arena, chosen, counters)
@@ -90,7 +90,7 @@ def read(
     return counters
 
 
-def foretold(catalog: Catalog, regions: dict[str, Region], traits: StorageTraits) -> tuple[int, int]:
+def predicted(catalog: Catalog, regions: dict[str, Region], traits: StorageTraits) -> tuple[int, int]:
     return requests_of_plan(plan_of(catalog, regions), catalog, traits.read_limits(ReadOptions()))
 
 
@@ -128,13 +128,13 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_requests_are_few_and_foretold(tmp_path: Path, case: str, concurrency: int) -> None:
+def test_requests_are_few_and_predicted(tmp_path: Path, case: str, concurrency: int) -> None:
     traits, shapes, wanted, num_requests = CASES[case]
     tensors = tensors_of(shapes)
     catalog, regions = save(tmp_path / "ckpt", tensors), wanted(tensors)
     storage = Counted(tmp_path / "ckpt", traits)
     counters = read(catalog, storage, tensors, regions, concurrency=concurrency)
-    assert (counters.bytes_requested, counters.num_requests) == foretold(catalog, regions, traits)
+    assert (counters.bytes_requested, counters.num_requests) == predicted(catalog, regions, traits)
     assert counters.num_requests == num_requests
     assert all(stop - start <= traits.max_request_bytes for start, stop in storage.asked)
 
