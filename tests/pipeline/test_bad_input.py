@@ -146,6 +146,7 @@ def test_more_ranks_than_gpus(
     check_one_error(done, 2, r"2 ranks need 2 GPUs, there are 1")
 
 
+@pytest.mark.alone
 def test_loader_killed_in_mid_load(tmp_path: Path) -> None:
     """A checkpoint of some GB (sparse: its zeros cost no disk) takes seconds to load; a rank dies once it reads.
 
