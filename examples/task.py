@@ -1,0 +1,31 @@
+"""What the examples train: a small network, its optimizer, and data that depend on the step alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+BATCH = 48  # rows of all ranks together
+WIDTH = 64
+
+
+def network() -> nn.Module:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 256), nn.Tanh(), nn.Linear(256, WIDTH))
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, *, rank: int = 0, world_size: int = 1
+) -> float:
+    """Train on this rank's rows of the step's batch. Returns their loss before the step."""
+    rows = torch.rand(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))[rank::world_size] * 2 - 1
+    loss = (model(rows) - rows.sin()).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
