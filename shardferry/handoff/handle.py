@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -50,6 +51,13 @@ class ShardHandle:
     manifest: Manifest
     transport: str  # its name
     source: Transport = field(repr=False)
+    others: tuple[ShardHandle, ...] = ()  # the state of the rank's other optimizers, where they have keys of their own
+    held: Any = field(default=None, repr=False)  # what must live until the shard is opened: a reference to its loader
+
+    @property
+    def parts(self) -> tuple[ShardHandle, ...]:
+        """This one and the others."""
+        return (self, *self.others)
 
     @property
     def world_rank(self) -> int:

@@ -139,7 +139,7 @@ def test_names() -> None:
     names = [transport.name for transport in TRANSPORTS]
     assert len(set(names)) == len(names)
     assert AUTO not in names
-    assert stage_transport_names() == ("auto", "shared_memory", "object_store")
+    assert stage_transport_names() == ("auto", "in_process", "shared_memory", "object_store")
     with pytest.raises(
         HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory or object_store"
     ):
