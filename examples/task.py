@@ -23,9 +23,22 @@ def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int, *, rank: int = 0, world_size: int = 1
 ) -> float:
     """Train on this rank's rows of the step's batch. Returns their loss before the step."""
-    rows = torch.rand(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))[rank::world_size] * 2 - 1
-    loss = (model(rows) - rows.sin()).square().mean()
+    loss = _loss(model, _batch(step)[rank::world_size])
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return float(loss.detach())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module) -> float:
+    """The loss on rows that no step trains on."""
+    return float(_loss(model, _batch(-1)))
+
+
+def _batch(step: int) -> torch.Tensor:
+    return torch.rand(BATCH, WIDTH, generator=torch.Generator().manual_seed(1000 + step)) * 2 - 1
+
+
+def _loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    return (model(rows) - rows.sin()).square().mean()
