@@ -211,8 +211,9 @@ class OptimizerReceiver:
 
     def shardferry_layout(self, world_rank: int, world_size: int) -> Reception:
         """What this trainer wants; the stage calls this before it loads. Arguments and errors as `describe_layout` has them."""
-        in_steps = type(self).shardferry_receive is OptimizerReceiver.shardferry_receive
-        return replace(describe_layout(*self.shardferry_target(), world_rank, world_size), in_steps=in_steps)
+        # By name, as Ray's actors may have a copy of the function.
+        own = type(self).shardferry_receive.__qualname__ != OptimizerReceiver.shardferry_receive.__qualname__
+        return replace(describe_layout(*self.shardferry_target(), world_rank, world_size), in_steps=not own)
 
     def shardferry_check(self, part: int, manifest: Manifest) -> None:
         """Check what will be loaded for a part, before it is read. Raises InstallError."""
