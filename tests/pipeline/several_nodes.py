@@ -144,7 +144,7 @@ class Scenarios:
 
 def main() -> None:
     checkpoint, directory = sys.argv[1], Path(sys.argv[2])
-    os.environ["RAY_max_direct_call_object_size"] = "0"  # small shards, too, lie in the object store of their node
+    os.environ["RAY_max_direct_call_object_size"] = "0"  # noqa: SIM112 - Ray's name. Small shards, too, lie in the object store of their node
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 128 << 20},

@@ -33,7 +33,7 @@ def told(saved_by: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) ->
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Unhandled error" not in done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert {name: situation["held"] for name, situation in found.items()} == dict.fromkeys(found, {})
+    assert {name: situation["held"] for name, situation in found.items()} == {name: {} for name in found}
     return {name: situation["told"] for name, situation in found.items()}
 
 
