@@ -36,6 +36,11 @@ def host_identity() -> str:
     return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
+def gpu_identity(device: torch.device) -> str | None:
+    """Names a device's GPU, equally in all processes: its UUID. None for host memory."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def available_host_bytes() -> int:
     """Memory that this process can still take: of the machine, and of its control group where that has a limit."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -138,7 +143,12 @@ class HostArena(_Bytes):
 
 
 class DeviceArena(_Bytes):
-    """Bytes on a GPU, filled through pinned host buffers, one for each reading thread."""
+    """Bytes on a GPU, filled through pinned host buffers, one for each reading thread.
+
+    Attributes:
+        ticket: a memory file by which a process that maps the GPU's memory sees that this process lives, and that no other
+            has taken the arena.
+    """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = max(nbytes, 1)
@@ -152,6 +162,7 @@ class DeviceArena(_Bytes):
                 f"{max(0, nbytes - free)} bytes are missing. Use more ranks, or device: cpu."
             ) from error
         self._buffers = threading.local()
+        self.ticket = HostArena(1)
 
     @contextmanager
     def staging(self, nbytes: int) -> Iterator[torch.Tensor]:
@@ -169,8 +180,12 @@ class DeviceArena(_Bytes):
         self._buffers.stream.synchronize()
 
     def close(self) -> None:
-        """Forget the memory; tensors made before keep it."""
+        """Give the memory back to the GPU, once no tensor uses it, here or in a process that has mapped it."""
         self._bytes = _NO_BYTES
+        self.ticket.close()
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
 
 
 Arena = HostArena | DeviceArena

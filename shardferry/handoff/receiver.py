@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.arena import host_identity
+from shardferry.arena import gpu_identity, host_identity
 from shardferry.errors import LayoutError
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.transport import Recipient
@@ -27,11 +27,12 @@ class Reception:
     layout: LiveLayout
     host: str  # see `shardferry.arena.host_identity`
     pid: int
+    gpu: str | None = None  # of the model, see `shardferry.arena.gpu_identity`
 
     def recipient(self) -> Recipient:
         """The trainer as seen from the calling process."""
         same_host = self.host == host_identity()
-        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid())
+        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid(), gpu=self.gpu)
 
 
 class OptimizerReceiver:
@@ -75,7 +76,7 @@ class OptimizerReceiver:
         model, optimizer = self.shardferry_target()
         live = LiveModel.of(model, optimizer)
         layout = live_layout(live, world_rank=world_rank, world_size=world_size)
-        return Reception(layout, host_identity(), os.getpid())
+        return Reception(layout, host_identity(), os.getpid(), gpu_identity(live.device))
 
     def shardferry_receive(self, handle: ShardHandle) -> dict[str, Any]:
         """Install this rank's shard; the stage calls this once all ranks are loaded.

@@ -171,7 +171,7 @@ def test_in_process_is_the_arena_itself_and_stays_here(checkpoint: Path) -> None
     with pytest.raises(HandoffError, match="the shard was closed; use it inside its `with`"):
         shard.state_dict()
     with pytest.raises(
-        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory or object_store"
+        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc or object_store"
     ):
         handle_of(loaded, "pigeon")
 
