@@ -16,6 +16,7 @@ from shardferry.errors import HandoffError
 from shardferry.handoff import transports
 from shardferry.handoff.handle import make_handle
 from shardferry.handoff.in_process import InProcess
+from shardferry.handoff.loader_file import LoaderFile, take
 from shardferry.handoff.object_store import ObjectStore
 from shardferry.handoff.receiver import OptimizerReceiver
 from shardferry.handoff.shared_memory import SharedMemory
@@ -156,13 +157,15 @@ def test_a_receiver_tells_where_it_runs() -> None:
     assert elsewhere.recipient() == Recipient(same_host=True, gpu="a")
 
 
-def test_a_loader_that_is_gone_is_missed_by_those_that_need_it() -> None:
-    arena = filled("host")
-    sent = SharedMemory.from_arena(arena, exclusive=False)
-    assert not transport_named("shared_memory").outlives_loader
-    arena.close()
-    with pytest.raises(HandoffError, match="has ended before the shard was opened"):
-        sent.open()
+def test_of_two_that_have_a_loaders_file_open_one_takes_it() -> None:
+    arena = HostArena(64)
+    file = LoaderFile.of(arena)
+    with file.opened() as one, file.opened() as other:
+        take(one)
+        with pytest.raises(HandoffError, match="handed over already"):
+            take(other)
+    with pytest.raises(HandoffError, match="handed over already"), file.opened():
+        pass
 
 
 def test_a_transport_is_imported_when_it_is_used() -> None:
