@@ -51,11 +51,10 @@ class CudaIpc(Transport):
             if self.ticket.pid == os.getpid():
                 raise HandoffError("CUDA maps no memory of a process into itself; use in_process")
             device = _visible(self.gpu)
-            mapped = _import(self.exported, device)
             if self.exclusive:
                 take(descriptor)
-                return mapped
-            own = mapped.clone()
+                return _import(self.exported, device)
+            own = _import(self.exported, device).clone()
             torch.cuda.current_stream(device).synchronize()  # from here on the loader may end
             return own
 

@@ -48,8 +48,12 @@ def is_content(memory: torch.Tensor, seed: int, nbytes: int = NBYTES) -> bool:
     return torch.equal(memory.cpu(), content(seed, nbytes))
 
 
-class _Other:
-    """Another process, which calls a function with whatever it is sent, and sends back what it returns or raises."""
+class Other:
+    """Another process, which calls a function with whatever it is sent, and sends back what it returns or raises.
+
+    Args:
+        make: called there with ``args``; gives the function.
+    """
 
     def __init__(self, context: BaseContext, make: Callable[..., Callable[..., Any]], *args: Any) -> None:
         self._pipe, theirs = context.Pipe()
@@ -57,7 +61,8 @@ class _Other:
         self.process.start()
         theirs.close()
 
-    def _call(self, *args: Any) -> Any:
+    def call(self, *args: Any) -> Any:
+        """What the function returns. Raises what it raises."""
         self._pipe.send(args)
         assert self._pipe.poll(_PATIENCE_S), "the other process doesn't answer"
         done, value = self._pipe.recv()
@@ -82,7 +87,7 @@ def _serve(pipe: Connection, make: Callable[..., Callable[..., Any]], *args: Any
             pipe.send((False, error))
 
 
-class Loader(_Other):
+class Loader(Other):
     """A process that holds arenas, and makes them ready to be opened elsewhere."""
 
     def __init__(self, context: BaseContext, device: torch.device) -> None:
@@ -90,11 +95,15 @@ class Loader(_Other):
 
     def send(self, transport: TransportEntry, seed: int, *, exclusive: bool, nbytes: int = NBYTES) -> Transport:
         """A new arena, as it arrives in this process."""
-        return _arrived(self._call(transport.name, seed, nbytes, exclusive))
+        return _arrived(self.call(transport.name, seed, nbytes, exclusive))
 
     def send_again(self, transport: TransportEntry, *, exclusive: bool) -> Transport:
         """The arena that was sent last."""
-        return _arrived(self._call(transport.name, None, 0, exclusive))
+        return _arrived(self.call(transport.name, None, 0, exclusive))
+
+    def close_last(self) -> None:
+        """Give the memory of the arena back that was sent last."""
+        self.call(None)
 
     def stop(self) -> None:
         """Let it do nothing any more, and not die."""
@@ -102,10 +111,13 @@ class Loader(_Other):
         os.kill(self.process.pid, signal.SIGSTOP)
 
 
-def _loads(device: torch.device) -> Callable[..., _Letter]:
+def _loads(device: torch.device) -> Callable[..., _Letter | None]:
     arenas: list[Arena] = []
 
-    def send(name: str, seed: int | None, nbytes: int, exclusive: bool) -> _Letter:
+    def send(name: str | None, seed: int | None = None, nbytes: int = 0, exclusive: bool = False) -> _Letter | None:
+        if name is None:
+            arenas.pop().close()
+            return None
         if seed is not None:
             arenas.append(allocate_arena(nbytes, device))
             arenas[-1].as_bytes().copy_(content(seed, nbytes))
@@ -127,7 +139,7 @@ def _arrived(letter: _Letter) -> Transport:
     return arrived
 
 
-class Trainer(_Other):
+class Trainer(Other):
     """Another process that opens arenas."""
 
     def __init__(self, context: BaseContext) -> None:
@@ -135,11 +147,11 @@ class Trainer(_Other):
 
     def open(self, sent: Transport, seed: int) -> bool:
         """Whether it finds the right bytes. Raises HandoffError, as `Transport.open`."""
-        return bool(self._call("open", _letter(sent), seed))
+        return bool(self.call("open", _letter(sent), seed))
 
     def write(self) -> None:
         """Change every byte of what was opened last."""
-        self._call("write", None, 0)
+        self.call("write", None, 0)
 
 
 def _trains() -> Callable[..., bool]:
