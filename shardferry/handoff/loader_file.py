@@ -53,13 +53,12 @@ class LoaderFile:
             if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE:
                 raise HandoffError(_TAKEN)
             yield descriptor
+        except PermissionError:  # another process took it meanwhile
+            raise HandoffError(_TAKEN) from None
         finally:
             os.close(descriptor)
 
 
 def take(descriptor: int) -> None:
-    """Refuse the file to all who open it from now on. Raises HandoffError: another process has been quicker."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
-    except PermissionError:
-        raise HandoffError(_TAKEN) from None
+    """Refuse an opened file to all who map it from now on. Raises PermissionError: another process has been quicker."""
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)

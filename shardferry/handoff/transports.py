@@ -18,7 +18,7 @@ class TransportEntry:
 
     name: str  # in ``handoff.transport`` of a spec and in reports
     home: str  # "module:class"
-    crosses_processes: bool = True  # stages offer these transports alone
+    crosses_processes: bool = True  # False: no loaders, each trainer loads for itself
     needs_host_arena: bool = False
     keeps_on_device: bool = False  # an arena on a GPU reaches the trainer without a copy in host memory
     outlives_loader: bool = False  # the loader may end once the handle is made; else once it was opened
@@ -42,8 +42,8 @@ TRANSPORTS = (
 
 
 def stage_transport_names() -> tuple[str, ...]:
-    """The values of ``handoff.transport`` in a stage's spec: ``auto``, and each transport that crosses processes."""
-    return (AUTO, *(transport.name for transport in TRANSPORTS if transport.crosses_processes))
+    """The values of ``handoff.transport`` in a stage's spec: ``auto``, and each transport."""
+    return (AUTO, *(transport.name for transport in TRANSPORTS))
 
 
 def transport_named(name: str) -> TransportEntry:

@@ -38,11 +38,12 @@ _CHUNK_BYTES = 8 * 2**20
 
 
 def main(gib: float = 8.0) -> None:
-    """Print two figures with their limits."""
+    """Print figures with their limits."""
     free, _ = torch.cuda.mem_get_info(GPU)
-    nbytes = int(min(gib * 2**30, free / 2))
-    opens = open_ms(nbytes)
-    print(f"cuda_ipc, {nbytes / 2**30:.2f} GiB: open {_at_most(statistics.median(opens), MAX_OPEN_MS)} ms")
+    nbytes = int(min(gib * 2**30, free / 2.5))
+    for words, exclusive in (("the loader's memory", True), ("a copy", False)):
+        opened = statistics.median(open_ms(nbytes, exclusive=exclusive))
+        print(f"cuda_ipc, {nbytes / 2**30:.2f} GiB, {words}: open {_at_most(opened, MAX_OPEN_MS)} ms")
     rates = load_rates(nbytes // 4)
     ours, cache, link = (statistics.median(values) for values in zip(*rates, strict=True))
     print(
@@ -59,14 +60,14 @@ def _at_least(value: float, limit: float) -> str:
     return f"{value:.2f} (>= {limit:g}: {'ok' if value >= limit else 'missed'})"
 
 
-def open_ms(nbytes: int) -> list[float]:
-    """Milliseconds until an exclusive arena of another process can be used here, of several arenas one after another."""
+def open_ms(nbytes: int, *, exclusive: bool) -> list[float]:
+    """Milliseconds until an arena of another process can be used here, of several arenas one after another."""
     other = Other(multiprocessing.get_context("spawn"), _exports)
     try:
-        pickle.loads(other.call(2**20)).open()  # starts CUDA on both sides
+        pickle.loads(other.call(2**20, exclusive)).open()  # starts CUDA on both sides
         found = []
         for _ in range(ROUNDS):
-            sent: CudaIpc = pickle.loads(other.call(nbytes))
+            sent: CudaIpc = pickle.loads(other.call(nbytes, exclusive))
             start = time.perf_counter()
             memory = sent.open()
             torch.cuda.synchronize(GPU)
@@ -78,14 +79,14 @@ def open_ms(nbytes: int) -> list[float]:
         other.kill()
 
 
-def _exports() -> Callable[[int], bytes]:
+def _exports() -> Callable[[int, bool], bytes]:
     held: list[DeviceArena] = []
 
-    def send(nbytes: int) -> bytes:
-        for arena in held:
-            arena.close()
-        held[:] = [DeviceArena(nbytes, GPU)]
-        return pickle.dumps(CudaIpc.from_arena(held[0], exclusive=True))
+    def send(nbytes: int, exclusive: bool) -> bytes:
+        if held:
+            held.pop().close()
+        held.append(DeviceArena(nbytes, GPU))
+        return pickle.dumps(CudaIpc.from_arena(held[0], exclusive=exclusive))
 
     return send
 

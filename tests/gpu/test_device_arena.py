@@ -97,7 +97,7 @@ def load_replicas(path: str, strategy: Strategy) -> int:
         for fqn, shape in SHAPES.items():
             found = shard.state_dict()["state"][fqn]["exp_avg"]
             assert torch.equal(found.cpu(), full_tensor(fqn, "exp_avg", shape))
-    return loaded.bytes_forwarded
+    return loaded.figures().bytes_forwarded
 
 
 def _columns() -> SpecLayout:

@@ -16,10 +16,10 @@ from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, make_handle
-from shardferry.handoff.receiver import OptimizerReceiver, Reception
 from shardferry.handoff.transport import Recipient
 from shardferry.handoff.transports import AUTO, TransportEntry, choose_transport, transport_named, wants_device_arena
 from shardferry.load import LoadedShard, LoadJob, load_rank
+from shardferry.receiver import OptimizerReceiver, Reception
 from tests.support.alone import save_alone
 from tests.support.transport_contract import Loader, Other, TransportContract, carriers, content, is_content
 
@@ -133,30 +133,29 @@ def loading() -> Iterator[Other]:
 def _loads_a_checkpoint() -> Callable[..., bytes]:
     kept: list[LoadedShard] = []
 
-    def load(path: str, told: Reception, exclusive: bool) -> bytes:
-        recipient = told.recipient()
+    def load(path: str, told: Reception, lend: bool) -> bytes:
+        recipient = told.process.recipient()
         assert wants_device_arena(AUTO, recipient, gpu_identity(GPU))
         request = LoadRequest("optim", model_key="model")
         loaded = load_rank(
-            LoadJob(open_checkpoint(path), told.layout, request, GPU, ReadOptions(concurrency=4)), Agreement(None)
+            LoadJob(open_checkpoint(path), told.parts[0].layout, request, GPU, ReadOptions(concurrency=4)),
+            Agreement(None),
         )
         kept.append(loaded)
         chosen = choose_transport(AUTO, loaded.arena, recipient).name
-        return pickle.dumps(make_handle(loaded.manifest, loaded.arena, chosen, exclusive=exclusive))
+        return pickle.dumps(make_handle(loaded.manifest, loaded.arena, chosen, exclusive=True, lend=lend))
 
     return load
 
 
-@pytest.mark.parametrize("exclusive", [False, True], ids=["shared", "exclusive"])
+@pytest.mark.parametrize("lend", [False, True], ids=["copied", "lent"])
 @pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
-def test_a_trainer_goes_on_as_if_it_had_not_stopped(
-    tmp_path: Path, loading: Other, steps: int, exclusive: bool
-) -> None:
+def test_a_trainer_goes_on_as_if_it_had_not_stopped(tmp_path: Path, loading: Other, steps: int, lend: bool) -> None:
     run, trainer = Trainer(steps=3), Trainer(steps, seed=1)
     save_alone(run.saved(), tmp_path / "ckpt")
-    handle: ShardHandle = pickle.loads(loading.call(str(tmp_path / "ckpt"), trainer.shardferry_layout(0, 1), exclusive))
+    handle: ShardHandle = pickle.loads(loading.call(str(tmp_path / "ckpt"), trainer.shardferry_layout(0, 1), lend))
     assert trainer.shardferry_receive(handle)["transport"] == "cuda_ipc"
-    if not exclusive:
+    if not lend:
         loading.kill()
     for number in (3, 4):
         run.step(number)

@@ -17,8 +17,10 @@ from shardferry.arena import DeviceArena, HostArena, gpu_identity
 from shardferry.errors import HandoffError
 from shardferry.handoff import cuda_ipc
 from shardferry.handoff.cuda_ipc import CudaIpc
+from shardferry.handoff.handle import make_handle
 from shardferry.handoff.transport import Recipient
 from shardferry.handoff.transports import AUTO, choose_transport
+from shardferry.plan.load_plan import Manifest
 
 CONTENT = torch.arange(64, dtype=torch.uint8)
 GPU = "9f0a8c3e-one"
@@ -76,6 +78,19 @@ def test_the_trainer_of_an_exclusive_arena_gets_it_once(gpu: dict[int, torch.Ten
     assert received.data_ptr() == gpu[0].data_ptr()
     with pytest.raises(HandoffError, match="handed over already"):
         handle.open()
+
+
+@pytest.mark.parametrize("lend", [False, True], ids=["copied", "lent"])
+def test_a_handle_lends_memory_only_if_the_loader_will_live(gpu: dict[int, torch.Tensor], lend: bool) -> None:
+    made = arena()
+    handle = make_handle(nothing_planned(), made, "cuda_ipc", exclusive=True, lend=lend)
+    opened = handle.source.open()
+    assert torch.equal(opened, CONTENT)
+    assert (opened.data_ptr() == gpu[0].data_ptr()) is lend
+
+
+def nothing_planned() -> Manifest:
+    return Manifest(world_rank=0, world_size=1, mesh=None, tensors=(), values=(), param_groups=(), fqns=())
 
 
 @pytest.mark.usefixtures("gpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from shardferry.handoff.handle import make_handle
 from shardferry.handoff.in_process import InProcess
 from shardferry.handoff.loader_file import LoaderFile, take
 from shardferry.handoff.object_store import ObjectStore
-from shardferry.handoff.receiver import OptimizerReceiver
 from shardferry.handoff.shared_memory import SharedMemory
 from shardferry.handoff.transport import Recipient, Transport
 from shardferry.handoff.transports import (
@@ -32,6 +32,7 @@ from shardferry.handoff.transports import (
     wants_device_arena,
 )
 from shardferry.plan.load_plan import Manifest
+from shardferry.receiver import OptimizerReceiver
 from tests.support.commands import REPOSITORY
 
 CONTENT = torch.arange(64, dtype=torch.uint8)
@@ -151,21 +152,28 @@ def test_a_receiver_tells_where_it_runs() -> None:
     receiver = OptimizerReceiver()
     receiver.model = torch.nn.Linear(2, 3)
     receiver.optimizer = torch.optim.AdamW(receiver.model.parameters())
-    reception = receiver.shardferry_layout(0, 1)
-    assert reception.recipient() == Recipient(same_host=True, same_process=True, gpu=None)
-    elsewhere = replace(reception, pid=reception.pid + 1, gpu="a")
+    process = receiver.shardferry_layout(0, 1).process
+    assert process.recipient() == Recipient(same_host=True, same_process=True, gpu=None)
+    elsewhere = replace(process, pid=process.pid + 1, gpu="a")
     assert elsewhere.recipient() == Recipient(same_host=True, gpu="a")
 
 
-def test_of_two_that_have_a_loaders_file_open_one_takes_it() -> None:
+@pytest.mark.parametrize("late", ["map", "take"])
+def test_of_two_that_have_a_loaders_file_open_one_gets_it(late: str) -> None:
     arena = HostArena(64)
     file = LoaderFile.of(arena)
-    with file.opened() as one, file.opened() as other:
-        take(one)
+
+    def be_late() -> None:
+        with file.opened() as mine:
+            with file.opened() as theirs:
+                take(theirs)
+            if late == "take":
+                take(mine)
+            mmap.mmap(mine, arena.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    for _ in range(2):  # the second time it is taken from the start
         with pytest.raises(HandoffError, match="handed over already"):
-            take(other)
-    with pytest.raises(HandoffError, match="handed over already"), file.opened():
-        pass
+            be_late()
 
 
 def test_a_transport_is_imported_when_it_is_used() -> None:
@@ -182,7 +190,7 @@ def test_names() -> None:
     names = [transport.name for transport in TRANSPORTS]
     assert len(set(names)) == len(names)
     assert AUTO not in names
-    assert stage_transport_names() == ("auto", "shared_memory", "cuda_ipc", "object_store")
+    assert stage_transport_names() == ("auto", "in_process", "shared_memory", "cuda_ipc", "object_store")
     with pytest.raises(
         HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc or object_store"
     ):
