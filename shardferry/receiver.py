@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.arena import host_identity
+from shardferry.arena import gpu_identity, host_identity
 from shardferry.config import PartRequests, ReadOptions
 from shardferry.errors import InstallError, LayoutError
 from shardferry.handoff.handle import Shard, ShardHandle
@@ -45,16 +46,17 @@ class TrainerProcess:
 
     host: str  # see `shardferry.arena.host_identity`
     pid: int
+    gpu: str | None = None  # of its model, see `shardferry.arena.gpu_identity`
 
     @classmethod
-    def this(cls) -> TrainerProcess:
-        """The calling process."""
-        return cls(host_identity(), os.getpid())
+    def this(cls, device: torch.device) -> TrainerProcess:
+        """The calling process, with a model on this device."""
+        return cls(host_identity(), os.getpid(), gpu_identity(device))
 
     def recipient(self) -> Recipient:
         """The trainer as seen from the calling process."""
         same_host = self.host == host_identity()
-        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid())
+        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid(), gpu=self.gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +158,13 @@ def describe_layout(model: Models, optimizer: Optimizers, world_rank: int, world
             f"trainer {world_rank} of the list given to the stage is rank {own} of its process group; give the trainers "
             "in the order of their ranks"
         )
+    live = live_parts(model, optimizer)
     parts = tuple(
         WantedPart(part.key, live_layout(part.live, world_rank=world_rank, world_size=world_size), part.with_weights)
-        for part in live_parts(model, optimizer)
+        for part in live
     )
-    return Reception(parts, TrainerProcess.this(), in_steps=False)
+    device = next((part.live.device for part in live), torch.device("cpu"))
+    return Reception(parts, TrainerProcess.this(device), in_steps=False)
 
 
 def receive(handle: ShardHandle | Any, model: Models, optimizer: Optimizers) -> dict[str, Any]:
