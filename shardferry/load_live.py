@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -37,7 +36,7 @@ from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.match_keys import KeyReport
 from shardferry.state_dicts import LeftLive
 from shardferry.stats import Counters
-from shardferry.storage.open import open_storage
+from shardferry.storage.open import Location, open_storage
 
 Models = Module | Sequence[Module] | Mapping[str, Module]
 Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
@@ -47,11 +46,11 @@ Keys = str | Sequence[str] | Mapping[str, str]
 def load_optimizer_state(
     model: Models,
     optimizer: Optimizers,
-    location: str | Path,
+    location: Location,
     *,
     optimizer_key: Keys = "optim",
     model_key: Keys | None = None,
-    model_location: str | Path | None = None,
+    model_location: Location | None = None,
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keys: str | Sequence[str] = "strict",
@@ -75,7 +74,7 @@ def load_optimizer_state(
         model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
         optimizer: of that model. A list where the state of several was saved as one. A dict ``{optimizer_key: optimizer}``
             where each was saved under a key of its own.
-        location: the checkpoint's directory, or any URL that fsspec can open.
+        location: the checkpoint's directory, any URL that fsspec can open, or a ``ray.train.Checkpoint``.
         optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones. One for each
             optimizer where several were saved apart: a list beside a list, or a dict beside a dict of the same names.
         model_key: the model's key in the state dict that was saved, to load its weights and buffers too; a list or a dict
@@ -119,15 +118,15 @@ def load_optimizer_state(
             safe_globals=tuple(safe_globals),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=str(location))
-        return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
+        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=location)
+        return found if model_location is None else _with_weights_elsewhere(found, model_location)
 
     return _load(parts, read, storage_options, process_group)
 
 
 def load_model_state(
     model: Module | Sequence[Module],
-    location: str | Path,
+    location: Location,
     *,
     model_key: str = "model",
     storage_options: Mapping[str, Any] | None = None,
@@ -158,7 +157,7 @@ def load_model_state(
             dtype=one_of(DtypePolicy, "dtype", dtype),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        return [_Part(LiveModel(as_tuple(model), ()), request, str(location))]
+        return [_Part(LiveModel(as_tuple(model), ()), request, location)]
 
     return _load(parts, read, storage_options, process_group)
 
@@ -169,7 +168,7 @@ class _Part:
 
     live: LiveModel
     request: LoadRequest
-    location: str
+    location: Location
 
 
 def _parts_of(
@@ -179,7 +178,7 @@ def _parts_of(
     model_key: Keys | None,
     *,
     request: LoadRequest,
-    location: str,
+    location: Location,
 ) -> list[_Part]:
     """One part, or one for each optimizer where they have keys of their own. Raises SpecError, InstallError."""
     models = tuple(model.values()) if isinstance(model, Mapping) else as_tuple(model)
@@ -231,7 +230,7 @@ def _trained_by(optimizer: Optimizer, modules: Sequence[Module]) -> tuple[Module
     return found or tuple(modules)
 
 
-def _with_weights_elsewhere(parts: Sequence[_Part], location: str) -> list[_Part]:
+def _with_weights_elsewhere(parts: Sequence[_Part], location: Location) -> list[_Part]:
     """The optimizers' parts, and one for each one's weights in another checkpoint. Raises SpecError."""
     weights = [
         _Part(LiveModel(part.live.modules, ()), replace(part.request, optimizer_key=None), location)
@@ -292,9 +291,7 @@ def _load_part(
     storage = agreement.all_or_raise("opening the checkpoint", lambda: open_storage(part.location, storage_options))
     with closing(storage):
         counters = Counters()
-        catalog, values = open_for_all(
-            storage, agreement, part.request, options=options, counters=counters, storage_options=storage_options
-        )
+        catalog, values = open_for_all(storage, agreement, part.request, options, counters)
         job = LoadJob(catalog, layout, part.request, part.live.device, options, stays_here=True)
         shard = load_rank(job, agreement, counters=counters, values=values, storage=storage, check_plan=check_plan)
     ready = agreement.all_or_raise(
