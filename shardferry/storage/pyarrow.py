@@ -6,6 +6,7 @@ their own kinds of storage read these better.
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ class PyarrowReader(RangeReader):
     """
 
     def __init__(self, filesystem: Any, location: str) -> None:
+        # It has S3's client shut down at exit. A filesystem that was unpickled imports less, and the process would crash then.
+        importlib.import_module("pyarrow.fs")
         # The answer to a request for several buffers is one object.
         super().__init__(location, replace(OBJECT_STORE, holds_bodies=True))
         self._filesystem = filesystem
