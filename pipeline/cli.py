@@ -112,8 +112,8 @@ def plan(
 ) -> None:
     """Dry run from the checkpoint's metadata alone: the bytes that each rank would read. Starts no Ray and reads no data."""
     from shardferry.pipeline.display import print_plan
-    from shardferry.pipeline.forecast import plan_report
-    from shardferry.pipeline.overrides import override
+    from shardferry.pipeline.dry_run.forecast import plan_report
+    from shardferry.pipeline.dry_run.overrides import override
     from shardferry.pipeline.preflight import open_checkpoint_of
     from shardferry.schemas.stage_config import StageConfig
 

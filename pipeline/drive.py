@@ -28,7 +28,7 @@ from shardferry.handoff.transports import transport_named
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.preflight import check_checkpoint, check_topology
 from shardferry.pipeline.result import Outcome
-from shardferry.pipeline.waiting import Wait, cause_of, gather
+from shardferry.pipeline.waiting import Wait, cause_of, dismiss, gather
 from shardferry.receiver import Reception
 from shardferry.schemas.stage_config import StageConfig, TopologySpec
 from shardferry.schemas.stage_report import RankReport
@@ -65,13 +65,15 @@ class Drive(threading.Thread):
 
     Args:
         guard: holds the promises.
+        refs: of the handles: one of them is ready early if it is cancelled.
     """
 
-    def __init__(self, order: Order, guard: Any) -> None:
+    def __init__(self, order: Order, guard: Any, refs: Sequence[ray.ObjectRef[Any]]) -> None:
         super().__init__(daemon=True, name=f"shardferry-{order.name}")
         self._order, self._guard = order, guard
-        self._alarm: Any = guard.ended.remote()
+        self._alarms: list[Any] = [guard.ended.remote(), *refs]
         self._submitted = time.time()
+        self._asked: list[Any] = []
         trainers = order.trainers or ()
         self._receptions: list[Any] = [
             t.shardferry_layout.remote(rank, len(trainers)) for rank, t in enumerate(trainers)
@@ -85,8 +87,11 @@ class Drive(threading.Thread):
         except BaseException as error:
             kill_loaders(self._order.name)
             self._guard.fail.remote(cause_of(error))
+            dismiss(self._asked)
         else:
             self._guard.fulfil.remote(promised, is_last=True)
+        finally:
+            self._alarms, self._asked = [], []  # a ref keeps its loader alive
 
     def _load(self) -> dict[Any, Sealed]:
         """The handles by rank, and the outcome. Raises ShardferryError."""
@@ -215,8 +220,9 @@ class Drive(threading.Thread):
             who,
             hint or (lambda ranks: _busy(who)),
             places,
-            self._alarm,
+            self._alarms,
         )
+        self._asked += refs
         return gather(refs, wait)
 
 

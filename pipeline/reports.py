@@ -11,7 +11,7 @@ from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
 from shardferry.layout.live import LiveLayout
 from shardferry.load import read_values
-from shardferry.pipeline.demand import read_amplification, unique_bytes
+from shardferry.pipeline.dry_run.demand import read_amplification, unique_bytes
 from shardferry.receiver import WantedPart
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import RankReport, StageReport

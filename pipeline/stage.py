@@ -150,7 +150,7 @@ class OptimizerLoadStage:
         guard = start_guard(name)
         order = Order(name, self.config, where, catalog, layout, trainers=trainers, user=user, exclusive=exclusive)
         loading = Loading(name, self.config, guard, world_size)
-        Drive(order, guard).start()
+        Drive(order, guard, loading.refs if world_size is not None else ()).start()
         return loading
 
     def _location(self, given: Location | None) -> Any:

@@ -309,7 +309,7 @@ def read_values(
         raise error
 
     options, counters = options or ReadOptions(), counters or Counters()
-    keys, beside = value_keys(catalog, request), set(index_optimizer(catalog, request.optimizer_key).extras.values())
+    keys, beside = value_keys(catalog, request), set(index_optimizer(catalog, request.optimizer_key).extras().values())
     objects = [key for key in keys if key in catalog.objects]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
         values = read_objects(objects, catalog, storage, options, counters, unread=unread)
@@ -358,17 +358,15 @@ def open_for_all(
     request: LoadRequest,
     options: ReadOptions,
     counters: Counters,
-    storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Catalog, dict[str, Any]]:
     """Rank 0 reads the metadata and everything that is not a sharded tensor; one broadcast gives both to all ranks.
 
     Args:
         storage: of the checkpoint.
-        storage_options: with which it was opened; they go with the catalog.
     """
 
     def read() -> tuple[Catalog, dict[str, Any] | MissingFile]:
-        catalog = read_catalog(storage, storage_options=storage_options)
+        catalog = read_catalog(storage)
         storage.expect(catalog.file_versions)
         try:
             return catalog, read_values(catalog, request, storage, options, counters)
