@@ -80,6 +80,15 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def human_rate(bytes_per_s: float) -> str:
+    """Bytes per second with a decimal unit, as disks and networks are sold: 1.2e8 -> '120 MB/s'."""
+    for unit in ("B", "kB", "MB"):
+        if bytes_per_s < 1000:
+            return f"{bytes_per_s:.3g} {unit}/s"
+        bytes_per_s /= 1000
+    return f"{bytes_per_s:.3g} GB/s" if bytes_per_s < 1000 else f"{bytes_per_s:.0f} GB/s"
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on stdout; the first column is text, the others are numbers."""
     from rich.console import Console
@@ -167,7 +176,14 @@ def print_stage(report: StageReport) -> None:
     print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
     if report.busy:
         print("busy reading: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.busy.items()))
+    rate = f" at {human_rate(report.storage_bytes_per_s)}" if report.storage_bytes_per_s else ""
     print(
         f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_read)} "
-        f"({report.read_amplification:.3f} x); lower bound {report.lower_bound_s:.4f} s, reached {report.ratio_to_lower_bound:.1f} x"
+        f"({report.read_amplification:.3f} x){rate}; {report.total_s:.2f} s in all"
     )
+    if report.lower_bound_s is not None and report.ratio_to_lower_bound is not None:
+        reached = report.lower_bound_s * report.ratio_to_lower_bound
+        print(
+            f"planning and reading took {reached:.3f} s, {report.ratio_to_lower_bound:.2f} x the lower bound of "
+            f"{report.lower_bound_s:.3f} s"
+        )
