@@ -128,7 +128,7 @@ def init(
     """
     from shardferry.checkpoint.open import open_checkpoint
     from shardferry.pipeline.commands.suggest import suggested_spec
-    from shardferry.pipeline.overrides import parse_mesh
+    from shardferry.pipeline.dry_run.overrides import parse_mesh
 
     print(suggested_spec(open_checkpoint(checkpoint), parse_mesh(mesh)), end="")
 
@@ -198,8 +198,8 @@ def plan(
 ) -> None:
     """Dry run from the checkpoint's metadata alone: the bytes that each rank would read. Starts no Ray and reads no data."""
     from shardferry.pipeline.display import print_plan
-    from shardferry.pipeline.forecast import plan_report
-    from shardferry.pipeline.overrides import override
+    from shardferry.pipeline.dry_run.forecast import plan_report
+    from shardferry.pipeline.dry_run.overrides import override
     from shardferry.pipeline.preflight import open_checkpoint_of
     from shardferry.schemas.stage_config import StageConfig
 

@@ -15,11 +15,12 @@ from shardferry import __version__
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
-from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.live import LiveLayout
 from shardferry.load import read_values
-from shardferry.pipeline.demand import read_amplification, unique_bytes
+from shardferry.pipeline.dry_run.demand import read_amplification, unique_bytes
 from shardferry.pipeline.exports.timeline import total_s
 from shardferry.pipeline.inspect import saved_topology
+from shardferry.receiver import WantedPart
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import RankReport, StageReport
 
@@ -27,21 +28,18 @@ from shardferry.schemas.stage_report import RankReport, StageReport
 def build_report(
     config: StageConfig,
     catalog: Catalog,
-    layouts: Sequence[RankLayout],
+    parts: Sequence[Sequence[WantedPart]],
     ranks: Sequence[RankReport],
     driver_phases: dict[str, float],
 ) -> StageReport:
     """Build the report of a whole stage.
 
     Args:
-        layouts: by rank.
+        parts: by rank: what was loaded one after the other.
         ranks: by rank.
         driver_phases: seconds of the driver's phases, by name.
     """
-    request = config.checkpoint.request()
-    # The plan of a live optimizer depends on the saved param groups.
-    values = None if config.topology is not None else _values(catalog, request)
-    unique = unique_bytes(catalog, layouts, request, values)
+    unique = sum(_unique(config, catalog, [rank[place] for rank in parts]) for place in range(len(parts[0])))
     read = sum(rank.bytes_read for rank in ranks)
     phases = driver_phases | _longest(rank.phases for rank in ranks)
     planning = phases.get("catalog", 0.0) + phases.get("plan", 0.0)
@@ -90,6 +88,15 @@ def storage_rate(ranks: Sequence[RankReport]) -> float | None:
     """
     read, busy_s = sum(rank.bytes_read for rank in ranks), max(rank.busy.get("storage", 0.0) for rank in ranks)
     return read / busy_s if read and busy_s else None
+
+
+def _unique(config: StageConfig, catalog: Catalog, wanted: Sequence[WantedPart]) -> int:
+    """Bytes of one part that at least one rank needs, each counted once."""
+    request = config.checkpoint.requests().of(wanted[0].optimizer_key, with_weights=wanted[0].with_weights)
+    layouts = [part.layout for part in wanted]
+    # The plan of a live optimizer depends on the saved param groups.
+    is_live = any(isinstance(layout, LiveLayout) for layout in layouts)
+    return unique_bytes(catalog, layouts, request, _values(catalog, request) if is_live else None)
 
 
 def told_by_trainers(receipts: Sequence[Any]) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -105,11 +105,18 @@ class Shadow:
         with _guarded("load_state_dict", passes_errors=True):
             self.optimizer.load_state_dict(state_dict)
 
-    def entries(self) -> list[list[dict[Any, Any]]]:
-        """The state in the form of ``state_dict()``, by param group and parameter. Raises NoShadow."""
+    def predicted(self) -> Predicted:
+        """The state in the form of ``state_dict()``. Raises NoShadow."""
         with _guarded("state_dict"):
             state_dict = self.optimizer.state_dict()
-            return [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
+            entries = [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
+            return Predicted(entries, self.has_guessed, shared_state(state_dict))
+
+
+def shared_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """State under keys that are of no parameter."""
+    of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
+    return {key: value for key, value in state_dict["state"].items() if key not in of_parameters}
 
 
 def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +130,7 @@ class Predicted:
 
     entries: Sequence[Sequence[Mapping[Any, Any]]]  # by param group and parameter
     has_guessed: bool  # by a number that isn't known: it may have more or other entries
+    shared: Mapping[Any, Any] = field(default_factory=dict)  # state under keys that are of no parameter
 
 
 def predict(
@@ -150,7 +158,7 @@ def predict(
     if not is_by_form:  # but by a parameter's place
         return _after_steps(optimizer, hyperparameters, num_steps, everything)
     entries = [_spread(there, found) for there, found in zip(alike, first.entries, strict=True)]
-    return Predicted(entries, first.has_guessed or last.has_guessed)
+    return Predicted(entries, first.has_guessed or last.has_guessed, first.shared)
 
 
 def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
@@ -207,7 +215,7 @@ def _after_steps(
             shadow.optimizer.state = defaultdict(dict)
         for _ in range(num_steps):
             shadow.step()
-        return Predicted(shadow.entries(), shadow.has_guessed)
+        return shadow.predicted()
 
     try:
         return after_steps(from_nothing=True)
@@ -246,6 +254,12 @@ def twin(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() == 1 and tensor.ndim == 0 and tensor.device.type == "cpu":
         return tensor.detach().clone()
     return torch.empty_like(tensor.detach(), device="meta")
+
+
+def twins(tree: Any) -> Any:
+    """A copy of nested dicts and lists, with a twin of each tensor."""
+    with _TwinsOfTensors():
+        return copy.deepcopy(tree)
 
 
 class _TwinsOfTensors(TorchFunctionMode):

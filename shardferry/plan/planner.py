@@ -165,8 +165,8 @@ def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
     """Keys that are read whole, once per job: the request's Python objects, and hyperparameters that are tensors."""
     index = index_optimizer(catalog, request.optimizer_key)
     weights = [] if request.model_key is None else list(_weights(catalog, request, index).values())
-    beside = index.extras.values()
-    objects = [key for key in (*index.all_keys(), *beside, *weights) if key in catalog.objects]
+    beside = index.extras().values()
+    objects = [key for key in dict.fromkeys((*index.all_keys(), *beside, *weights)) if key in catalog.objects]
     return objects + [key for key in (*index.param_groups.values(), *beside) if key in catalog.tensors]
 
 

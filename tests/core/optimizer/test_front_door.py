@@ -446,6 +446,22 @@ def test_models_with_optimizers_of_their_own(tmp_path: Path) -> None:
     check_equal([o.state_dict() for o in again], [o.state_dict() for o in optimizers])
 
 
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_models_whose_parameters_of_one_name_have_other_shapes(tmp_path: Path, with_weights: bool) -> None:
+    """The other model's weights don't tell a parameter's shape."""
+    nets = {"actor": nn.Sequential(nn.Linear(4, 3)), "critic": nn.Sequential(nn.Linear(4, 1))}
+    optimizers = {name: adamw(net, lr=0.1) for name, net in nets.items()}
+    for name, net in nets.items():
+        train(net, optimizers[name], 2)
+    state = {name: get_optimizer_state_dict(net, optimizers[name]) for name, net in nets.items()}
+    save_alone(state | {f"{name}_model": net.state_dict() for name, net in nets.items()}, tmp_path / "ckpt")
+    others = {"actor": nn.Sequential(nn.Linear(4, 3)), "critic": nn.Sequential(nn.Linear(4, 1))}
+    fresh = {name: adamw(net) for name, net in others.items()}
+    model_key = {name: f"{name}_model" for name in nets} if with_weights else None
+    shardferry.load_optimizer_state(others, fresh, tmp_path / "ckpt", model_key=model_key)
+    check_equal([o.state_dict() for o in fresh.values()], [o.state_dict() for o in optimizers.values()])
+
+
 def test_one_optimizer_for_each_parameter(tmp_path: Path) -> None:
     net = model()
     each = {name: torch.optim.AdamW([p], lr=0.25) for name, p in net.named_parameters()}
