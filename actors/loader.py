@@ -26,6 +26,7 @@ from ray.actor import ActorHandle
 from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
 from shardferry.actors.rank_report import measures_of_this_process, rank_report
+from shardferry.arena import gpu_identity
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest, PartRequests, ReadOptions
 from shardferry.errors import RankError
@@ -33,7 +34,7 @@ from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.handoff.object_store import ObjectStore, chunks_of
 from shardferry.handoff.transport import Recipient
-from shardferry.handoff.transports import choose_transport, transport_named
+from shardferry.handoff.transports import choose_transport, transport_named, wants_device_arena
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank
@@ -206,8 +207,11 @@ class Loader:
                 f"rank {self._settings.world_rank}: actors.device is cuda, but this actor sees no GPU "
                 f"(Ray gave it {ray.get_gpu_ids()}, torch {torch.__version__} sees {torch.cuda.device_count()}); use device: cpu"
             )
-        on_gpu = self._settings.device == "cuda"
-        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        gpu = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+        if self._settings.device != "auto":
+            return torch.device("cpu") if self._settings.device == "cpu" else gpu
+        wants_gpu = wants_device_arena(self._settings.transport, self._recipient(), gpu_identity(gpu))
+        return gpu if wants_gpu else torch.device("cpu")
 
     def _recipient(self) -> Recipient:
         """Where the process that will open the shard runs, as far as it is known."""
