@@ -53,6 +53,7 @@ CheckpointArg = Annotated[
 SpecArg = Annotated[Path, typer.Argument(metavar="STAGE.yaml", help="The stage's spec, YAML or JSON.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 LocationOption = Annotated[str | None, typer.Option(help="Checkpoint to use instead of the spec's.")]
+HtmlOption = Annotated[str | None, typer.Option(help="Write the report here, as an HTML page: a path or a URL.")]
 FilterOption = Annotated[str | None, typer.Option("--filter", help="Only tensors whose key matches this glob.")]
 KeyOption = Annotated[str | None, typer.Option("--key", help="Only what was saved under this key: optim, app.optim.")]
 
@@ -194,9 +195,11 @@ def plan(
         str | None, typer.Option(help="Bytes per second that the storage gives to the whole job: 100GB.")
     ] = None,
     request_latency: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for its first byte.")] = 0,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Dry run from the checkpoint's metadata alone: the bytes that each rank would read. Starts no Ray and reads no data."""
+    from shardferry.pipeline.commands.outputs import page_output
     from shardferry.pipeline.display import print_plan
     from shardferry.pipeline.dry_run.forecast import plan_report
     from shardferry.pipeline.dry_run.overrides import override
@@ -206,11 +209,16 @@ def plan(
     config = override(
         StageConfig.from_file(spec), mesh=mesh, world_size=world_size, storage_bandwidth=storage_bandwidth
     )
+    page = page_output(html)
     report = plan_report(config, open_checkpoint_of(config, location), request_latency_s=request_latency)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
         print_plan(report)
+    if page is not None:
+        from shardferry.pipeline.exports import page_of
+
+        page.write(page_of(report))
 
 
 @app.command(
@@ -229,7 +237,7 @@ def run(
     trace: Annotated[
         str | None, typer.Option(help="Write the phases here, as a trace for ui.perfetto.dev: a path or a URL.")
     ] = None,
-    html: Annotated[str | None, typer.Option(help="Write the report here, as an HTML page: a path or a URL.")] = None,
+    html: HtmlOption = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else an embedded one.")
     ] = None,
@@ -256,7 +264,7 @@ def run(
 )
 def report(
     file: Annotated[Path, typer.Argument(metavar="REPORT.json", help="What run --report has written.")],
-    html: Annotated[str | None, typer.Option(help="Write it here, as an HTML page: a path or a URL.")] = None,
+    html: HtmlOption = None,
     trace: Annotated[str | None, typer.Option(help="Write its phases here, as a trace: a path or a URL.")] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="OTHER.json", help="Print it beside the report of another run.")

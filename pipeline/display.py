@@ -33,24 +33,31 @@ class _Lines:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first bytes were seen, and how many they were
         self._finished = False
 
     def show(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if done and self._first is None:
+            self._first = now, done
         finished = bool(total) and done >= total
         if self._finished or not (finished or now - self._last >= _LINE_EVERY_S):
             return
         self._last, self._finished = now, finished
-        rate = done / max(now - self._start, 1e-9)
         if not total:
             print(f"{self._title}: waiting for the ranks to start", file=sys.stderr)
             return
-        left = f", {(total - done) / rate:.0f} s left" if rate and not finished else ""
-        print(
-            f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}",
-            file=sys.stderr,
-        )
+        line = f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}"
+        if rate := self._rate(now, done):
+            line += f", {human_rate(rate)}" + ("" if finished else f", {(total - done) / rate:.0f} s left")
+        print(line, file=sys.stderr)
+
+    def _rate(self, now: float, done: int) -> float | None:
+        """Bytes per second since the first bytes were seen: the actors' start doesn't count. None before there is one."""
+        if self._first is None or now <= self._first[0]:
+            return None
+        return (done - self._first[1]) / (now - self._first[0])
 
 
 @contextmanager

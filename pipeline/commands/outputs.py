@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Output:
     def is_stdout(self) -> bool:
         """Whether it goes to standard output."""
         return self.where == STDOUT
+
+    def refuse_stdout(self) -> None:
+        """Raises SpecError: it goes to standard output."""
+        if self.is_stdout:
+            raise SpecError(f"{self.option} -: only run --report can be printed; give a path or a URL")
 
     def write(self, text: str) -> None:
         """Write the text, and print on stderr where it is. Standard output gets one line.
@@ -101,6 +107,20 @@ class Output:
         except Exception as error:  # each backend has its own
             raise SpecError(f"{self.option} {self.where}: can't be opened: {error_text(error)}") from error
         return filesystem, str(path)
+
+
+def page_output(where: str | None, storage_options: Mapping[str, Any] | None = None) -> Output | None:
+    """Where an HTML page goes; None where ``--html`` was not given.
+
+    Raises:
+        SpecError: as `Output.of`; standard output is asked for; plotly, which draws the page, is not installed.
+    """
+    output = Output.of("--html", where, storage_options=storage_options or {})
+    if output is not None:
+        output.refuse_stdout()
+        if importlib.util.find_spec("plotly") is None:
+            raise SpecError("--html: needs plotly, which is not installed: pip install 'shardferry[html]'")
+    return output
 
 
 def options_beside(location: str | None, storage_options: Mapping[str, Any], where: str | None) -> Mapping[str, Any]:

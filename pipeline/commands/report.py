@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from shardferry.errors import SpecError
-from shardferry.pipeline.commands.outputs import Output, write_all
+from shardferry.pipeline.commands.outputs import Output, page_output, write_all
 from shardferry.pipeline.display import human_bytes, human_rate, print_stage, print_table
-from shardferry.pipeline.exports import check_html, page_of
+from shardferry.pipeline.exports import page_of
 from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.schemas.stage_report import FailedStage, StageReport
 
@@ -27,15 +27,11 @@ def show_report(file: Path, *, html: str | None, trace: str | None, compare: Pat
         StorageError: writing failed.
     """
     report, other = read_report(file), None if compare is None else read_report(compare)
-    outputs = {
-        name: Output.of(name, where, storage_options={}) for name, where in (("--html", html), ("--trace", trace))
-    }
-    if any(output is not None and output.is_stdout for output in outputs.values()):
-        raise SpecError("-: only run --report can be printed; give a path or a URL")
-    if outputs["--html"] is not None:
-        check_html()
-    if outputs["--trace"] is not None and isinstance(report, FailedStage):
-        raise SpecError("--trace: the run failed; there is no trace of it")
+    page, events = page_output(html), Output.of("--trace", trace, storage_options={})
+    if events is not None:
+        events.refuse_stdout()
+        if isinstance(report, FailedStage):
+            raise SpecError("--trace: the run failed; there is no trace of it")
     if other is None:
         print_report(report)
     elif isinstance(report, StageReport) and isinstance(other, StageReport):
@@ -44,8 +40,8 @@ def show_report(file: Path, *, html: str | None, trace: str | None, compare: Pat
         raise SpecError("--compare: one of the runs failed")
     write_all(
         [
-            (outputs["--html"], lambda: page_of(report)),
-            (outputs["--trace"], lambda: chrome_trace(report) if isinstance(report, StageReport) else ""),
+            (page, lambda: page_of(report)),
+            (events, lambda: chrome_trace(report) if isinstance(report, StageReport) else ""),
         ]
     )
 

@@ -13,9 +13,9 @@ from shardferry.actors.progress import Progress
 from shardferry.errors import LayoutError, RankError, ShardferryError, SpecError
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.cluster import ray_for
-from shardferry.pipeline.commands.outputs import Output, options_beside, write_all
+from shardferry.pipeline.commands.outputs import Output, options_beside, page_output, write_all
 from shardferry.pipeline.display import byte_progress, print_stage, show_ranks
-from shardferry.pipeline.exports import check_html, page_of
+from shardferry.pipeline.exports import page_of
 from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.pipeline.preflight import check_checkpoint, check_topology, open_checkpoint_of, target_layout
 from shardferry.pipeline.reports import made_by
@@ -43,17 +43,13 @@ class ReportOutputs:
         Raises:
             SpecError: an output can't be written, or plotly is not installed.
         """
-        options = config.checkpoint.storage_options
-        found = {
-            name: Output.of(f"--{name}", where, storage_options=options_beside(location, options, where))
-            for name, where in places.items()
-        }
-        for output in found.values():
-            if output is not None and output.is_stdout and output.option != "--report":
-                raise SpecError(f"{output.option} -: only --report can be printed; give a path or a URL")
-        if found["html"] is not None:
-            check_html()
-        return cls(**found)
+        given = config.checkpoint.storage_options
+        options = {name: options_beside(location, given, where) for name, where in places.items()}
+        report = Output.of("--report", places["report"], storage_options=options["report"])
+        trace = Output.of("--trace", places["trace"], storage_options=options["trace"])
+        if trace is not None:
+            trace.refuse_stdout()
+        return cls(report, trace, page_output(places["html"], options["html"]))
 
     @property
     def has_stdout(self) -> bool:

@@ -1,4 +1,4 @@
-"""Views on a stage's report: a Chrome trace, and an HTML page.
+"""Views on a report: a Chrome trace, and an HTML page.
 
 ::
 
@@ -8,20 +8,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-from shardferry.errors import SpecError
+from shardferry.schemas.plan_report import PlanReport
 from shardferry.schemas.stage_report import FailedStage, StageReport
 
 
-def check_html() -> None:
-    """Raises SpecError: plotly, which draws the page, is not installed."""
-    if importlib.util.find_spec("plotly") is None:
-        raise SpecError("--html: needs plotly, which is not installed: pip install 'shardferry[html]'")
-
-
-def page_of(report: StageReport | FailedStage) -> str:
-    """The HTML page of a run. It imports plotly, which may not be installed: see `check_html`."""
+def page_of(report: StageReport | FailedStage | PlanReport) -> str:
+    """The HTML page of a run, or of a dry run. It imports plotly, which may not be installed."""
     from shardferry.pipeline.exports.page import html_page
 
     return html_page(report)

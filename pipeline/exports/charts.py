@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from shardferry.pipeline.display import human_bytes
 from shardferry.pipeline.exports.timeline import WHOLE_LOAD, Row
+from shardferry.schemas.plan_report import RankPlan
 from shardferry.schemas.stage_report import RankProgress, RankReport
 
 MAX_ROWS = 64  # of a chart
@@ -92,8 +93,8 @@ def seconds_chart(ranks: Sequence[RankReport]) -> str:
     return _html(figure, [name for name, _ in rows], row_px=20)
 
 
-def bytes_chart(ranks: Sequence[RankReport]) -> str:
-    """Bars of the bytes that each rank needed, read, sent and received; of many ranks the most of each row."""
+def bytes_chart(ranks: Sequence[RankReport] | Sequence[RankPlan]) -> str:
+    """Bars of the bytes that each rank needs, reads, sends and receives; of many ranks the most of each row."""
     columns = {
         "needed": [rank.bytes_needed for rank in ranks],
         "read": [rank.bytes_read for rank in ranks],

@@ -8,15 +8,19 @@ from html import escape
 from shardferry.pipeline.display import human_bytes, human_rate
 from shardferry.pipeline.exports import charts
 from shardferry.pipeline.exports.timeline import timeline
+from shardferry.schemas.plan_report import PlanReport
 from shardferry.schemas.stage_report import FailedStage, StageReport, what_is_loaded
 
 _MAX_NAMES = 50  # of a list of keys; the JSON has all
 
 
-def html_page(report: StageReport | FailedStage) -> str:
+def html_page(report: StageReport | FailedStage | PlanReport) -> str:
     """The page: what was loaded, how long it took and why, the phases of all ranks, bytes, keys, and versions."""
     title = f"{report.location}: {what_is_loaded(report.optimizer_key)} on {report.world_size} ranks"
-    sections = _failed_sections(report) if isinstance(report, FailedStage) else _sections(report)
+    if isinstance(report, PlanReport):
+        sections = _planned_sections(report)
+    else:
+        sections = _failed_sections(report) if isinstance(report, FailedStage) else _sections(report)
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)
     return _PAGE.format(title=escape(title), policy=_POLICY, script=charts.script(), style=_STYLE, body=body)
 
@@ -44,6 +48,27 @@ def _failed_sections(failed: FailedStage) -> Iterator[tuple[str, str]]:
     if failed.ranks:
         yield "How far each rank came", charts.progress_chart(failed.ranks)
     yield "Made by", _cards(_made_by(failed))
+
+
+def _planned_sections(report: PlanReport) -> Iterator[tuple[str, str]]:
+    estimated = f", estimated from {report.ranks_planned} ranks" if report.estimated else ""
+    facts = {
+        "mesh": " x ".join(f"{axis}={size}" for axis, size in report.mesh.items()),
+        "tensors": f"{report.num_tensors:,}",
+        "needed once": human_bytes(report.unique_bytes_needed),
+        "to be read": f"{human_bytes(report.storage_bytes_planned)} ({report.read_amplification:.3f} x){estimated}",
+        "requests": f"{report.num_requests:,}",
+        "peak memory of a rank": human_bytes(report.peak_memory_bytes),
+        "strategy": report.strategy,
+        "most over mean, needed": f"{report.balance.bytes_needed:.3f}",
+        "most over mean, read": f"{report.balance.bytes_read:.3f}",
+        "most over mean, files": f"{report.balance.files:.3f}",
+    }
+    if report.lower_bound_s is not None and report.predicted_s is not None:
+        facts["lower bound"] = f"{report.lower_bound_s:.3f} s"
+        facts["predicted"] = f"{report.predicted_s:.3f} s"
+    yield "Dry run", _cards(facts)
+    yield "Bytes by rank", charts.bytes_chart(report.ranks)
 
 
 def _summary(report: StageReport) -> dict[str, str]:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from shardferry.errors import SpecError
+from shardferry.pipeline.commands.outputs import page_output
 from shardferry.pipeline.display import human_rate, print_stage
-from shardferry.pipeline.exports import check_html
 from shardferry.pipeline.exports.timeline import timeline, total_s
 from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.pipeline.reports import lower_bound_terms, storage_rate
@@ -174,10 +174,21 @@ def test_the_page_s_words() -> None:
     assert "3.3 GiB of 7.5 GiB" in failed
 
 
+def test_a_dry_run_s_page(shardferry: Command, saved_by: dict[int, Path], tmp_path: Path) -> None:
+    spec = f"checkpoint: {{location: {saved_by[2]}}}\ntopology: {{mesh: {{dp: 3}}, default: {{dp: 'Shard(0)'}}}}\n"
+    (tmp_path / "stage.yaml").write_text(spec)
+    done = shardferry("plan", tmp_path / "stage.yaml", "--html", tmp_path / "page.html")
+    assert done.status == 0, done.stderr
+    assert done.stderr == f"html: {tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
+    for text in ("Dry run", "dp=3", "rank 2", "peak memory of a rank"):
+        assert text in page
+
+
 def test_without_plotly_the_run_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SpecError, match=r"--html: needs plotly.*pip install 'shardferry\[html\]'"):
-        check_html()
+        page_output("page.html")
 
 
 def write_report(path: Path, report: StageReport | FailedStage) -> Path:

@@ -127,7 +127,10 @@ def test_a_missing_directory_is_an_error_before_the_work(shardferry: Command, sp
 
 def test_only_the_report_can_be_printed(shardferry: Command, spec: Path) -> None:
     done = shardferry("run", spec, "--html", "-")
-    assert (done.status, done.stderr) == (2, "error: --html -: only --report can be printed; give a path or a URL\n")
+    assert (done.status, done.stderr) == (
+        2,
+        "error: --html -: only run --report can be printed; give a path or a URL\n",
+    )
 
 
 def test_the_report_in_a_job_s_log(cluster: None, shardferry: Command, spec: Path) -> None:
