@@ -9,7 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from shardferry.errors import SpecError
-from shardferry.pipeline.waiting import Wait, gather
+from shardferry.pipeline.waiting import Wait, dismiss, gather
 
 Trainers = Sequence[ActorHandle[Any]]
 _NEEDED = ("shardferry_layout", "shardferry_receive")
@@ -46,8 +46,11 @@ def deliver(trainers: Trainers, refs: Sequence[ray.ObjectRef[Any]], timeout_s: f
         RankError: a trainer died, or was late.
     """
 
+    asked: list[Any] = []
+
     def step(doing: str, call: Callable[[int, Any], Any]) -> list[Any]:
         refs = [call(rank, trainer) for rank, trainer in enumerate(trainers)]
+        asked.extend(refs)
         hint = "; a trainer that is busy in another method answers after it"
         return gather(refs, Wait(doing, timeout_s, "timeouts.handoff_s", "trainer", lambda ranks: hint))
 
@@ -59,5 +62,6 @@ def deliver(trainers: Trainers, refs: Sequence[ray.ObjectRef[Any]], timeout_s: f
     except BaseException:
         undone: list[Any] = [trainer.shardferry_settle.remote(keep=False) for trainer in trainers]
         ray.wait(undone, num_returns=len(undone), timeout=timeout_s)
+        dismiss([*asked, *undone])
         raise
     return step("settling the trainers", lambda rank, t: t.shardferry_settle.remote(keep=True))

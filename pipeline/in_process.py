@@ -9,8 +9,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from shardferry.actors.in_trainer import load_in_trainer
 from shardferry.actors.rank_report import rank_report
-from shardferry.actors.whereabouts import measures_of_trainer
 from shardferry.errors import SpecError
 from shardferry.pipeline.delivery import check_receivers
 from shardferry.pipeline.drive import check_load, opened
@@ -32,7 +32,7 @@ def run_in_process(config: StageConfig, trainers: Sequence[ActorHandle[Any]] | N
     """
     if trainers is None:
         raise SpecError("handoff.transport: in_process loads inside the trainers, and none were given")
-    check_receivers(trainers, "shardferry_layout", "shardferry_load")
+    check_receivers(trainers, "shardferry_layout", "shardferry_target")
     spec, timeouts = config.checkpoint, config.timeouts
     if isinstance(location, ray.ObjectRef):
         wait = Wait("waiting for the checkpoint's location", timeouts.load_s, "timeouts.load_s", "upstream task")
@@ -46,17 +46,22 @@ def run_in_process(config: StageConfig, trainers: Sequence[ActorHandle[Any]] | N
     check_load(config, catalog, found)
     load_start, read = time.time(), config.read.options(timeouts.load_s)
     receipts = gather(
-        [trainer.shardferry_load.remote(location, spec.requests(), spec.storage_options, read) for trainer in trainers],
+        [
+            trainer.__ray_call__.remote(load_in_trainer, location, spec.requests(), spec.storage_options, read)
+            for trainer in trainers
+        ],
         Wait("loading in the trainers", timeouts.load_s, "timeouts.load_s", "trainer"),
     )
-    devices = [receipt["figures"].device for receipt in receipts]
-    measures = gather(
-        [t.__ray_call__.remote(measures_of_trainer, device) for t, device in zip(trainers, devices, strict=True)],
-        Wait("measuring the trainers' nodes", timeouts.start_s, "timeouts.start_s", "trainer"),
-    )
     reports = [
-        rank_report(receipt["figures"], measured, rank=rank, transport="in_process", before=(), load_start=load_start)
-        for rank, (receipt, measured) in enumerate(zip(receipts, measures, strict=True))
+        rank_report(
+            receipt["figures"],
+            receipt["measures"],
+            rank=rank,
+            transport="in_process",
+            before=(),
+            load_start=load_start,
+        )
+        for rank, receipt in enumerate(receipts)
     ]
     result = StageResult(config, Outcome(load_start - start, ray.put(catalog), receptions, reports))
     result.add_receipts(receipts)

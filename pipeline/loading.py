@@ -15,7 +15,7 @@ from shardferry.actors.progress import Progress
 from shardferry.errors import LoadCancelled, RankError
 from shardferry.pipeline.drive import OUTCOME, STARTED, Started
 from shardferry.pipeline.result import StageResult
-from shardferry.pipeline.waiting import cause_of
+from shardferry.pipeline.waiting import cause_of, dismiss
 from shardferry.schemas.stage_config import StageConfig
 
 ProgressCallback = Callable[[list[Progress]], None]
@@ -93,7 +93,11 @@ class Loading:
         while True:
             remaining = _PROGRESS_EVERY_S if deadline is None else min(_PROGRESS_EVERY_S, deadline - time.monotonic())
             if ray.wait([self._outcome], timeout=max(0.0, remaining))[0]:
-                _get(self._outcome)
+                try:
+                    _get(self._outcome)
+                except BaseException:
+                    dismiss([self._started, *(self._refs or ())])
+                    raise
                 return
             if remaining <= 0:
                 raise TimeoutError(f"the stage is not done after timeout = {timeout:g} s")
@@ -110,9 +114,13 @@ class Loading:
         return StageResult(self.config, _get(self._outcome), refs=self.refs, close=self.close)
 
     def cancel(self) -> None:
-        """Stop the reads and take the loaders down; `wait` raises LoadCancelled. Opened shards stay valid."""
+        """Stop the reads and take the loaders down; `wait` raises LoadCancelled. Opened shards stay valid.
+
+        State that is kept and complete stays: `shardferry kept --drop` gives its memory back.
+        """
         self._guard.fail.remote(LoadCancelled("the load was cancelled"))
-        kill_loaders(self.name)
+        if self.config.handoff.keep is None:
+            kill_loaders(self.name)
 
     close = cancel
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Wait:
     who: str = "loader"  # whose results: "the loader of rank 3"
     hint: Callable[[Sequence[int]], str] = lambda ranks: ""  # end of the message, given the late ranks
     places: Sequence[str] = ()  # by rank: the node, where it is known
-    alarm: ray.ObjectRef[Any] | None = None  # ready when the stage was cancelled
+    alarms: Sequence[ray.ObjectRef[Any]] = ()  # one of them is ready when the stage was cancelled
 
     def names(self, ranks: Sequence[int]) -> str:
         """Ranks in words: ``the loader of rank 3 on 10.0.0.7``."""
@@ -63,7 +64,7 @@ def gather(refs: Sequence[ray.ObjectRef[Any]], wait: Wait) -> list[Any]:
                 if not failures:
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
                 failures[rank_of[ref]] = error
-        if wait.alarm is not None and ray.wait([wait.alarm], timeout=0)[0]:
+        if wait.alarms and ray.wait(list(wait.alarms), timeout=0, fetch_local=False)[0]:
             raise LoadCancelled("the load was cancelled")
         if pending and not ready and remaining <= 0:
             break
@@ -81,6 +82,14 @@ def _timed_out(ranks: list[int], world_size: int, wait: Wait) -> RankError:
         f"{wait.timeout_s:g} s{wait.hint(ranks)}",
         ranks,
     )
+
+
+def dismiss(refs: Sequence[ray.ObjectRef[Any]]) -> None:
+    """Look at results that nobody will use: Ray prints pages about each error that nobody has looked at."""
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_GRACE_S, fetch_local=False) if refs else ([], [])
+    for ref in ready:
+        with suppress(RayError):
+            ray.get(ref)
 
 
 def error_of(failures: dict[int, RayError], wait: Wait) -> Exception:

@@ -358,17 +358,15 @@ def open_for_all(
     request: LoadRequest,
     options: ReadOptions,
     counters: Counters,
-    storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Catalog, dict[str, Any]]:
     """Rank 0 reads the metadata and everything that is not a sharded tensor; one broadcast gives both to all ranks.
 
     Args:
         storage: of the checkpoint.
-        storage_options: with which it was opened; they go with the catalog.
     """
 
     def read() -> tuple[Catalog, dict[str, Any] | MissingFile]:
-        catalog = read_catalog(storage, storage_options=storage_options)
+        catalog = read_catalog(storage)
         storage.expect(catalog.file_versions)
         try:
             return catalog, read_values(catalog, request, storage, options, counters)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -37,7 +36,7 @@ from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.match_keys import KeyReport
 from shardferry.state_dicts import LeftLive
 from shardferry.stats import Counters
-from shardferry.storage.open import open_storage
+from shardferry.storage.open import Location, open_storage
 
 Keys = str | Sequence[str] | Mapping[str, str]
 
@@ -45,11 +44,11 @@ Keys = str | Sequence[str] | Mapping[str, str]
 def load_optimizer_state(
     model: Models,
     optimizer: Optimizers,
-    location: str | Path,
+    location: Location,
     *,
     optimizer_key: Keys = "optim",
     model_key: Keys | None = None,
-    model_location: str | Path | None = None,
+    model_location: Location | None = None,
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keys: str | Sequence[str] = "strict",
@@ -73,7 +72,7 @@ def load_optimizer_state(
         model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
         optimizer: of that model. A list where the state of several was saved as one. A dict ``{optimizer_key: optimizer}``
             where each was saved under a key of its own.
-        location: the checkpoint's directory, or any URL that fsspec can open.
+        location: the checkpoint's directory, any URL that fsspec can open, or a ``ray.train.Checkpoint``.
         optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones. One for each
             optimizer where several were saved apart: a list beside a list, or a dict beside a dict of the same names.
         model_key: the model's key in the state dict that was saved, to load its weights and buffers too; a list or a dict
@@ -117,15 +116,15 @@ def load_optimizer_state(
             safe_globals=tuple(safe_globals),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=str(location))
-        return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
+        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=location)
+        return found if model_location is None else _with_weights_elsewhere(found, model_location)
 
     return load_parts(parts, lambda: ReadOptions.of(read), storage_options, process_group)[0]
 
 
 def load_model_state(
     model: Module | Sequence[Module],
-    location: str | Path,
+    location: Location,
     *,
     model_key: str = "model",
     storage_options: Mapping[str, Any] | None = None,
@@ -156,7 +155,7 @@ def load_model_state(
             dtype=one_of(DtypePolicy, "dtype", dtype),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        return [LoadPart(LiveModel(as_tuple(model), ()), request, str(location))]
+        return [LoadPart(LiveModel(as_tuple(model), ()), request, location)]
 
     return load_parts(parts, lambda: ReadOptions.of(read), storage_options, process_group)[0]
 
@@ -167,7 +166,7 @@ class LoadPart:
 
     live: LiveModel
     request: LoadRequest
-    location: Any
+    location: Location
 
 
 def _parts_of(
@@ -177,7 +176,7 @@ def _parts_of(
     model_key: Keys | None,
     *,
     request: LoadRequest,
-    location: str,
+    location: Location,
 ) -> list[LoadPart]:
     """One part, or one for each optimizer where they have keys of their own. Raises SpecError, InstallError."""
     if not isinstance(optimizer, Mapping):
@@ -226,7 +225,7 @@ def _by_name(option: str, given: Keys, optimizers: Mapping[Any, Any]) -> dict[An
     return found
 
 
-def _with_weights_elsewhere(parts: Sequence[LoadPart], location: str) -> list[LoadPart]:
+def _with_weights_elsewhere(parts: Sequence[LoadPart], location: Location) -> list[LoadPart]:
     """The optimizers' parts, and one for each one's weights in another checkpoint. Raises SpecError."""
     weights = [
         LoadPart(LiveModel(part.live.modules, ()), replace(part.request, optimizer_key=None), location)
@@ -295,9 +294,7 @@ def _load_part(
     storage = agreement.all_or_raise("opening the checkpoint", lambda: open_storage(part.location, storage_options))
     with closing(storage):
         counters = Counters()
-        catalog, values = open_for_all(
-            storage, agreement, part.request, options=options, counters=counters, storage_options=storage_options
-        )
+        catalog, values = open_for_all(storage, agreement, part.request, options, counters)
         job = LoadJob(catalog, layout, part.request, part.live.device, options, stays_here=True)
         shard = load_rank(job, agreement, counters=counters, values=values, storage=storage, check_plan=check_plan)
     ready = agreement.all_or_raise(

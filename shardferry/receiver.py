@@ -7,21 +7,19 @@ A class mixes in `OptimizerReceiver`. One that can't inherit has methods of the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from shardferry.arena import host_identity
-from shardferry.config import PartRequests, ReadOptions
+from shardferry.arena import gpu_identity, host_identity
 from shardferry.errors import InstallError, LayoutError
 from shardferry.handoff.handle import Shard, ShardHandle
 from shardferry.handoff.transport import Recipient
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.load_live import LoadPart, load_parts
 from shardferry.optimizer.install import Checked, Installation, check, fit
 from shardferry.optimizer.live import LiveModel
 from shardferry.optimizer.live_layout import live_layout
@@ -45,16 +43,17 @@ class TrainerProcess:
 
     host: str  # see `shardferry.arena.host_identity`
     pid: int
+    gpu: str | None = None  # of its model, see `shardferry.arena.gpu_identity`
 
     @classmethod
-    def this(cls) -> TrainerProcess:
-        """The calling process."""
-        return cls(host_identity(), os.getpid())
+    def this(cls, device: torch.device) -> TrainerProcess:
+        """The calling process, with a model on this device."""
+        return cls(host_identity(), os.getpid(), gpu_identity(device))
 
     def recipient(self) -> Recipient:
         """The trainer as seen from the calling process."""
         same_host = self.host == host_identity()
-        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid())
+        return Recipient(same_host=same_host, same_process=same_host and self.pid == os.getpid(), gpu=self.gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class Delivery:
         finally:
             for shard in shards:
                 shard.release()
-        self._receipts = [_receipt(handle.world_rank, one) for one in checked]
+        self._receipts = [receipt_of(handle.world_rank, one) for one in checked]
         self._transport = handle.transport
         self._installation = Installation([step for each in fitted for step in each.steps])
         self._is_installed = False
@@ -117,7 +116,8 @@ class Delivery:
         return {"transport": self._transport, **first, **lists}
 
 
-def _receipt(world_rank: int, report: Checked | KeyReport) -> dict[str, Any]:
+def receipt_of(world_rank: int, report: Checked | KeyReport) -> dict[str, Any]:
+    """What a trainer answers to the stage; see `Delivery.settle`."""
     return {
         "world_rank": world_rank,
         "overwritten": [(c.group, c.name, repr(c.old), repr(c.new)) for c in report.overwritten],
@@ -156,11 +156,13 @@ def describe_layout(model: Models, optimizer: Optimizers, world_rank: int, world
             f"trainer {world_rank} of the list given to the stage is rank {own} of its process group; give the trainers "
             "in the order of their ranks"
         )
+    live = live_parts(model, optimizer)
     parts = tuple(
         WantedPart(part.key, live_layout(part.live, world_rank=world_rank, world_size=world_size), part.with_weights)
-        for part in live_parts(model, optimizer)
+        for part in live
     )
-    return Reception(parts, TrainerProcess.this(), in_steps=False)
+    device = next((part.live.device for part in live), torch.device("cpu"))
+    return Reception(parts, TrainerProcess.this(device), in_steps=False)
 
 
 def receive(handle: ShardHandle | Any, model: Models, optimizer: Optimizers) -> dict[str, Any]:
@@ -211,8 +213,9 @@ class OptimizerReceiver:
 
     def shardferry_layout(self, world_rank: int, world_size: int) -> Reception:
         """What this trainer wants; the stage calls this before it loads. Arguments and errors as `describe_layout` has them."""
-        in_steps = type(self).shardferry_receive is OptimizerReceiver.shardferry_receive
-        return replace(describe_layout(*self.shardferry_target(), world_rank, world_size), in_steps=in_steps)
+        # By name, as Ray's actors may have a copy of the function.
+        own = type(self).shardferry_receive.__qualname__ != OptimizerReceiver.shardferry_receive.__qualname__
+        return replace(describe_layout(*self.shardferry_target(), world_rank, world_size), in_steps=not own)
 
     def shardferry_check(self, part: int, manifest: Manifest) -> None:
         """Check what will be loaded for a part, before it is read. Raises InstallError."""
@@ -236,23 +239,3 @@ class OptimizerReceiver:
     def shardferry_receive(self, handle: ShardHandle) -> dict[str, Any]:
         """Install this rank's shard at once; returns and raises as `receive`. The stage calls it where a class overrides it."""
         return receive(handle, *self.shardferry_target())
-
-    def shardferry_load(
-        self, location: Any, requests: PartRequests, storage_options: Mapping[str, Any], read: ReadOptions
-    ) -> dict[str, Any]:
-        """Load in this process, over its own process group; the stage calls it for the transport ``in_process``.
-
-        Returns:
-            The receipt, see `Delivery.settle`, with the load's ``figures``.
-
-        Raises:
-            ShardferryError: nothing of the models and optimizers of any rank has been changed.
-        """
-
-        def parts() -> list[LoadPart]:
-            live = live_parts(*self.shardferry_target())
-            return [LoadPart(p.live, requests.of(p.key, with_weights=p.with_weights), location) for p in live]
-
-        report, figures = load_parts(parts, lambda: read, storage_options, None)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return {"transport": "in_process", "figures": figures, **_receipt(rank, report)}

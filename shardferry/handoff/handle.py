@@ -73,7 +73,9 @@ class ShardHandle:
         return Shard(self.manifest, self.source.open())
 
 
-def make_handle(manifest: Manifest, arena: Arena, transport: str, *, exclusive: bool) -> ShardHandle:
+def make_handle(
+    manifest: Manifest, arena: Arena, transport: str, *, exclusive: bool, lend: bool = False
+) -> ShardHandle:
     """Seal a loaded arena and make a handle for its trainer.
 
     Args:
@@ -82,9 +84,12 @@ def make_handle(manifest: Manifest, arena: Arena, transport: str, *, exclusive: 
         transport: name of a transport, see `shardferry.handoff.transports.TRANSPORTS`; not ``auto``.
         exclusive: one trainer gets the arena itself, and nobody else may open it. Otherwise the arena is frozen, and
             each opener gets private pages where it writes.
+        lend: this process will live until the trainer of an exclusive arena uses its memory no more. Otherwise a transport that
+            would lend memory gives a copy.
 
     Raises:
         HandoffError: no transport has this name, or it can't carry this arena.
     """
-    source = transport_named(transport).load().from_arena(arena, exclusive=exclusive)
+    entry = transport_named(transport)
+    source = entry.load().from_arena(arena, exclusive=exclusive and (lend or not entry.lends_memory))
     return ShardHandle(manifest, transport, source)

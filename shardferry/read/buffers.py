@@ -58,7 +58,8 @@ class BufferPool:
             StorageError: the room was not free in time.
         """
         with self._changed:
-            self._wait_for(nbytes)
+            if self._queue or not self._has_room(nbytes):
+                self._wait_for(nbytes)
             self._claimed += nbytes
             while self._idle_bytes and self._claimed + self._idle_bytes > self._budget_bytes:
                 size = next(size for size, buffers in self._idle.items() if buffers)
@@ -70,7 +71,8 @@ class BufferPool:
         finally:
             with self._changed:
                 self._claimed -= nbytes
-                self._changed.notify_all()
+                if self._queue:
+                    self._changed.notify_all()
 
     @contextmanager
     def buffer(self, nbytes: int) -> Iterator[memoryview]:
@@ -90,16 +92,14 @@ class BufferPool:
                     self._idle.setdefault(size, []).append(buffer)
                     self._idle_bytes += size
 
+    def _has_room(self, nbytes: int) -> bool:
+        return not self._claimed or self._claimed + nbytes <= self._budget_bytes
+
     def _wait_for(self, nbytes: int) -> None:
         turn = object()
-
-        def fits() -> bool:
-            has_room = not self._claimed or self._claimed + nbytes <= self._budget_bytes
-            return self._queue[0] is turn and has_room
-
         self._queue.append(turn)
         try:
-            if not self._changed.wait_for(fits, self._timeout_s):
+            if not self._changed.wait_for(lambda: self._queue[0] is turn and self._has_room(nbytes), self._timeout_s):
                 raise StorageError(
                     f"{nbytes} bytes of buffers were not free within {self._timeout_s:g} s (timeouts.load_s): other reads hold "
                     f"{self._claimed} of {self._budget_bytes} bytes (read.memory_budget); the storage doesn't answer, or raise either"

@@ -58,13 +58,15 @@ class _TaskQueue(Generic[T]):
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._failure: BaseException | None = None
         self._num_threads = self._num_running = self._num_done = 0
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # for the threads: tasks have come, or none will
+        self._ended = threading.Condition(lock)  # for the caller, who would otherwise be woken by every task
 
     def run(self) -> None:
-        with self._changed:
+        with self._ended:
             self._start_threads()
             remaining_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-            if not self._changed.wait_for(lambda: not self._num_threads, remaining_s):
+            if not self._ended.wait_for(lambda: not self._num_threads, remaining_s):
                 self._failure = self._failure or self._late()
                 self._changed.notify_all()
             if self._failure is not None:
@@ -87,6 +89,7 @@ class _TaskQueue(Generic[T]):
             with self._changed:
                 self._num_threads -= 1
                 self._changed.notify_all()
+                self._ended.notify_all()
 
     def _take(self) -> T | None:
         """The next task; None where none is left. Waits while running tasks may still give some."""

@@ -22,7 +22,7 @@ from shardferry.schemas.stage_report import StageReport
 from tests.support.leftovers import arena_holders
 from tests.support.models import SHAPES, STATES, STEP, Model, adamw, fsdp2
 from tests.support.oracle import full_tensor
-from tests.support.trainers import Fsdp2Trainer, Target, never_stepped, start_trainers
+from tests.support.trainers import Fsdp2Trainer, Target, never_stepped
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -51,25 +51,6 @@ def _gpus_are_given_back() -> Iterator[None]:
             return
         ray.wait([_tick.remote()], timeout=1)
     pytest.fail(f"GPUs still taken: {ray.available_resources()}")
-
-
-@pytest.fixture(scope="module")
-def two_trainers(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    trainers = start_trainers(2, str(tmp_path_factory.mktemp("trainers") / "store"))
-    yield trainers
-    for trainer in trainers:
-        ray.kill(trainer)
-
-
-@pytest.fixture
-def trainers_with(two_trainers: list[Any]) -> Callable[[Callable[[], Target]], list[Any]]:
-    """Two trainers that have what ``build`` returns; they are the same processes in all tests."""
-
-    def trainers(build: Callable[[], Target]) -> list[Any]:
-        ray.get([trainer.begin.remote(build) for trainer in two_trainers])
-        return two_trainers
-
-    return trainers
 
 
 @ray.remote(num_cpus=0)
