@@ -150,7 +150,7 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
 
 
 def _refuse_one_ranks(update: _OptimizerUpdate, loaded: LoadedState) -> None:
-    """Refuse state that each rank computes of its part alone, as torch saves one rank's. Raises InstallError."""
+    """Refuse state and hyperparameters that each rank computes of its part alone: torch saves one rank's. Raises InstallError."""
     form = update.form
     if form.predicted is None:
         return
@@ -160,11 +160,19 @@ def _refuse_one_ranks(update: _OptimizerUpdate, loaded: LoadedState) -> None:
             entries = loaded.entries(*parameter.parts[0].names)
             for name in sorted(of_one_rank[id(parameter)] & entries.keys()):
                 if not entries[name].is_parts:
-                    raise InstallError(
-                        f"{parameter.parts[0].fqn}: {type(form.optimizer).__name__} computes {name!r} of this rank's part of the parameter "
-                        "alone, so that each rank had another one, and the checkpoint has one rank's: torch saves a tensor that is "
-                        "no DTensor once. Save such state as DTensors, or leave the parameter out with exclude; nothing was changed"
-                    )
+                    raise _one_ranks(form, f"{parameter.parts[0].fqn}: {name!r}")
+    policy, saved = loaded.request.hyperparameters, {name for group in loaded.param_groups for name in group}
+    for name in sorted(name.partition(".")[0] for name in form.predicted.groups_of_one_rank):
+        if name in saved and not policy.keeps(name):
+            raise _one_ranks(form, f"param_groups: {name!r}")
+
+
+def _one_ranks(form: OptimizerForm, what: str) -> InstallError:
+    return InstallError(
+        f"{what}: {type(form.optimizer).__name__} computes it of this rank's part of a sharded parameter alone, so that each rank had "
+        "another one, and the checkpoint has one rank's: torch saves once what is no DTensor. Save such state as DTensors, leave the "
+        "parameter out with exclude, or keep the hyperparameter with hyperparameters: {live: [...]}; nothing was changed"
+    )
 
 
 def _forms(loaded: LoadedState, live: LiveModel) -> tuple[OptimizerForm, ...]:

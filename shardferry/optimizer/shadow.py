@@ -16,7 +16,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,17 +61,20 @@ class Shadow:
     Args:
         optimizer: is left as it is.
         hyperparameters: by param group, instead of the live ones.
+        answer: the number that a tensor which comes of one rank's part is said to hold.
 
     Raises:
         NoShadow: the optimizer can't be copied.
     """
 
-    def __init__(self, optimizer: Optimizer, hyperparameters: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, hyperparameters: Sequence[Mapping[str, Any]] | None = None, *, answer: int = 1
+    ) -> None:
         patched = [name for name in _FRONT_DOOR if name in vars(optimizer) and name != "step"]
         if patched:
             raise NoShadow(f"{patched[0]} was replaced on the object")
         self.has_guessed = False
-        self._of_one_rank = _OfOneRank()
+        self._of_one_rank = _OfOneRank(answer)
         with _guarded("a copy"):
             self.optimizer = _copied(optimizer)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -113,9 +116,23 @@ class Shadow:
         """The state in the form of ``state_dict()``. Raises NoShadow."""
         with _guarded("state_dict", self._of_one_rank):
             state_dict = self.optimizer.state_dict()
-        entries = [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
-        of_one_rank = [[self._of_one_rank.names_in(entry) for entry in there] for there in entries]
-        return Predicted(entries, self.has_guessed, shared_state(state_dict), of_one_rank)
+        groups = state_dict["param_groups"]
+        entries = [[state_dict["state"].get(key, {}) for key in group["params"]] for group in groups]
+        rest = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        names_in = self._of_one_rank.names_in
+        return Predicted(
+            entries,
+            self.has_guessed,
+            shared_state(state_dict),
+            groups=rest,
+            of_one_rank=[[names_in(entry) for entry in there] for there in entries],
+            groups_of_one_rank=frozenset().union(*map(names_in, rest)),
+        )
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the optimizer has asked for a number that comes of one rank's part."""
+        return self._of_one_rank.has_answered
 
 
 def shared_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
@@ -136,8 +153,31 @@ class Predicted:
     entries: Sequence[Sequence[Mapping[Any, Any]]]  # by param group and parameter
     has_guessed: bool  # by a number that isn't known: it may have more or other entries
     shared: Mapping[Any, Any] = field(default_factory=dict)  # state under keys that are of no parameter
-    # By param group and parameter: dotted names of the plain tensors that come of this rank's part of it alone.
+    groups: Sequence[Mapping[str, Any]] = ()  # the param groups, without parameters
+    # By param group and parameter: dotted names of plain entries that come of this rank's part of it alone.
     of_one_rank: Sequence[Sequence[frozenset[str]]] = ()
+    groups_of_one_rank: frozenset[str] = frozenset()  # hyperparameters that do
+
+    def compared(self, other: Predicted) -> Predicted:
+        """With the numbers that are others in the other prediction as such of one rank."""
+        entries = [
+            [names | _differing(*pair) for names, *pair in zip(*three, strict=True)]
+            for three in zip(self.of_one_rank, self.entries, other.entries, strict=True)
+        ]
+        groups = [_differing(*pair) for pair in zip(self.groups, other.groups, strict=True)]
+        return replace(self, of_one_rank=entries, groups_of_one_rank=self.groups_of_one_rank.union(*groups))
+
+
+def _differing(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> frozenset[str]:
+    """Dotted names of numbers that are not the same."""
+    ones, others = flat_entries(one), flat_entries(other)
+    return frozenset(name for name in ones.keys() & others.keys() if _number(ones[name]) != _number(others[name]))
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "" if value.is_meta or isinstance(value, DTensor) else repr(value.tolist())
+    return repr(value) if isinstance(value, int | float) else ""
 
 
 def predict(
@@ -168,7 +208,13 @@ def predict(
         [_spread(there, found) for there, found in zip(alike, by_group, strict=True)]
         for by_group in (first.entries, first.of_one_rank)
     )
-    return Predicted(entries, first.has_guessed or last.has_guessed, first.shared, of_one_rank)
+    return replace(
+        first,
+        entries=entries,
+        has_guessed=first.has_guessed or last.has_guessed,
+        of_one_rank=of_one_rank,
+        groups_of_one_rank=first.groups_of_one_rank | last.groups_of_one_rank,
+    )
 
 
 def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
@@ -218,14 +264,17 @@ def _after_steps(
 ) -> Predicted:
     """Step a copy that trains the chosen parameters of each group."""
 
-    def after_steps(*, from_nothing: bool) -> Predicted:
-        shadow = Shadow(optimizer, hyperparameters)
+    def after_steps(*, from_nothing: bool, answer: int = 1) -> Predicted:
+        shadow = Shadow(optimizer, hyperparameters, answer=answer)
         shadow.narrow(chosen)
         if from_nothing:
             shadow.optimizer.state = defaultdict(dict)
         for _ in range(num_steps):
             shadow.step()
-        return shadow.predicted()
+        found = shadow.predicted()
+        if not shadow.has_answered or answer != 1:
+            return found
+        return found.compared(after_steps(from_nothing=from_nothing, answer=2))
 
     try:
         return after_steps(from_nothing=True)
@@ -289,10 +338,13 @@ class _OfOneRank:
     """The plain tensors that come of one rank's part of a sharded parameter: each rank has others under the same name.
 
     An operator's results come of what its arguments come of. What a collective returns is taken to be the same on all ranks.
+    Numbers that are asked of such a tensor can't be followed: what comes of them differs where another answer is given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: int = 1) -> None:
         self._storages: dict[int, Any] = {}  # kept, so that no other one gets the address
+        self._answer = answer
+        self.has_answered = False
 
     def add_parts(self, tensors: Sequence[Any]) -> None:
         """Take in the local tensors of DTensors that are sharded."""
@@ -312,6 +364,14 @@ class _OfOneRank:
         self._add(made)
         if func._schema.is_mutable:
             self._add(_tensors(args[:1]))
+
+    def number_in(self, tensor: torch.Tensor) -> int:
+        """What a tensor without memory is said to hold."""
+        is_partial = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
+        if not is_partial and not self._has(tensor):
+            return 1
+        self.has_answered = True
+        return self._answer
 
     def _add(self, tensors: Sequence[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -337,7 +397,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 class _WithoutMemory(TorchDispatchMode):
     """Lets optimizers' code run on tensors without memory.
 
-    A number that is asked of such a tensor is 1. Collectives are refused: the other ranks may not take part in them.
+    A number that is asked of such a tensor is 1 (see `_OfOneRank`). Collectives are refused: the other ranks may not take part in them.
     """
 
     def __init__(self, of_one_rank: _OfOneRank) -> None:
@@ -351,7 +411,7 @@ class _WithoutMemory(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             dtype = args[0].dtype
             self.has_guessed |= dtype is torch.bool
-            return torch.ones((), dtype=dtype).item()
+            return torch.full((), self._of_one_rank.number_in(args[0]), dtype=dtype).item()
         results = func(*args, **(kwargs or {}))
         self._of_one_rank.follow(func, args, results)
         return results

@@ -38,6 +38,19 @@ def running(local: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def number(local: torch.Tensor, grad: torch.Tensor) -> float:
+    return float(local.norm()) + 1
+
+
+def tensor_of_number(local: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(float(local.norm()))
+
+
+def number_of_all_ranks(local: torch.Tensor, grad: torch.Tensor) -> float:
+    assert isinstance(grad, DTensor)
+    return float(grad.abs().max().full_tensor())
+
+
 def of_all_ranks(local: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     assert isinstance(grad, DTensor)
     return grad.abs().max().full_tensor()
@@ -45,6 +58,15 @@ def of_all_ranks(local: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 def counter(local: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return local.new_full((), 3.0) * 0.5
+
+
+class GroupScaling(torch.optim.SGD):
+    """Keeps a number that it asks of local tensors in its param group."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["d"] = max(float(p.detach().to_local().norm()) for p in group["params"])
 
 
 class Scaling(torch.optim.SGD):
@@ -92,19 +114,25 @@ def load(path: str, entry: Entry, times: int) -> str:
         assert [dict(state) for state in optimizer.state.values()] == before
         return str(error)
     for mine, theirs in zip(optimizer.state.values(), expected.state.values(), strict=True):
-        assert torch.equal(mine["scale"], theirs["scale"])
+        assert (
+            mine["scale"] == theirs["scale"]
+            if isinstance(mine["scale"], float)
+            else torch.equal(mine["scale"], theirs["scale"])
+        )
     return ""
 
 
 @pytest.mark.parametrize("times", [0, 1], ids=["before-first-step", "after-one"])
-@pytest.mark.parametrize("entry", [largest, sums_of_rows, running])
+@pytest.mark.parametrize("entry", [largest, sums_of_rows, running, number, tensor_of_number])
 def test_what_comes_of_one_ranks_part_is_refused(ranks: RankPool, tmp_path: Path, entry: Entry, times: int) -> None:
     ranks.run(2, save, str(tmp_path), entry)
     said = ranks.run(2, load, str(tmp_path), entry, times)
-    assert all("weight: Scaling computes 'scale' of this rank's part of the parameter alone" in one for one in said)
+    assert all(
+        "weight: 'scale': Scaling computes it of this rank's part of a sharded parameter alone" in one for one in said
+    )
 
 
-@pytest.mark.parametrize("entry", [of_all_ranks, counter])
+@pytest.mark.parametrize("entry", [of_all_ranks, counter, number_of_all_ranks])
 def test_what_is_the_same_on_all_ranks_is_loaded(ranks: RankPool, tmp_path: Path, entry: Entry) -> None:
     ranks.run(2, save, str(tmp_path), entry)
     assert ranks.run(2, load, str(tmp_path), entry, 0) == ["", ""]
@@ -115,3 +143,35 @@ def test_what_comes_of_a_whole_parameter_is_loaded(ranks: RankPool, tmp_path: Pa
     ranks.run(1, save, str(tmp_path), entry)
     assert ranks.run(1, load, str(tmp_path), entry, 0) == [""]
     assert ranks.run(2, load, str(tmp_path), entry, 0) != ["", ""]
+
+
+def save_group(path: str) -> None:
+    model, optimizer = grouped(2)
+    dcp.save({"optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path)
+
+
+def grouped(times: int) -> tuple[nn.Module, GroupScaling]:
+    model, _ = stepped(counter, 0)
+    optimizer = GroupScaling(model.parameters(), lr=0.125, momentum=0.5)
+    for _ in range(times):
+        model(torch.arange(8.0).view(2, 4)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def load_group(path: str) -> tuple[str, float, float]:
+    model, optimizer = grouped(1)
+    before = optimizer.param_groups[0]["d"]
+    try:
+        shardferry.load_optimizer_state(model, optimizer, path)
+    except shardferry.ShardferryError as error:
+        said = str(error)
+    shardferry.load_optimizer_state(model, optimizer, path, hyperparameters={"live": ["d"]})
+    return said, before, optimizer.param_groups[0]["d"]
+
+
+def test_a_hyperparameter_that_comes_of_one_ranks_part_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_group, str(tmp_path))
+    for said, before, after in ranks.run(2, load_group, str(tmp_path)):
+        assert "param_groups: 'd': GroupScaling computes it of this rank's part" in said
+        assert before == after
