@@ -5,34 +5,58 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import resource
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from ray.actor import ActorHandle
 
+from shardferry.actors.guard import NAMESPACE
 from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
+from shardferry.actors.rank_report import measures_of_this_process, rank_report
+from shardferry.arena import HostArena, gpu_identity, host_identity
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import CacheDirectory, open_checkpoint
-from shardferry.config import LoadRequest, ReadOptions
+from shardferry.config import LoadRequest, PartRequests, ReadOptions
+from shardferry.errors import RankError
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, make_handle
-from shardferry.handoff.receiver import Reception
+from shardferry.handoff.loader_file import LoaderFile
+from shardferry.handoff.object_store import ObjectStore, chunks_of
 from shardferry.handoff.transport import Recipient
-from shardferry.handoff.transports import choose_transport, needs_host_arena
+from shardferry.handoff.transports import AUTO, choose_transport, transport_named, wants_device_arena
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
-from shardferry.load import LoadedShard, LoadJob, load_rank
-from shardferry.plan.load_plan import LoadPlan
+from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank
+from shardferry.plan.load_plan import LoadPlan, Manifest
+from shardferry.receiver import Reception, TrainerProcess
 from shardferry.schemas.stage_report import RankReport, Span
 from shardferry.stats import Counters
+
+_STACK_CALLS = 8  # shown of a stack
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A loader that has joined the process group."""
+
+    pid: int
+    node_id: str  # Ray's
+    ip: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +68,7 @@ class LoaderSettings:
     device: Literal["auto", "cpu", "cuda"]
     transport: str  # "auto", or the name of a transport that crosses processes
     one_node: bool  # the cluster has one node: the trainers run on the loaders' node
+    trainer: TrainerProcess | None  # the process that the shard is for; None: not known
     start_timeout_s: float
     load_timeout_s: float
 
@@ -51,8 +76,8 @@ class LoaderSettings:
 class Loader:
     """Loads one rank's shard.
 
-    The methods are called in this order: `open_rendezvous` (rank 0), `join`, `open_catalog` (rank 0, where the driver has not
-    opened the checkpoint), `load`, `handle`. `progress` may be called at any time.
+    The methods are called in this order: `open_rendezvous` (rank 0), `join`, `load`, `handle`, `chunks`. `progress` may be
+    called at any time.
     """
 
     def __init__(self, settings: LoaderSettings) -> None:
@@ -61,8 +86,9 @@ class Loader:
         self._agreement = Agreement(None)
         self._counters = Counters()
         self._bytes_total = 0
-        self._loaded: LoadedShard | None = None
+        self._loaded: list[LoadedShard] = []
         self._spans: list[Span] = []
+        self._thread = 0
         self._device = self._choose_device()
 
     def open_rendezvous(self, generation: str) -> Rendezvous:
@@ -76,8 +102,8 @@ class Loader:
         rendezvous, self._store = open_rendezvous(ip, generation, self._settings.start_timeout_s)
         return rendezvous
 
-    def join(self, rendezvous: Rendezvous) -> int:
-        """Join the process group. Returns the id of this process."""
+    def join(self, rendezvous: Rendezvous) -> Joined:
+        """Join the process group."""
         with self._span("join"):
             use_interface_of(ray.util.get_node_ip_address())
             if self._device.type == "cuda":
@@ -92,53 +118,127 @@ class Loader:
                 collective_timeout_s=self._settings.load_timeout_s,
             )
             self._agreement = Agreement(dist.group.WORLD)
-        return os.getpid()
-
-    def open_catalog(self, location: str, storage_options: Mapping[str, Any], cache: CacheDirectory) -> Catalog:
-        """On rank 0: read the checkpoint's metadata for all ranks.
-
-        Raises:
-            CatalogError, StorageError: as `shardferry.open_checkpoint` does.
-        """
-        with self._span("catalog"):
-            return open_checkpoint(location, storage_options=storage_options, cache=cache)
+        return Joined(os.getpid(), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
 
     def load(
-        self, catalog: Catalog, target: SpecLayout | Reception, request: LoadRequest, read: ReadOptions, _joined: int
+        self,
+        catalog: Catalog,
+        target: SpecLayout | Reception,
+        requests: PartRequests,
+        read: ReadOptions,
+        trainer: ActorHandle[Any] | None = None,
     ) -> RankReport:
-        """Plan, agree with the other ranks, allocate the arena, read into it, and seal it.
+        """Plan, agree with the other ranks, allocate the arena, read into it, and seal it; once for each part of the target.
 
         Args:
             target: the topology of the spec, or the answer of this rank's trainer.
-            _joined: the result of `join`, so that Ray calls this method after it.
+            trainer: is asked whether what is planned fits, before anything is read.
 
         Raises:
-            ShardferryError: as `load_rank` does; the same failure is raised on all ranks.
+            ShardferryError: as `load_rank` does, or as the trainer does; the same failure is raised on all ranks.
         """
-        layout: RankLayout = target.layout if isinstance(target, Reception) else target.rank(self._settings.world_rank)
-        job = LoadJob(catalog, layout, request, self._device, read)
+        self._thread = threading.get_ident()
         with self._span("load"):
-            loaded = load_rank(job, self._agreement, counters=self._counters, announce=self._announce)
-        self._loaded = loaded
-        transport = choose_transport(self._settings.transport, loaded.arena, self._recipient(target))
-        return self._report(loaded, transport.name)
+            for layout, request in _parts_of(target, requests, self._settings.world_rank):
+                job = LoadJob(catalog, layout, request, self._device, read)
+                self._loaded.append(
+                    load_rank(
+                        job,
+                        self._agreement,
+                        counters=self._counters if len(self._loaded) == 0 else None,
+                        announce=self._announce,
+                        check_plan=lambda plan: self._ask(trainer, plan),
+                    )
+                )
+        transport = choose_transport(self._settings.transport, self._loaded[0].arena, self._recipient())
+        return self._report(combined([loaded.figures() for loaded in self._loaded]), transport.name)
+
+    def _ask(self, trainer: Any, plan: LoadPlan) -> None:
+        """Ask the trainer whether a plan fits. Raises what it raises."""
+        if trainer is None:
+            return
+        try:
+            ray.get(
+                trainer.shardferry_check.remote(len(self._loaded), plan.manifest()),
+                timeout=self._settings.start_timeout_s,
+            )
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.GetTimeoutError as error:
+            raise RankError(
+                f"the trainer of rank {self._settings.world_rank} did not say within timeouts.start_s = "
+                f"{self._settings.start_timeout_s:g} s whether the plan fits; is it busy in another method?",
+                [self._settings.world_rank],
+            ) from error
 
     def handle(self, report: RankReport, exclusive: bool) -> ShardHandle:
-        """The handle of the loaded shard; with the transport ``object_store`` it holds the shard's bytes.
+        """The handle of the loaded shard; with the transport ``object_store`` without its bytes, see `chunks`.
 
         Args:
             report: the result of `load`, which names the transport.
             exclusive: one trainer alone opens the shard, and may write to it.
         """
-        assert self._loaded is not None, "load comes before handle"
-        return make_handle(self._loaded.manifest, self._loaded.arena, report.transport, exclusive=exclusive)
+        assert self._loaded, "load comes before handle"
+        handles = [self._handle_of(loaded, report.transport, exclusive) for loaded in self._loaded]
+        return replace(handles[0], others=tuple(handles[1:]))
+
+    def _handle_of(self, loaded: LoadedShard, transport: str, exclusive: bool) -> ShardHandle:
+        if transport_named(transport).outlives_loader:
+            return ShardHandle(loaded.manifest, transport, ObjectStore((), loaded.arena.nbytes))
+        return make_handle(loaded.manifest, loaded.arena, transport, exclusive=exclusive)
+
+    def chunks(self, part: int) -> Any:
+        """The bytes of a part's arena, as one result for each chunk."""
+        found = chunks_of(self._loaded[part].arena)
+        return found[0] if len(found) == 1 else found
+
+    def keep(self, guard: str) -> None:
+        """Freeze the arenas, and live as long as the guard does.
+
+        Args:
+            guard: the name of its actor.
+        """
+        for loaded in self._loaded:
+            if isinstance(loaded.arena, HostArena):
+                loaded.arena.freeze()
+        threading.Thread(target=_end_with, args=(guard,), daemon=True, name="shardferry-kept").start()
+
+    def handle_for(self, host: str) -> ShardHandle:
+        """A handle of what is kept, see `chunks` where its bytes are not here.
+
+        Args:
+            host: of the process that opens it, see `shardferry.arena.host_identity`.
+        """
+        recipient = Recipient(same_host=host == host_identity())
+        transport = choose_transport(AUTO, self._loaded[0].arena, recipient).name
+        handles = [self._handle_of(loaded, transport, exclusive=False) for loaded in self._loaded]
+        return replace(handles[0], others=tuple(handles[1:]))
+
+    def manifests(self) -> list[Manifest]:
+        """Of each part."""
+        return [loaded.manifest for loaded in self._loaded]
+
+    def memory_file(self, part: int) -> tuple[LoaderFile, int]:
+        """Where a part's kept arena is, for processes of this node, and its bytes."""
+        arena = self._loaded[part].arena
+        assert isinstance(arena, HostArena), "kept arenas are on the host"
+        return LoaderFile.of(arena), arena.nbytes
+
+    def read(self, part: int, byte_offset: int, nbytes: int) -> np.ndarray:
+        """Bytes of a part's kept arena, for processes of other nodes."""
+        return self._loaded[part].arena.as_bytes().numpy()[byte_offset : byte_offset + nbytes]
 
     def progress(self) -> Progress:
         """How many bytes are read so far. Ray answers it while the other methods run."""
         return Progress(self._counters.bytes_done, self._bytes_total)
 
+    def stack(self) -> str:
+        """Where the thread of `load` stands. Ray answers it while the other methods run."""
+        frame = sys._current_frames().get(self._thread)
+        return "no load" if frame is None else " < ".join(_places(frame))
+
     def _announce(self, plan: LoadPlan) -> None:
-        self._bytes_total = plan.bytes_needed
+        self._bytes_total += plan.bytes_needed
 
     def _choose_device(self) -> torch.device:
         has_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
@@ -147,14 +247,16 @@ class Loader:
                 f"rank {self._settings.world_rank}: actors.device is cuda, but this actor sees no GPU "
                 f"(Ray gave it {ray.get_gpu_ids()}, torch {torch.__version__} sees {torch.cuda.device_count()}); use device: cpu"
             )
-        needs_host = self._settings.device == "cpu" or needs_host_arena(self._settings.transport)
-        return torch.device("cpu") if needs_host or not has_gpu else torch.device("cuda", torch.cuda.current_device())
+        gpu = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+        if self._settings.device != "auto":
+            return torch.device("cpu") if self._settings.device == "cpu" else gpu
+        wants_gpu = wants_device_arena(self._settings.transport, self._recipient(), gpu_identity(gpu))
+        return gpu if wants_gpu else torch.device("cpu")
 
-    def _recipient(self, target: SpecLayout | Reception) -> Recipient:
+    def _recipient(self) -> Recipient:
         """Where the process that will open the shard runs, as far as it is known."""
-        if isinstance(target, Reception):
-            return target.recipient()
-        return Recipient(same_host=self._settings.one_node)
+        trainer = self._settings.trainer
+        return Recipient(same_host=self._settings.one_node) if trainer is None else trainer.recipient()
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
@@ -164,52 +266,39 @@ class Loader:
         finally:
             self._spans.append(Span(name=name, start=start, end=time.time()))
 
-    def _report(self, loaded: LoadedShard, transport: str) -> RankReport:
+    def _report(self, figures: LoadFigures, transport: str) -> RankReport:
         load = next(span for span in self._spans if span.name == "load")
-        spans, start = list(self._spans), load.start
-        for name, seconds in loaded.seconds.items():
-            spans.append(Span(name=name, start=start, end=start + seconds))
-            start += seconds
-        phases: dict[str, Any] = {span.name: span.end - span.start for span in self._spans if span.name != "load"}
-        return RankReport(
+        return rank_report(
+            figures,
+            measures_of_this_process(figures.device),
             rank=self._settings.world_rank,
-            node=ray.util.get_node_ip_address(),
-            device=str(self._device),
-            gpu_ids=[str(gpu) for gpu in ray.get_gpu_ids()],
-            bytes_needed=loaded.plan.bytes_needed,
-            bytes_read=loaded.counters.bytes_requested,
-            bytes_sent=loaded.bytes_sent,
-            bytes_received=loaded.bytes_received,
-            num_requests=loaded.counters.num_requests,
-            arena_bytes=loaded.arena.nbytes,
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             transport=transport,
-            strategy=loaded.strategy.name,
-            strategy_reason=loaded.strategy.reason,
-            host_copy_bandwidth=copy_bandwidth(torch.device("cpu")),
-            device_copy_bandwidth=copy_bandwidth(self._device) if self._device.type == "cuda" else None,
-            bytes_forwarded=loaded.bytes_forwarded,
-            busy=dict(loaded.counters.busy.seconds),
-            missing=list(loaded.plan.missing),
-            unexpected=list(loaded.unexpected),
-            phases=phases | loaded.seconds,
-            spans=spans,
+            before=[span for span in self._spans if span is not load],
+            load_start=load.start,
         )
 
 
-def copy_bandwidth(device: torch.device, nbytes: int = 16 * 1024 * 1024) -> float:
-    """Bytes per second of a copy from host memory to a device, measured now: the best of three copies.
+def _end_with(guard: str) -> None:
+    """End this process when an actor has ended."""
+    while True:
+        time.sleep(_POLL_S)
+        with suppress(ray.exceptions.RayError):
+            try:
+                ray.get_actor(guard, NAMESPACE)
+            except ValueError:
+                os._exit(0)
 
-    Args:
-        device: a GPU, or ``cpu`` for copies within host memory.
-        nbytes: of each copy.
-    """
-    on_gpu = device.type == "cuda"
-    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
-    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        target.copy_(source)  # a copy to a GPU, too, is complete when this returns
-        best = max(best, nbytes / (time.perf_counter() - start))
-    return best
+
+def _places(frame: FrameType) -> list[str]:
+    """The innermost calls of a stack, innermost first."""
+    calls = reversed(traceback.extract_stack(frame))
+    return [f"{call.name} ({Path(call.filename).name}:{call.lineno})" for call in itertools.islice(calls, _STACK_CALLS)]
+
+
+def _parts_of(
+    target: SpecLayout | Reception, requests: PartRequests, world_rank: int
+) -> list[tuple[RankLayout, LoadRequest]]:
+    """What is loaded one after the other."""
+    if isinstance(target, SpecLayout):
+        return [(target.rank(world_rank), requests.request)]
+    return [(part.layout, requests.of(part.optimizer_key, with_weights=part.with_weights)) for part in target.parts]

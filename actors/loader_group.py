@@ -1,118 +1,137 @@
-"""Start one loader per rank, each in its own bundle of a placement group, and take them all down together."""
+"""Start one loader per rank, ask them, and collect their handles. They are actors with names, so that any process can find them."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
+from shardferry.actors.fetch import Fetch
+from shardferry.actors.guard import NAMESPACE, loader_name, loaders_of
 from shardferry.actors.loader import Loader, LoaderSettings
-from shardferry.errors import SpecError
+from shardferry.actors.placement import Placement
+from shardferry.actors.progress import Progress
+from shardferry.handoff.handle import ShardHandle
+from shardferry.handoff.object_store import ObjectStore, num_chunks
+from shardferry.handoff.transports import transport_named
+from shardferry.receiver import Reception
 from shardferry.schemas.stage_config import StageConfig
+from shardferry.schemas.stage_report import RankReport
 
 PROGRESS = "progress"  # the concurrency group of Loader.progress
+_PROGRESS_S = 0.5
 
 
 @dataclass
 class LoaderGroup:
-    """The loaders of one stage. Picklable. Deleting a copy doesn't take the loaders down."""
+    """The loaders of one stage. They live until nothing refers to them: neither this, nor a handle of their shards."""
 
     loaders: list[ActorHandle[Any]]
-    bundles: PlacementGroup
-    joined: list[ray.ObjectRef[Any]]  # by rank: the id of its process, once it has joined the process group
-
-    @property
-    def world_size(self) -> int:
-        """Number of loaders."""
-        return len(self.loaders)
-
-    def ask_progress(self) -> list[ray.ObjectRef[Any]]:
-        """An ObjectRef of each rank's `Progress`, by rank."""
-        return [loader.progress.options(concurrency_group=PROGRESS).remote() for loader in self.loaders]
-
-    def take_down(self) -> None:
-        """Kill the loaders and remove their placement group. Arenas that trainers have mapped stay valid."""
-        if not ray.is_initialized():
-            return
-        for loader in self.loaders:
-            with suppress(ray.exceptions.RayError, ValueError):  # dead already
-                ray.kill(loader, no_restart=True)
-        with suppress(ray.exceptions.RayError, ValueError):
-            remove_placement_group(self.bundles)
+    joined: list[ray.ObjectRef[Any]]  # by rank: where it runs, once it has joined the process group
 
 
-def start_loaders(config: StageConfig, world_size: int) -> LoaderGroup:
+def start_loaders(
+    config: StageConfig,
+    stage: str,
+    placement: Placement,
+    own_group: PlacementGroup | None,
+    receptions: Sequence[Reception],
+    *,
+    detached: bool = False,
+) -> LoaderGroup:
     """Ask Ray to start the loaders, and return before they have started.
 
-    Raises:
-        SpecError: the cluster has fewer GPUs or CPUs than the ranks need.
+    Args:
+        stage: the stage's name.
+        own_group: the stage's own placement group, where `placement` needs one.
+        receptions: of the trainers, by rank; empty without trainers.
+        detached: the loaders outlive this process.
     """
-    bundle = bundle_of(config)
-    check_resources(config, world_size)
-    bundles = placement_group([bundle] * world_size, strategy=config.actors.placement)
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     loaders = [
-        _remote_loader(
-            config,
-            bundles,
+        _start(
+            stage,
+            placement.options(rank, own_group) | ({"lifetime": "detached"} if detached else {}),
             LoaderSettings(
                 world_rank=rank,
-                world_size=world_size,
+                world_size=placement.world_size,
                 device=config.actors.device,
                 transport=config.handoff.transport,
                 one_node=one_node,
+                trainer=receptions[rank].process if receptions else None,
                 start_timeout_s=config.timeouts.start_s,
                 load_timeout_s=config.timeouts.load_s,
             ),
         )
-        for rank in range(world_size)
+        for rank in range(placement.world_size)
     ]
     rendezvous: Any = loaders[0].open_rendezvous.remote(uuid.uuid4().hex)
-    joined = [loader.join.remote(rendezvous) for loader in loaders]
-    return LoaderGroup(loaders, bundles, joined)
+    return LoaderGroup(loaders, [loader.join.remote(rendezvous) for loader in loaders])
 
 
-def bundle_of(config: StageConfig) -> dict[str, float]:
-    """Ray's resources of one rank: name to amount."""
-    bundle = {"CPU": config.actors.cpus_per_actor, "GPU": config.actors.gpus_per_actor}
-    return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
-
-
-def check_resources(config: StageConfig, world_size: int) -> None:
-    """Check that the cluster has room for all ranks. Ray itself would wait without end.
-
-    Raises:
-        SpecError: it has fewer GPUs or CPUs than the ranks need, and the spec doesn't ask for autoscaling.
-    """
-    if config.actors.autoscaling:
-        return
-    available = ray.cluster_resources()
-    for name, field in (("GPU", "gpus_per_actor"), ("CPU", "cpus_per_actor")):
-        needed, found = bundle_of(config).get(name, 0) * world_size, available.get(name, 0)
-        if needed > found:
-            raise SpecError(
-                f"actors.{field}: {world_size} ranks need {needed:g} {name}s, the cluster has {found:g}; use a smaller mesh, "
-                f"set actors.{field} lower"
-                + (" (0 loads on CPUs)" if name == "GPU" else "")
-                + ", or actors.autoscaling: true"
-            )
-
-
-def _remote_loader(config: StageConfig, bundles: PlacementGroup, settings: LoaderSettings) -> ActorHandle[Any]:
-    bundle = bundle_of(config)
+def _start(stage: str, options: dict[str, Any], settings: LoaderSettings) -> ActorHandle[Any]:
     remote: Any = ray.remote  # the stubs of ray.remote lack concurrency_groups
     actor = remote(concurrency_groups={PROGRESS: 1})(Loader)  # progress is answered while load runs
     handle: ActorHandle[Any] = actor.options(
-        num_cpus=bundle.get("CPU", 0),
-        num_gpus=bundle.get("GPU", 0),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=settings.world_rank),
+        name=loader_name(stage, settings.world_rank),
+        namespace=NAMESPACE,
         max_restarts=0,  # a restarted rank has no process group: the other ranks' collectives would hang
         max_task_retries=0,
+        **options,
     ).remote(settings)
     return handle
+
+
+def ask_for_handles(group: LoaderGroup, reports: Sequence[RankReport], *, exclusive: bool) -> list[ray.ObjectRef[Any]]:
+    """The ObjectRef of each rank's handle, still without its loader and without bytes; see `completed`."""
+    return [loader.handle.remote(report, exclusive) for loader, report in zip(group.loaders, reports, strict=True)]
+
+
+def completed(handle: ShardHandle, loader: Any, node: str, timeout_s: float) -> ShardHandle:
+    """A handle with what it needs to be opened in another process: its loader, or the bytes in Ray's object store.
+
+    The calling process owns the bytes there: they outlive the loader.
+
+    Args:
+        node: the address of the loader's node.
+        timeout_s: for one chunk of bytes to come from another node.
+    """
+    parts = [
+        _completed(part, place, loader, Fetch(part.world_rank, timeout_s, node))
+        for place, part in enumerate(handle.parts)
+    ]
+    return replace(parts[0], others=tuple(parts[1:]))
+
+
+def _completed(part: ShardHandle, place: int, loader: Any, fetch: Fetch) -> ShardHandle:
+    if not transport_named(part.transport).outlives_loader:
+        return replace(part, held=loader)
+    source = part.source
+    assert isinstance(source, ObjectStore), "the object store alone outlives its loader"
+    count = num_chunks(source.nbytes)
+    refs = loader.chunks.options(num_returns=count).remote(place)
+    chunks = (refs,) if count == 1 else tuple(refs)
+    return replace(part, source=replace(source, chunks=chunks, fetch=fetch))
+
+
+def ask_progress(stage: str, world_size: int) -> list[Progress]:
+    """Every rank's progress, by rank; zeros for ranks that don't answer, as they haven't started or are gone."""
+    asked: dict[Any, int] = {}
+    with suppress(ray.exceptions.RayError):
+        for name in loaders_of(stage):
+            with suppress(ValueError):  # gone since
+                loader: Any = ray.get_actor(name, NAMESPACE)
+                rank = int(name.rpartition("rank")[2])
+                asked[loader.progress.options(concurrency_group=PROGRESS).remote()] = rank
+    answers = [Progress(0, 0)] * world_size
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PROGRESS_S) if asked else ([], [])
+    for ref in ready:
+        with suppress(ray.exceptions.RayError):  # the driver's thread tells why the rank is gone
+            answers[asked[ref]] = ray.get(ref)
+    return answers

@@ -24,7 +24,7 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.forecast import plan_report
+from shardferry.pipeline.dry_run.forecast import plan_report
 from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import LayoutsFromSpec

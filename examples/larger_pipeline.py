@@ -1,9 +1,11 @@
-"""The stage between two Ray steps of somebody else's pipeline: pick a checkpoint, load it on fewer ranks, train on.
+"""The stage between the steps of somebody else's pipeline, on Ray.
 
     python -m examples.larger_pipeline
 
-Yesterday four trainers wrote checkpoints; the newest was cut off. Today there are two. Steps are joined by ObjectRefs:
-nothing waits in the driver until the last line asks for the losses.
+evaluate the checkpoints -> pick the best -> load it on fewer ranks -> train on -> save -> report
+
+Yesterday four trainers wrote checkpoints; the last save was cut off. Today there are two trainers. Steps are joined by ObjectRefs:
+nothing waits in the driver before the stage does.
 """
 
 from __future__ import annotations
@@ -17,68 +19,70 @@ import ray
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import shardferry
+from examples.task import held_out_loss, make_optimizer, network, train_step
 from shardferry.pipeline import OptimizerLoadStage
 from shardferry.schemas import StageConfig
 
 YESTERDAY, TODAY = 4, 2  # trainers
-STEPS = 6  # a day
+STEPS = 6  # a day; a checkpoint after each half of it
 
 
-# --- somebody else's first step: it knows nothing of Shardferry ------------------------------------------------------
+# --- evaluate and pick: tasks on any node -----------------------------------------------------------------------------
+
+
+def complete(run: Path) -> list[str]:
+    """The checkpoints whose save was completed: torch writes ``.metadata`` last."""
+    return sorted(str(path) for path in run.glob("step-*") if (path / ".metadata").exists())
+
+
+@ray.remote(num_cpus=1)
+def evaluate(checkpoint: str) -> tuple[float, str]:
+    """The loss on held-out data, and the checkpoint."""
+    model = network()
+    shardferry.load_model_state(model, checkpoint, model_key="model")  # the weights alone, whole
+    return held_out_loss(model), checkpoint
 
 
 @ray.remote(num_cpus=0)
-def newest_complete(run: str) -> str:
-    """The last checkpoint whose save was completed: DCP writes ``.metadata`` last."""
-    complete = [path for path in Path(run).glob("step-*") if (path / ".metadata").exists()]
-    return str(max(complete, key=lambda path: int(path.name.removeprefix("step-"))))
+def pick_best(*evaluated: tuple[float, str]) -> str:
+    return min(evaluated)[1]
 
 
-# --- somebody else's last step: trainers, which import shardferry only ------------------------------------------------
+# --- train and save: actors, which import shardferry only -------------------------------------------------------------
 
 
 class Trainer(shardferry.OptimizerReceiver):
     """One rank of an FSDP2 job."""
 
-    def __init__(self, world_rank: int, world_size: int, rendezvous: str) -> None:
+    def __init__(self, rank: int, world_size: int, rendezvous: str) -> None:
         store = dist.FileStore(rendezvous, world_size)
-        dist.init_process_group("gloo", store=store, rank=world_rank, world_size=world_size)
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
-        self.model = fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        self.rank, self.world_size = rank, world_size
+        self.model = fully_shard(network(), mesh=init_device_mesh("cpu", (world_size,)))
+        self.optimizer = make_optimizer(self.model)
 
-    def train(self, num_steps: int) -> list[float]:
-        """Loss after each step; every rank sees the same data, so that all days compare."""
-        inputs = torch.linspace(-1, 1, 32 * 64).view(32, 64)
-        losses = []
-        for _ in range(num_steps):
-            loss = (self.model(inputs) - inputs.sin()).square().mean()
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(float(loss))
-        return losses
-
-    def save(self, path: str) -> None:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model, "optim": optimizer}, checkpoint_id=path)
-
-    def restore_model(self, path: str) -> str:
-        """The weights, by stock torch."""
-        weights = {"model": get_model_state_dict(self.model)}
-        dcp.load(weights, checkpoint_id=path)
-        set_model_state_dict(self.model, weights["model"])
-        return path
+    def train(self, until: int) -> list[float]:
+        """Train until so many steps are taken. Returns the loss before each."""
+        steps = range(self.steps_taken(), until)
+        own = [
+            train_step(self.model, self.optimizer, step, rank=self.rank, world_size=self.world_size) for step in steps
+        ]
+        losses = torch.tensor(own)
+        dist.all_reduce(losses)
+        return (losses / self.world_size).tolist()
 
     def steps_taken(self) -> int:
-        return int(next(iter(self.optimizer.state.values()))["step"])
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+
+    def save(self, path: str) -> str:
+        weights, state = get_state_dict(self.model, self.optimizer)
+        dcp.save({"model": weights, "optim": state}, checkpoint_id=path)
+        return path
 
 
 def start_trainers(world_size: int, rendezvous: Path) -> list[Any]:
@@ -86,40 +90,45 @@ def start_trainers(world_size: int, rendezvous: Path) -> list[Any]:
     return [actor.remote(rank, world_size, str(rendezvous)) for rank in range(world_size)]
 
 
-# --- the pipeline ----------------------------------------------------------------------------------------------------
+# --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the pipeline did."""
+    """What the pipeline did today."""
 
-    location: str
-    yesterday: list[float]
+    picked: str
     steps_loaded: int
-    today: list[float]
-    read_amplification: float
+    losses: list[float]
+    saved: str
+    report: Path
 
 
 def yesterday(run: Path) -> list[float]:
-    """Train and save on four ranks, twice; the second save is cut off."""
+    """Train on four ranks and save; the last save is cut off."""
     trainers = start_trainers(YESTERDAY, run / "yesterday")
-    losses = ray.get([trainer.train.remote(STEPS) for trainer in trainers])[0]
-    ray.get([trainer.save.remote(str(run / f"step-{STEPS}")) for trainer in trainers])
-    (run / f"step-{STEPS + 1}").mkdir()
+    losses: list[float] = []
+    for until in (STEPS // 2, STEPS):
+        losses += ray.get([trainer.train.remote(until) for trainer in trainers])[0]
+        ray.get([trainer.save.remote(str(run / f"step-{until:06}")) for trainer in trainers])
+    (run / f"step-{STEPS + 1:06}").mkdir()
     for trainer in trainers:
         ray.kill(trainer)
     return losses
 
 
-def today(run: Path, losses: list[float]) -> Outcome:
-    """Pick, load on two ranks, train on."""
-    location = newest_complete.remote(str(run))  # an ObjectRef: the stage waits for it, we don't
+def today(run: Path) -> Outcome:
+    """Evaluate, pick, load on two ranks, train on, save, report."""
+    location = pick_best.remote(*[evaluate.remote(checkpoint) for checkpoint in complete(run)])
     trainers = start_trainers(TODAY, run / "today")
-    restored = [trainer.restore_model.remote(location) for trainer in trainers]
-    result = OptimizerLoadStage(StageConfig()).run(trainers, location=location)
+    config = StageConfig.model_validate({"checkpoint": {"model_key": "model"}})
+    result = OptimizerLoadStage(config).run(trainers, location=location)  # asks the trainers what each of them holds
     steps = ray.get(trainers[0].steps_taken.remote())
-    further = [trainer.train.remote(STEPS) for trainer in trainers]
-    outcome = Outcome(ray.get(restored[0]), losses, steps, ray.get(further)[0], result.report.read_amplification)
+    losses = [trainer.train.remote(steps + STEPS) for trainer in trainers]
+    saved = [trainer.save.remote(str(run / f"step-{steps + STEPS:06}")) for trainer in trainers]
+    report = run / "report.json"
+    report.write_text(result.report.model_dump_json(), encoding="utf-8")
+    outcome = Outcome(ray.get(location), steps, ray.get(losses)[0], ray.get(saved)[0], report)
     for trainer in trainers:
         ray.kill(trainer)
     return outcome
@@ -131,13 +140,13 @@ def main() -> None:
         gpus = torch.cuda.device_count() or YESTERDAY  # logical ones on a machine without any
         ray.init(address="local", num_gpus=gpus, num_cpus=2 * YESTERDAY, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as run:
-        outcome = today(Path(run), yesterday(Path(run)))
-    print(
-        f"picked      {Path(outcome.location).name} of {YESTERDAY} ranks, loaded on {TODAY} with {outcome.steps_loaded} steps taken"
-    )
-    print(f"yesterday   {' '.join(f'{loss:.4f}' for loss in outcome.yesterday)}")
-    print(f"today       {' '.join(f'{loss:.4f}' for loss in outcome.today)}")
-    print(f"bytes read  {outcome.read_amplification:.2f} x the needed ones")
+        losses = yesterday(Path(run))
+        outcome = today(Path(run))
+        print(f"yesterday {' '.join(f'{loss:.4f}' for loss in losses)} on {YESTERDAY} ranks")
+        print(f"picked    {Path(outcome.picked).name}, loaded with {outcome.steps_loaded} steps taken")
+        print(f"today     {' '.join(f'{loss:.4f}' for loss in outcome.losses)} on {TODAY} ranks")
+        print(f"saved     {Path(outcome.saved).name}")
+        print(f"report    {outcome.report.read_text(encoding='utf-8')[:200]} ...")
 
 
 if __name__ == "__main__":

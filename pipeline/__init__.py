@@ -9,7 +9,8 @@ __all__ = ["Loading", "OptimizerLoadStage", "StageResult"]
 
 # The type checker reads the imports; at run time a name is imported on first use: the command line starts without Ray and torch.
 if TYPE_CHECKING:
-    from shardferry.pipeline.loading import Loading, StageResult
+    from shardferry.pipeline.loading import Loading
+    from shardferry.pipeline.result import StageResult
     from shardferry.pipeline.stage import OptimizerLoadStage
 else:
     from shardferry._lazy import lazy_names
@@ -17,7 +18,8 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "shardferry.pipeline.loading": ["Loading", "StageResult"],
+            "shardferry.pipeline.loading": ["Loading"],
+            "shardferry.pipeline.result": ["StageResult"],
             "shardferry.pipeline.stage": ["OptimizerLoadStage"],
         },
     )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import ray
 import torch
 
+from shardferry.actors.placement import place
 from shardferry.errors import SpecError
 from shardferry.schemas.stage_config import StageConfig
 
@@ -38,7 +39,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         yield
         return
     if address:
-        _check_reachable(address, config.timeouts.start_s)
+        check_reachable(address, config.timeouts.start_s)
         ray.init(address=address, logging_level=logging.ERROR)
     else:
         _start_embedded(config, world_size, num_gpus)
@@ -48,7 +49,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         ray.shutdown()
 
 
-def _check_reachable(address: str, timeout_s: float) -> None:
+def check_reachable(address: str, timeout_s: float) -> None:
     """Raise SpecError if no process listens at the address. Ray itself retries silently."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
@@ -63,14 +64,15 @@ def _check_reachable(address: str, timeout_s: float) -> None:
 
 
 def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) -> None:
-    needed = math.ceil(world_size * config.actors.gpus_per_actor)
+    asked = place(config, world_size, trainer_nodes=None, user=None)
+    needed = math.ceil(world_size * asked.num_gpus)
     available = torch.cuda.device_count() or needed if num_gpus is None else num_gpus
     if needed > available:
         raise SpecError(
             f"topology.mesh: {world_size} ranks need {needed} GPUs, there are {available}; use a smaller mesh, "
             "or set actors.gpus_per_actor lower (0 loads on CPUs)"
         )
-    cpus = max(os.cpu_count() or 1, int(world_size * config.actors.cpus_per_actor) + 1)
+    cpus = max(os.cpu_count() or 1, int(world_size * asked.num_cpus) + 1)
     ray.init(
         address="local",
         num_gpus=available,

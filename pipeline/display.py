@@ -33,24 +33,31 @@ class _Lines:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first bytes were seen, and how many they were
         self._finished = False
 
     def show(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if done and self._first is None:
+            self._first = now, done
         finished = bool(total) and done >= total
         if self._finished or not (finished or now - self._last >= _LINE_EVERY_S):
             return
         self._last, self._finished = now, finished
-        rate = done / max(now - self._start, 1e-9)
         if not total:
             print(f"{self._title}: waiting for the ranks to start", file=sys.stderr)
             return
-        left = f", {(total - done) / rate:.0f} s left" if rate and not finished else ""
-        print(
-            f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}",
-            file=sys.stderr,
-        )
+        line = f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}"
+        if rate := self._rate(now, done):
+            line += f", {human_rate(rate)}" + ("" if finished else f", {(total - done) / rate:.0f} s left")
+        print(line, file=sys.stderr)
+
+    def _rate(self, now: float, done: int) -> float | None:
+        """Bytes per second since the first bytes were seen: the actors' start doesn't count. None before there is one."""
+        if self._first is None or now <= self._first[0]:
+            return None
+        return (done - self._first[1]) / (now - self._first[0])
 
 
 @contextmanager
@@ -78,6 +85,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def human_rate(bytes_per_s: float) -> str:
+    """Bytes per second with a decimal unit, as disks and networks are sold: 1.2e8 -> '120 MB/s'."""
+    for unit in ("B", "kB", "MB"):
+        if bytes_per_s < 1000:
+            return f"{bytes_per_s:.3g} {unit}/s"
+        bytes_per_s /= 1000
+    return f"{bytes_per_s:.3g} GB/s" if bytes_per_s < 1000 else f"{bytes_per_s:.0f} GB/s"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -167,7 +183,14 @@ def print_stage(report: StageReport) -> None:
     print("  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.phases.items()))
     if report.busy:
         print("busy reading: " + "  ".join(f"{name} {seconds:.3f} s" for name, seconds in report.busy.items()))
+    rate = f" at {human_rate(report.storage_bytes_per_s)}" if report.storage_bytes_per_s else ""
     print(
         f"needed once {human_bytes(report.unique_bytes_needed)}, read {human_bytes(report.storage_bytes_read)} "
-        f"({report.read_amplification:.3f} x); lower bound {report.lower_bound_s:.4f} s, reached {report.ratio_to_lower_bound:.1f} x"
+        f"({report.read_amplification:.3f} x){rate}; {report.total_s:.2f} s in all"
     )
+    if report.lower_bound_s is not None and report.ratio_to_lower_bound is not None:
+        reached = report.lower_bound_s * report.ratio_to_lower_bound
+        print(
+            f"planning and reading took {reached:.3f} s, {report.ratio_to_lower_bound:.2f} x the lower bound of "
+            f"{report.lower_bound_s:.3f} s"
+        )

@@ -14,10 +14,17 @@ class ByteBar:
 
     def __init__(self, progress: Progress, title: str) -> None:
         self._progress = progress
-        self._task = progress.add_task(title, total=None)
+        self._task = progress.add_task(title, total=None, start=False)
+        self._is_started = False
 
     def show(self, done: int, total: int) -> None:
-        """Move the bar to ``done`` of ``total`` bytes. While ``total`` is 0, the bar pulses."""
+        """Move the bar to ``done`` of ``total`` bytes. While ``total`` is 0, the bar pulses.
+
+        Rate and time left count from the first bytes: the actors' start doesn't count.
+        """
+        if done and not self._is_started:
+            self._progress.start_task(self._task)
+            self._is_started = True
         self._progress.update(self._task, completed=done, total=total or None)
 
 

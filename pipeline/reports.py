@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
+import ray
+import torch
+
+from shardferry import __version__
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
-from shardferry.layout.rank_layout import RankLayout
+from shardferry.layout.live import LiveLayout
 from shardferry.load import read_values
-from shardferry.pipeline.demand import read_amplification, unique_bytes
+from shardferry.pipeline.dry_run.demand import read_amplification, unique_bytes
+from shardferry.pipeline.exports.timeline import total_s
+from shardferry.pipeline.inspect import saved_topology
+from shardferry.receiver import WantedPart
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import RankReport, StageReport
 
@@ -19,28 +28,26 @@ from shardferry.schemas.stage_report import RankReport, StageReport
 def build_report(
     config: StageConfig,
     catalog: Catalog,
-    layouts: Sequence[RankLayout],
+    parts: Sequence[Sequence[WantedPart]],
     ranks: Sequence[RankReport],
     driver_phases: dict[str, float],
 ) -> StageReport:
     """Build the report of a whole stage.
 
     Args:
-        layouts: by rank.
+        parts: by rank: what was loaded one after the other.
         ranks: by rank.
         driver_phases: seconds of the driver's phases, by name.
     """
-    request = config.checkpoint.request()
-    # The plan of a live optimizer depends on the saved param groups.
-    values = None if config.topology is not None else _values(catalog, request)
-    unique = unique_bytes(catalog, layouts, request, values)
+    unique = sum(_unique(config, catalog, [rank[place] for rank in parts]) for place in range(len(parts[0])))
     read = sum(rank.bytes_read for rank in ranks)
     phases = driver_phases | _longest(rank.phases for rank in ranks)
     planning = phases.get("catalog", 0.0) + phases.get("plan", 0.0)
     terms = lower_bound_terms(config, unique, ranks)
-    bound = max(terms.values(), default=0.0) + planning
+    # The ranks can only be held against a limit that they may have met: that of the storage has to be known.
+    bound = max(terms.values()) + planning if "storage" in terms else None
     reached = planning + sum(phases.get(name, 0.0) for name in ("allocate", "agree", "read"))
-    return StageReport(
+    report = StageReport(
         location=catalog.location,
         optimizer_key=config.checkpoint.optimizer_key,
         world_size=len(ranks),
@@ -53,13 +60,43 @@ def build_report(
         missing=sorted({fqn for rank in ranks for fqn in rank.missing}),
         unexpected=sorted({fqn for rank in ranks for fqn in rank.unexpected}),
         warnings=[catalog.stale] if catalog.stale else [],
+        saved_as=saved_topology(catalog),
+        mesh={} if config.topology is None else dict(config.topology.mesh),
+        storage_bytes_per_s=storage_rate(ranks),
         phases=phases,
         busy=_longest(rank.busy for rank in ranks),
         lower_bound_s=bound,
-        lower_bound_terms=terms,
-        ratio_to_lower_bound=reached / bound if bound else 1.0,
+        lower_bound_terms={} if bound is None else terms,
+        ratio_to_lower_bound=reached / bound if bound else None,
         ranks=list(ranks),
+        **made_by(),
     )
+    return report.model_copy(update={"total_s": total_s(report)})
+
+
+def made_by() -> dict[str, Any]:
+    """The fields of a report that say which programs made it, and when."""
+    versions = {"shardferry": __version__, "torch": torch.__version__, "ray": ray.__version__}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"versions": {**versions, "python": platform.python_version()}, "finished": now}
+
+
+def storage_rate(ranks: Sequence[RankReport]) -> float | None:
+    """Bytes per second that the storage gave to all ranks, while the busiest one had requests in flight.
+
+    None: nothing was read.
+    """
+    read, busy_s = sum(rank.bytes_read for rank in ranks), max(rank.busy.get("storage", 0.0) for rank in ranks)
+    return read / busy_s if read and busy_s else None
+
+
+def _unique(config: StageConfig, catalog: Catalog, wanted: Sequence[WantedPart]) -> int:
+    """Bytes of one part that at least one rank needs, each counted once."""
+    request = config.checkpoint.requests().of(wanted[0].optimizer_key, with_weights=wanted[0].with_weights)
+    layouts = [part.layout for part in wanted]
+    # The plan of a live optimizer depends on the saved param groups.
+    is_live = any(isinstance(layout, LiveLayout) for layout in layouts)
+    return unique_bytes(catalog, layouts, request, _values(catalog, request) if is_live else None)
 
 
 def told_by_trainers(receipts: Sequence[Any]) -> dict[str, list[Any]]:
@@ -85,8 +122,8 @@ def _longest(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def lower_bound_terms(config: StageConfig, unique: int, ranks: Sequence[RankReport]) -> dict[str, float]:
     """Lower bounds of a load's seconds, by the resource that sets them.
 
-    The bandwidths of the storage, of its link to a node and of the exchange between ranks count if the spec states them; the
-    ranks have measured those of host memory and GPUs.
+    The rate of the storage is the spec's, else the one that the load itself saw. The bandwidths of the storage's link to a node and
+    of the exchange between ranks count if the spec states them; the ranks have measured those of host memory and GPUs.
 
     Args:
         unique: bytes that at least one rank needs, each counted once.
@@ -96,8 +133,8 @@ def lower_bound_terms(config: StageConfig, unique: int, ranks: Sequence[RankRepo
     for rank in ranks:
         of_nodes[rank.node].append(rank)
     read, terms = config.read, {"host memory": max(map(_memory_s, of_nodes.values()), default=0.0)}
-    if read.storage_bandwidth:
-        terms["storage"] = unique / read.storage_bandwidth
+    if rate := read.storage_bandwidth or storage_rate(ranks):
+        terms["storage"] = unique / rate
     if read.node_bandwidth:
         terms["storage to a node"] = unique / (len(of_nodes) * read.node_bandwidth)
     if read.exchange_bandwidth:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
 
-from shardferry.actors.loader_group import LoaderGroup, start_loaders
-from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import open_checkpoint
+from shardferry.actors.guard import start_guard
+from shardferry.actors.kept import name_is_taken, others_of
+from shardferry.actors.placement import UserBundles, captured_group, check_room, place
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.loading import Loading, ProgressCallback, Refs, StageResult, Submission
-from shardferry.pipeline.preflight import check_checkpoint, check_topology, target_layout
-from shardferry.pipeline.waiting import Wait, gather
-from shardferry.schemas.stage_config import StageConfig
+from shardferry.pipeline.delivery import check_receivers, deliver
+from shardferry.pipeline.drive import Drive, Order, as_layout, check_load, opened
+from shardferry.pipeline.in_process import run_in_process
+from shardferry.pipeline.loading import Loading, ProgressCallback
+from shardferry.pipeline.preflight import target_layout
+from shardferry.pipeline.result import StageResult
+from shardferry.schemas.stage_config import StageConfig, TopologySpec
 
 Trainers = Sequence[ActorHandle[Any]]
 Location = str | Path | ray.ObjectRef[Any]
+Topology = TopologySpec | dict[str, Any] | ray.ObjectRef[Any]
 
 
 class OptimizerLoadStage:
@@ -35,47 +41,76 @@ class OptimizerLoadStage:
         print(result.report.read_amplification)
 
     A stage keeps no state between runs, and can run many times.
+
+    Args:
+        config: the spec.
+        placement_group: of the user's own, in which the loaders run; default: beside the trainers where there are some, else a
+            placement group that the stage makes.
+        bundles: the index of each rank's bundle in it; default: any with room.
     """
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        *,
+        placement_group: PlacementGroup | None = None,
+        bundles: Sequence[int] | None = None,
+    ) -> None:
+        if bundles is not None and placement_group is None:
+            raise SpecError("bundles: are given without a placement_group")
         self.config = config
+        self._user = None if placement_group is None else UserBundles(placement_group, bundles)
 
-    def submit(self, trainers: Trainers | None = None, location: Location | None = None) -> Loading:
-        """Start a load and return at once.
+    def submit(
+        self,
+        trainers: Trainers | None = None,
+        location: Location | None = None,
+        *,
+        topology: Topology | None = None,
+        keep: str | None = None,
+    ) -> Loading:
+        """Start a load and return at once. Nothing is reserved before location and topology are known.
 
         Args:
             trainers: actors, by rank. They are asked for their layouts, which replace the spec's topology. The shards are not
                 delivered to them: pass ``refs[rank]`` on, or use `run`.
             location: the checkpoint, or an ObjectRef of it, the result of an upstream task. Default: the spec's.
+            topology: instead of the spec's: a `TopologySpec`, a dict of its fields, or an ObjectRef of one.
+            keep: a name under which the state stays in the cluster's memory; default: the spec's ``handoff.keep``.
 
         Raises:
-            SpecError: no location, no topology, or fewer GPUs in the cluster than the ranks need.
+            SpecError: no location, no topology, trainers that are no receivers, or fewer GPUs in the cluster than the ranks need.
             CatalogError, PlanError, LayoutError, StorageError: the checkpoint or the topology is wrong; nothing was started. If
                 ``location`` is an ObjectRef, `Loading.wait` raises these.
         """
-        return self._submit(trainers, location, exclusive=False)
+        return self._kept_as(keep)._submit(trainers, location, topology, is_run=False)
 
     def run(
         self,
         trainers: Trainers | None = None,
         location: Location | None = None,
         *,
+        topology: Topology | None = None,
+        keep: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> StageResult:
         """Load, deliver to the trainers if they are given, and return when all is done.
 
-        Each trainer gets an arena of its own, and the loaders are taken down at the end. Without trainers, keep the result
-        until the handles are opened.
+        The trainers check their shards, then all of them install; where one fails, all keep what they had. Each trainer gets an
+        arena of its own, and the loaders are taken down at the end. Without trainers, keep the result until the handles are
+        opened.
 
         Args:
-            trainers: actors, by rank, whose class mixes in `shardferry.OptimizerReceiver`.
-            location: as for `submit`.
+            trainers: actors, by rank, whose class mixes in `shardferry.OptimizerReceiver`, or has methods of its names.
+            location, topology, keep: as for `submit`.
             on_progress: called twice a second with every rank's progress.
 
         Raises:
             As `submit`, `Loading.wait` and `shardferry.OptimizerReceiver.shardferry_receive` do.
         """
-        loading = self._submit(trainers, location, exclusive=trainers is not None)
+        if self.config.handoff.transport == "in_process":
+            return run_in_process(self.config, trainers, self._location(location))
+        loading = self._kept_as(keep)._submit(trainers, location, topology, is_run=True)
         try:
             result = loading.result(on_progress=on_progress)
             if trainers is not None:
@@ -85,42 +120,84 @@ class OptimizerLoadStage:
             raise
         return result
 
-    def _submit(self, trainers: Trainers | None, location: Location | None, *, exclusive: bool) -> Loading:
-        where = location if location is not None else self.config.checkpoint.location
-        if where is None:
-            raise SpecError("checkpoint.location: missing; give it in the spec, or to submit() or run()")
-        layout = self._spec_layout(trainers)
-        world_size = len(trainers) if trainers is not None else layout.world_size if layout else 0
-        catalog = None if isinstance(where, ray.ObjectRef) else self._open(where, layout)
+    async def run_async(
+        self,
+        trainers: Trainers | None = None,
+        location: Location | None = None,
+        *,
+        topology: Topology | None = None,
+        keep: str | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> StageResult:
+        """As `run`, for an async actor: its loop goes on meanwhile."""
+        return await asyncio.to_thread(
+            self.run, trainers, location, topology=topology, keep=keep, on_progress=on_progress
+        )
+
+    def _kept_as(self, name: str | None) -> OptimizerLoadStage:
+        """This stage, with a name under which its state is kept."""
+        if name is None:
+            return self
+        values = self.config.model_dump(mode="json")
+        values["handoff"]["keep"] = {**(values["handoff"]["keep"] or {}), "name": name}
+        other = OptimizerLoadStage(StageConfig.from_values(values, source="keep"))
+        other._user = self._user
+        return other
+
+    def _submit(
+        self, trainers: Trainers | None, location: Location | None, topology: Topology | None, *, is_run: bool
+    ) -> Loading:
+        if self.config.handoff.transport == "in_process":
+            raise SpecError("handoff.transport: in_process loads inside the trainers; call run(trainers)")
+        where, user = self._location(location), self._user
+        layout = self._topology(trainers, topology)
+        known = layout if isinstance(layout, SpecLayout) else None
+        catalog = None
+        if not isinstance(where, ray.ObjectRef) and not isinstance(layout, ray.ObjectRef):
+            catalog = opened(self.config, where)
+            if known is not None:
+                check_load(self.config, catalog, known)
         if not ray.is_initialized():
             ray.init()
-        group = start_loaders(self.config, world_size)
-        catalog_ref = ray.put(catalog) if catalog is not None else self._open_on_rank_0(group, where)
-        receptions = [] if trainers is None else _ask_for_layouts(trainers)
-        targets = receptions or [ray.put(layout)] * world_size
-        reports, handles = self._load(group, catalog_ref, targets, exclusive=exclusive)
-        refs = Refs(location=where, catalog=catalog_ref, receptions=receptions, reports=reports, handles=handles)
-        return Loading(Submission(self.config, group, refs, layout))
+        user = user or captured_group()
+        world_size = len(trainers) if trainers is not None else None if known is None else known.world_size
+        if known is not None:
+            check_room(self.config, place(self.config, known.world_size, trainer_nodes=None, user=user))
+        keep = self.config.handoff.keep
+        if keep is not None and not keep.replace and others_of(keep.name):
+            raise name_is_taken(keep.name)
+        name = uuid.uuid4().hex[:8]
+        guard = start_guard(name, None if keep is None else keep.name)
+        order = Order(
+            name,
+            self.config,
+            where,
+            catalog,
+            layout,
+            trainers=trainers,
+            user=user,
+            exclusive=is_run and trainers is not None and keep is None,
+            asks_trainers=is_run,
+        )
+        loading = Loading(name, self.config, guard, world_size)
+        Drive(order, guard, loading.refs if world_size is not None else ()).start()
+        return loading
 
-    def _open(self, where: str | Path, layout: SpecLayout | None) -> Catalog:
-        """Open the checkpoint and refuse what can't be loaded."""
-        spec = self.config.checkpoint
-        catalog = open_checkpoint(os.fspath(where), storage_options=spec.storage_options, cache=spec.cache)
-        check_checkpoint(catalog, spec.request())
-        if layout is not None:
-            check_topology(catalog, layout, spec.request())
-        return catalog
+    def _location(self, given: Location | None) -> Any:
+        where = given if given is not None else self.config.checkpoint.location
+        if where is None:
+            raise SpecError("checkpoint.location: missing; give it in the spec, or to submit() or run()")
+        return where
 
-    def _open_on_rank_0(self, group: LoaderGroup, where: Any) -> Any:
-        """Let a loader open the checkpoint, as its location is not known yet. Returns the ObjectRef of the catalog."""
-        spec = self.config.checkpoint
-        return group.loaders[0].open_catalog.remote(where, spec.storage_options, spec.cache)
-
-    def _spec_layout(self, trainers: Trainers | None) -> SpecLayout | None:
+    def _topology(self, trainers: Trainers | None, given: Topology | None) -> SpecLayout | ray.ObjectRef[Any] | None:
+        """None: the trainers'. Raises SpecError."""
         if trainers is None:
-            return target_layout(self.config)
-        if not trainers:
-            raise SpecError("trainers: an empty list; give one actor per rank, or None to load by the spec's topology")
+            if given is None:
+                return target_layout(self.config)
+            return given if isinstance(given, ray.ObjectRef) else as_layout(given)
+        check_receivers(trainers)
+        if given is not None:
+            raise SpecError("topology: is given beside trainers, whose layouts are the topology; leave out one of them")
         if self.config.topology is not None and self.config.topology.layout().world_size != len(trainers):
             raise SpecError(
                 f"topology.mesh: {self.config.topology.layout().mesh} makes {self.config.topology.layout().world_size} ranks, "
@@ -128,32 +205,9 @@ class OptimizerLoadStage:
             )
         return None
 
-    def _load(
-        self, group: LoaderGroup, catalog: ray.ObjectRef[Any], targets: list[Any], *, exclusive: bool
-    ) -> tuple[list[Any], list[Any]]:
-        """Start the load of each rank. Returns the ObjectRefs of reports and of handles, by rank."""
-        request = self.config.checkpoint.request()
-        read = self.config.read.options(self.config.timeouts.load_s)
-        reports: list[Any] = [
-            loader.load.remote(catalog, target, request, read, joined)
-            for loader, target, joined in zip(group.loaders, targets, group.joined, strict=True)
-        ]
-        handles: list[Any] = [
-            loader.handle.remote(report, exclusive) for loader, report in zip(group.loaders, reports, strict=True)
-        ]
-        return reports, handles
-
     def _deliver(self, loading: Loading, trainers: Trainers, result: StageResult) -> None:
         start = time.time()
-        timeout_s = self.config.timeouts.handoff_s
-        receipts = [
-            trainer.shardferry_receive.remote(handle) for trainer, handle in zip(trainers, loading.refs, strict=True)
-        ]
-        result.add_receipts(gather(receipts, Wait("delivering to the trainers", timeout_s, "timeouts.handoff_s")))
+        in_steps = all(reception.in_steps for reception in result.receptions)
+        result.add_receipts(deliver(trainers, loading.refs, self.config.timeouts.handoff_s, in_steps=in_steps))
         result.add_phase("handoff", time.time() - start)
         loading.close()
-
-
-def _ask_for_layouts(trainers: Trainers) -> list[Any]:
-    """The ObjectRefs of the trainers' receptions, by rank."""
-    return [trainer.shardferry_layout.remote(rank, len(trainers)) for rank, trainer in enumerate(trainers)]

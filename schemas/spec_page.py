@@ -95,6 +95,8 @@ def _type_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return _type_of(definitions[name], definitions) if "enum" in definitions[name] else "section"
     if "enum" in schema:
         return " | ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "anyOf" in schema:
         if any("pattern" in choice for choice in schema["anyOf"]):  # pydantic's ByteSize
             choices = [_SIZE, *(_type_of(one, definitions) for one in schema["anyOf"] if one.get("type") == "null")]

@@ -33,6 +33,7 @@ from shardferry.config import (
     HyperparameterPolicy,
     KeyPolicy,
     LoadRequest,
+    PartRequests,
     ReadOptions,
     Selection,
     StalePolicy,
@@ -74,9 +75,10 @@ class CheckpointSpec(Spec):
     cache: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="directory that keeps catalogs, so that large metadata is read once; see docs/scale.md"
     )
-    model_key: str | None = Field(
+    model_key: str | dict[str, str] | None = Field(
         _REQUEST.model_key,
-        description="key of the model in the saved state dict; '': weights on the top level; null: weights are not loaded",
+        description="key of the model in the saved state dict; '': weights on the top level; null: weights are not loaded; optimizer "
+        "key to model key, where trainers have several optimizers under keys of their own",
     )
     rename: dict[str, str | tuple[str, ...]] = Field(
         {},
@@ -141,7 +143,7 @@ class CheckpointSpec(Spec):
         """The same as the core's `LoadRequest`. Raises ValueError: a renaming or a key policy that is not valid."""
         return LoadRequest(
             optimizer_key=self.optimizer_key,
-            model_key=self.model_key,
+            model_key=None if isinstance(self.model_key, dict) else self.model_key,
             selection=Selection.of(self.rename, self.include, self.exclude),
             keys=KeyPolicy.of(self.keys),
             dtype=self.dtype,
@@ -150,6 +152,10 @@ class CheckpointSpec(Spec):
             safe_globals=self.safe_globals,
             stale=self.stale,
         )
+
+    def requests(self) -> PartRequests:
+        """Those of a trainer's optimizers."""
+        return PartRequests(self.request(), self.model_key if isinstance(self.model_key, dict) else {})
 
 
 class RuleSpec(Spec):
@@ -225,18 +231,38 @@ def _placements(texts: dict[str, str], where: str) -> dict[str, Placement]:
         raise LayoutError(f"{where}: {error}") from None
 
 
+def _check_amount(value: object) -> object:
+    """Refuse what is neither an amount nor ``auto``, with one error for both."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (is_number and math.isfinite(value) and value >= 0):  # type: ignore[arg-type, operator]
+        raise ValueError("is neither auto nor a finite number that is 0 or more")
+    return value
+
+
+Amount = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], BeforeValidator(_check_amount)]
+
+
 class ActorsSpec(Spec):
-    """The loader actors: one per rank, each in its own bundle of a placement group."""
+    """The loader actors, one per rank."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="memory that the state is loaded into; auto: the GPU if Ray assigned one, else host memory"
+        "auto",
+        description="memory that the state is loaded into; auto: a GPU where the trainer can map it, else host memory",
     )
-    gpus_per_actor: float = Field(
-        1, ge=0, allow_inf_nan=False, description="GPUs per loader actor; 0 on clusters without GPUs"
+    gpus_per_actor: Amount = Field(
+        "auto",
+        description="GPUs per loader actor; auto: 0 with trainers, else 1, or what a placement group of yours has; 0 on clusters "
+        "without GPUs",
     )
-    cpus_per_actor: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs per loader actor")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="strategy of Ray's placement group"
+    cpus_per_actor: Amount = Field("auto", description="CPUs per loader actor; auto: as gpus_per_actor")
+    placement: Literal["auto", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "auto",
+        description="where loaders run; auto: each beside its trainer, without trainers as PACK; else the strategy of the stage's "
+        "placement group",
+    )
+    label_selector: dict[str, str] = Field(
+        {},
+        description="labels of the nodes for loaders, as Ray's label_selector; beside a trainer its node must have them",
     )
     autoscaling: bool = Field(
         False,
@@ -245,8 +271,8 @@ class ActorsSpec(Spec):
 
     @field_validator("gpus_per_actor")
     @classmethod
-    def _whole_above_one(cls, value: float) -> float:
-        if value > 1 and value != int(value):
+    def _whole_above_one(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value > 1 and value != int(value):
             raise ValueError(f"{value} GPUs: above 1, Ray gives whole GPUs only")
         return value
 
@@ -334,11 +360,25 @@ def _check_transport(value: object) -> object:
 TransportName = Annotated[str, BeforeValidator(_check_transport), Field(json_schema_extra={"enum": list(_TRANSPORTS)})]
 
 
+class KeepSpec(Spec):
+    """State that stays in the memory of the cluster after the load; see docs/resident.md."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="under which trainers attach to it")
+    ttl_s: Seconds = Field(3600, description="it is dropped if nobody has attached for so long")
+    replace: bool = Field(
+        False, description="a name that is taken is given to the new state, once that is complete; false: an error"
+    )
+
+
 class HandoffSpec(Spec):
     """How a loaded shard reaches its trainer."""
 
+    keep: KeepSpec | None = Field(None, description="keep what is loaded in the memory of the cluster; null: don't")
+
     transport: TransportName = Field(
-        AUTO, description="auto: shared memory on the loader's node, else the object store; see docs/handoff.md"
+        AUTO,
+        description="auto: shared memory on the loader's node, else the object store; in_process: no loaders, each trainer loads; "
+        "see docs/handoff.md",
     )
 
 
@@ -368,6 +408,10 @@ class StageConfig(Spec):
             raise ValueError(
                 f"handoff.transport {self.handoff.transport} needs arenas on the host; actors.device is cuda"
             )
+        if self.handoff.keep is not None and self.actors.device == "cuda":
+            raise ValueError("handoff.keep keeps state in host memory; actors.device is cuda")
+        if self.handoff.keep is not None and self.handoff.transport == "in_process":
+            raise ValueError("handoff.keep needs loaders; handoff.transport is in_process")
         if self.actors.device == "cuda" and self.actors.gpus_per_actor == 0:
             raise ValueError("actors.device is cuda, but actors.gpus_per_actor is 0")
         return self

@@ -73,9 +73,44 @@ class StageReport(BaseModel):
     ] = []  # <fqn>.<name>: state that was saved and the optimizer has no use for, if allowed
     overwritten: list[tuple[int, str, str, str]] = []  # hyperparameters of trainers: group, name, old and new value
     warnings: list[str] = []
+    saved_as: dict[str, int] = {}  # how the checkpoint's tensors were sharded, in words: number of tensors
+    mesh: dict[str, int] = {}  # of the spec; empty where the trainers were asked
+    total_s: float = 0.0  # from the start of the actors to the end of the last phase
+    storage_bytes_per_s: float | None = None  # of all ranks, while requests were in flight; None: nothing was read
     phases: dict[str, float]  # seconds; of the slowest rank
     busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; of the busiest rank
-    lower_bound_s: float
+    lower_bound_s: float | None  # None: the storage's rate is not known
     lower_bound_terms: dict[str, float] = {}  # seconds, by the resource that limits; the largest counts
-    ratio_to_lower_bound: float  # seconds of planning and reading over the lower bound
+    ratio_to_lower_bound: float | None  # seconds of planning and reading over the lower bound
+    versions: dict[str, str] = {}  # by program
+    command: str = ""  # that made the report
+    finished: str = ""  # date and time, ISO 8601, UTC
     ranks: list[RankReport]
+
+
+class RankProgress(BaseModel):
+    """How far one rank came."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rank: int
+    bytes_done: int
+    bytes_needed: int  # 0: the rank had not planned yet
+
+
+class FailedStage(BaseModel):
+    """A stage that failed: the error, and how far each rank came."""
+
+    model_config = ConfigDict(frozen=True)
+
+    location: str
+    optimizer_key: str | None
+    world_size: int
+    error: str
+    error_type: str  # of `shardferry.errors`
+    failed_ranks: list[int] = []  # those that the error names
+    total_s: float  # until the failure
+    versions: dict[str, str] = {}
+    command: str = ""
+    finished: str = ""
+    ranks: list[RankProgress]

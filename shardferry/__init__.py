@@ -14,20 +14,25 @@ __all__ = [
     "Shard",
     "ShardHandle",
     "ShardferryError",
+    "attach",
+    "describe_layout",
+    "kept",
     "load_model_state",
     "load_optimizer_state",
     "open_checkpoint",
+    "receive",
 ]
 
 # A type checker reads the imports. At run time each name's module is imported when the name is first used: `shardferry
 # --help` and a program that wants one name don't wait for torch. tests/test_public_names.py compares the two lists.
 if TYPE_CHECKING:
+    from shardferry.actors.kept import attach, kept
     from shardferry.checkpoint.catalog import Catalog
     from shardferry.checkpoint.open import open_checkpoint
     from shardferry.handoff.handle import Shard, ShardHandle
-    from shardferry.handoff.receiver import OptimizerReceiver
     from shardferry.load_live import load_model_state, load_optimizer_state
     from shardferry.plan.match_keys import KeyReport
+    from shardferry.receiver import OptimizerReceiver, describe_layout, receive
     from shardferry.region import Region
 else:
     from shardferry._lazy import lazy_names
@@ -35,12 +40,13 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "shardferry.actors.kept": ["attach", "kept"],
             "shardferry.checkpoint.catalog": ["Catalog"],
             "shardferry.checkpoint.open": ["open_checkpoint"],
             "shardferry.handoff.handle": ["Shard", "ShardHandle"],
-            "shardferry.handoff.receiver": ["OptimizerReceiver"],
             "shardferry.load_live": ["load_model_state", "load_optimizer_state"],
             "shardferry.plan.match_keys": ["KeyReport"],
+            "shardferry.receiver": ["OptimizerReceiver", "describe_layout", "receive"],
             "shardferry.region": ["Region"],
         },
     )

@@ -1,7 +1,7 @@
 """One allocation a rank, into which everything is read and from which every tensor is a view.
 
 On the host it is an anonymous memory file: other processes of the node can map it through ``/proc/<pid>/fd``, and it is
-gone when the last of them is. On a GPU it is one tensor of bytes.
+gone when the last of them is. On a GPU it is one tensor of bytes, filled through pinned host memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -27,13 +28,19 @@ from shardferry.stats import BusyTimes
 _NOWHERE: np.ndarray = np.empty(0, dtype=np.int64)
 _NO_BYTES = torch.empty(0, dtype=torch.uint8)
 NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
-_PINNED_BYTES = 16 * 1024 * 1024  # of each reading thread's staging buffer, for GPU arenas
+_PINNED_BYTES = 8 * 1024 * 1024  # of a staging buffer for GPU arenas: one request
+_NUM_BUFFERS = 2  # of each reading thread: one is filled while the other is copied
 
 
 def host_identity() -> str:
     """Names this machine and process namespace: where it is equal, ``/proc/<pid>`` means the same process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def gpu_identity(device: torch.device) -> str | None:
+    """Names a device's GPU, equally in all processes: its UUID. None for host memory."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def available_host_bytes() -> int:
@@ -113,6 +120,13 @@ class HostArena(_Bytes):
         """Whether other processes can open it."""
         return self.descriptor >= 0
 
+    def as_bytes(self) -> torch.Tensor:
+        """The whole arena; where this object has dropped its own mapping, a private one."""
+        if self.descriptor < 0 or len(self.memory):
+            return super().as_bytes()
+        pages = mmap.mmap(self.descriptor, self.nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+
     def freeze(self) -> None:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
         self.detach()
@@ -138,7 +152,12 @@ class HostArena(_Bytes):
 
 
 class DeviceArena(_Bytes):
-    """Bytes on a GPU, filled through pinned host buffers, one for each reading thread."""
+    """Bytes on a GPU.
+
+    Attributes:
+        ticket: a memory file by which a process that maps the GPU's memory sees that this process lives, and that no other
+            has taken the arena.
+    """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = max(nbytes, 1)
@@ -151,26 +170,15 @@ class DeviceArena(_Bytes):
                 f"{device}: the arena needs {nbytes} bytes, {free} of {total} are free: "
                 f"{max(0, nbytes - free)} bytes are missing. Use more ranks, or device: cpu."
             ) from error
-        self._buffers = threading.local()
-
-    @contextmanager
-    def staging(self, nbytes: int) -> Iterator[torch.Tensor]:
-        """This thread's pinned host buffer. Its copies to the device are waited for by `wait_for_copies`."""
-        buffer: torch.Tensor | None = getattr(self._buffers, "pinned", None)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(max(nbytes, _PINNED_BYTES), dtype=torch.uint8, pin_memory=True)
-            self._buffers.pinned = buffer
-            self._buffers.stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._buffers.stream):
-            yield buffer[:nbytes]
-
-    def wait_for_copies(self) -> None:
-        """Until what this thread has copied to the device has arrived."""
-        self._buffers.stream.synchronize()
+        self.ticket = HostArena(1)
 
     def close(self) -> None:
-        """Forget the memory; tensors made before keep it."""
+        """Give the memory back to the GPU, once no tensor uses it, here or in a process that has mapped it."""
         self._bytes = _NO_BYTES
+        self.ticket.close()
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
 
 
 Arena = HostArena | DeviceArena
@@ -202,6 +210,10 @@ class Destination(ABC):
             byte_strides: of the destination, one step in each dimension of ``elements``.
         """
 
+    @abstractmethod
+    def finish(self) -> None:
+        """Return once everything that was written is in place."""
+
 
 class HostMemory(Destination):
     """A `Destination` in this process's memory."""
@@ -218,38 +230,78 @@ class HostMemory(Destination):
     def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         np.ndarray(elements.shape, elements.dtype, self.memory, byte_offset, byte_strides)[...] = elements
 
+    def finish(self) -> None:
+        """Writes are in place at once."""
+
+
+class _StagingBuffer:
+    """A pinned host buffer, and the end of the last copy out of it."""
+
+    def __init__(self) -> None:
+        self.memory = _NO_BYTES
+        self.copied = torch.cuda.Event()
+
+
+class _StagingBuffers(threading.local):
+    """Each thread's own, the one that was used first in front."""
+
+    def __init__(self) -> None:
+        self.ring = deque(_StagingBuffer() for _ in range(_NUM_BUFFERS))
+
 
 class DeviceMemory(Destination):
-    """A `Destination` on a GPU: bytes go through a pinned staging buffer.
+    """A `Destination` on a GPU. Each thread fills one of its pinned buffers while what it has filled before is copied.
+
+    All copies are in one stream. A copy is waited for when its buffer is needed again, and by `finish`.
 
     Args:
-        busy: clocks the copies to the device.
+        busy: clocks the waits for copies, and their starts.
     """
 
     def __init__(self, arena: DeviceArena, busy: BusyTimes) -> None:
         self._arena = arena
         self._busy = busy
+        self._buffers = _StagingBuffers()
+        self._stream = torch.cuda.Stream(arena.device)
+        # The arena's memory may be that of a freed tensor, with which earlier work isn't done.
+        self._stream.wait_stream(torch.cuda.current_stream(arena.device))
+
+    @contextmanager
+    def _staging(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """A pinned buffer to fill, which no copy reads from any more."""
+        buffer = self._buffers.ring[0]
+        self._buffers.ring.rotate(-1)
+        with self._busy.at("device copy"):
+            buffer.copied.synchronize()
+        if buffer.memory.numel() < nbytes:
+            buffer.memory = torch.empty(max(nbytes, _PINNED_BYTES), dtype=torch.uint8, pin_memory=True)
+        yield buffer.memory[:nbytes]
+        buffer.copied.record(self._stream)
+
+    def _start_copy(self, target: torch.Tensor, staged: torch.Tensor) -> None:
+        with self._busy.at("device copy"), torch.cuda.stream(self._stream):
+            target.copy_(staged, non_blocking=True)
 
     @contextmanager
     def writable(self, byte_offset: int, nbytes: int) -> Iterator[memoryview]:
-        with self._arena.staging(nbytes) as staging:
+        with self._staging(nbytes) as staging:
             yield staging.numpy().data
-            with self._busy.at("device copy"):
-                self._arena.tensor(byte_offset, (nbytes,), torch.uint8).copy_(staging, non_blocking=True)
-                self._arena.wait_for_copies()
+            self._start_copy(self._arena.tensor(byte_offset, (nbytes,), torch.uint8), staging)
 
     def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         itemsize = elements.itemsize
         dtype = _TORCH_ELEMENT[itemsize]
-        with self._arena.staging(elements.nbytes) as staging:
+        with self._staging(elements.nbytes) as staging:
             packed: np.ndarray[Any, Any] = staging.numpy().view(elements.dtype).reshape(elements.shape)
             np.copyto(packed, elements)
-            with self._busy.at("device copy"):
-                all_elements = self._arena.tensor(0, (self._arena.nbytes // itemsize,), dtype)
-                strides = [stride // itemsize for stride in byte_strides]
-                target = torch.as_strided(all_elements, elements.shape, strides, byte_offset // itemsize)
-                target.copy_(staging.view(dtype).view(elements.shape), non_blocking=True)
-                self._arena.wait_for_copies()
+            all_elements = self._arena.tensor(0, (self._arena.nbytes // itemsize,), dtype)
+            strides = [stride // itemsize for stride in byte_strides]
+            target = torch.as_strided(all_elements, elements.shape, strides, byte_offset // itemsize)
+            self._start_copy(target, staging.view(dtype).view(elements.shape))
+
+    def finish(self) -> None:
+        with self._busy.at("device copy"):
+            self._stream.synchronize()
 
 
 _NUMPY_ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}

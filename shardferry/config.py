@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -203,6 +203,34 @@ class LoadRequest:
     def wanted_dtype(self, name: str) -> torch.dtype | None:
         """The dtype asked for a state entry, by name; None: any."""
         return next((dtype for glob, dtype in self.wanted_dtypes if fnmatchcase(name, glob)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class PartRequests:
+    """The requests of one trainer's optimizers: alike but for their keys."""
+
+    request: LoadRequest  # of an optimizer without a key of its own
+    model_keys: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by optimizer key, where weights have keys of their own
+
+    def of(self, optimizer_key: str | None, *, with_weights: bool = True) -> LoadRequest:
+        """Of one optimizer. Raises SpecError: its weights' key is not given.
+
+        Args:
+            optimizer_key: None: the request's own.
+            with_weights: False: another optimizer's request takes the weights.
+        """
+        if optimizer_key is None:
+            return self.request
+        model_key = self.request.model_key
+        if self.model_keys:
+            if optimizer_key not in self.model_keys:
+                raise SpecError(
+                    f"checkpoint.model_key: has no key for {optimizer_key!r}, but for {list(self.model_keys)}"
+                )
+            model_key = self.model_keys[optimizer_key]
+        return replace(self.request, optimizer_key=optimizer_key, model_key=model_key if with_weights else None)
 
 
 Strategy = Literal["auto", "direct", "cooperative"]

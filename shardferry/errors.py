@@ -14,6 +14,7 @@
   + InstallError            the loaded state doesn't fit the live optimizer  (ValueError)
   + HandoffError            a shard can't be handed to this trainer          (RuntimeError)
   + RankError               a rank failed, died or is late; names the rank   (RuntimeError)
+  + LoadCancelled           the load was cancelled                           (RuntimeError)
 
 Each message says what is wrong, where, the two numbers that disagree, and the way out. Every class is made from one
 message, so that it survives pickling between processes; those with more fields define ``__reduce__``.
@@ -92,3 +93,7 @@ class RankError(ShardferryError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[RankError], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self.args[0]), self.world_ranks)
+
+
+class LoadCancelled(ShardferryError, RuntimeError):
+    """The load was cancelled by its user."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,6 +37,42 @@ from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import RetryPolicy
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFigures:
+    """What one rank's load has counted. The names are those of the stage's report."""
+
+    bytes_needed: int
+    bytes_read: int
+    bytes_sent: int  # read for other ranks
+    bytes_received: int  # read by other ranks
+    bytes_forwarded: int  # sent through the process group, to ranks that share no memory with this one
+    num_requests: int
+    arena_bytes: int
+    device: str  # of the arena
+    strategy: str
+    strategy_reason: str
+    busy: Mapping[str, float]  # seconds by kind of work; kinds overlap
+    seconds: Mapping[str, float]  # by phase; phases don't overlap
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def combined(loads: Sequence[LoadFigures]) -> LoadFigures:
+    """The figures of loads that followed each other: numbers are added, words are listed once."""
+    if len(loads) == 1:
+        return loads[0]
+
+    def of(name: str) -> Any:
+        values = [getattr(load, name) for load in loads]
+        if isinstance(values[0], str):
+            return "; ".join(dict.fromkeys(values))
+        if isinstance(values[0], Mapping):
+            return {key: sum(value.get(key, 0.0) for value in values) for value in values for key in value}
+        return sum(values, start=type(values[0])())
+
+    return LoadFigures(**{entry.name: of(entry.name) for entry in fields(LoadFigures)})
+
+
 @dataclass
 class LoadedShard:
     """One rank's filled arena, with its plan and its counters."""
@@ -49,20 +85,25 @@ class LoadedShard:
     strategy: ChosenStrategy
     unexpected: tuple[str, ...] = ()  # saved, wanted by no rank, allowed
 
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank read for others."""
-        return 0 if self.strategy.plan is None else self.strategy.plan.bytes_sent
-
-    @property
-    def bytes_forwarded(self) -> int:
-        """Bytes that went through the process group, to ranks that share no memory with this one."""
-        return 0 if self.strategy.plan is None else self.strategy.plan.bytes_forwarded
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes that others read for this rank."""
-        return 0 if self.strategy.plan is None else self.strategy.plan.bytes_received
+    def figures(self) -> LoadFigures:
+        """What the load has counted."""
+        shared = self.strategy.plan
+        return LoadFigures(
+            bytes_needed=self.plan.bytes_needed,
+            bytes_read=self.counters.bytes_requested,
+            bytes_sent=0 if shared is None else shared.bytes_sent,
+            bytes_received=0 if shared is None else shared.bytes_received,
+            bytes_forwarded=0 if shared is None else shared.bytes_forwarded,
+            num_requests=self.counters.num_requests,
+            arena_bytes=self.arena.nbytes,
+            device=str(self.arena.device),
+            strategy=self.strategy.name,
+            strategy_reason=self.strategy.reason,
+            busy=dict(self.counters.busy.seconds),
+            seconds=self.seconds,
+            missing=self.plan.missing,
+            unexpected=self.unexpected,
+        )
 
     def state(self) -> LoadedState:
         """Views on the loaded state, for this process alone; `shardferry.handoff.make_handle` takes it to another one."""
@@ -269,7 +310,7 @@ def read_values(
 
     options, counters = options or ReadOptions(), counters or Counters()
     index = index_optimizer(catalog, request.optimizer_key)
-    keys, beside = value_keys(catalog, request, index), set(index.extras.values())
+    keys, beside = value_keys(catalog, request, index), set(index.extras().values())
     objects = [key for key in keys if key in catalog.objects]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
         values = read_objects(objects, catalog, storage, options, counters, unread=unread)
@@ -318,17 +359,15 @@ def open_for_all(
     request: LoadRequest,
     options: ReadOptions,
     counters: Counters,
-    storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Catalog, dict[str, Any]]:
     """Rank 0 reads the metadata and everything that is not a sharded tensor; one broadcast gives both to all ranks.
 
     Args:
         storage: of the checkpoint.
-        storage_options: with which it was opened; they go with the catalog.
     """
 
     def read() -> tuple[Catalog, dict[str, Any] | MissingFile]:
-        catalog = read_catalog(storage, storage_options=storage_options)
+        catalog = read_catalog(storage)
         storage.expect(catalog.file_versions)
         try:
             return catalog, read_values(catalog, request, storage, options, counters)

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from shardferry.config import (
     DtypePolicy,
@@ -28,30 +26,29 @@ from shardferry.config import (
 from shardferry.errors import SpecError
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.load import LoadedShard, LoadJob, load_rank, open_for_all
+from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank, open_for_all
 from shardferry.optimizer.install import Checked, Installation, check, fit
 from shardferry.optimizer.live import LiveModel, as_tuple
 from shardferry.optimizer.live_layout import live_layout
 from shardferry.optimizer.loaded_state import LoadedState
+from shardferry.optimizer.parts import Models, Optimizers, live_parts
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.match_keys import KeyReport
 from shardferry.state_dicts import LeftLive
 from shardferry.stats import Counters
-from shardferry.storage.open import open_storage
+from shardferry.storage.open import Location, open_storage
 
-Models = Module | Sequence[Module] | Mapping[str, Module]
-Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 Keys = str | Sequence[str] | Mapping[str, str]
 
 
 def load_optimizer_state(
     model: Models,
     optimizer: Optimizers,
-    location: str | Path,
+    location: Location,
     *,
     optimizer_key: Keys = "optim",
     model_key: Keys | None = None,
-    model_location: str | Path | None = None,
+    model_location: Location | None = None,
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     keys: str | Sequence[str] = "strict",
@@ -75,7 +72,7 @@ def load_optimizer_state(
         model: wrapped as it is trained (DDP, FSDP1, FSDP2, tensor parallel, or plain); several parts where a rank has several.
         optimizer: of that model. A list where the state of several was saved as one. A dict ``{optimizer_key: optimizer}``
             where each was saved under a key of its own.
-        location: the checkpoint's directory, or any URL that fsspec can open.
+        location: the checkpoint's directory, any URL that fsspec can open, or a ``ray.train.Checkpoint``.
         optimizer_key: the optimizer's key in the state dict that was saved; dots lead into nested ones. One for each
             optimizer where several were saved apart: a list beside a list, or a dict beside a dict of the same names.
         model_key: the model's key in the state dict that was saved, to load its weights and buffers too; a list or a dict
@@ -109,7 +106,7 @@ def load_optimizer_state(
         ShardferryError: nothing of the models and optimizers has been changed. Where one rank fails, all raise.
     """
 
-    def parts() -> list[_Part]:
+    def parts() -> list[LoadPart]:
         request = LoadRequest(
             selection=Selection.of(rename, include, exclude),
             keys=KeyPolicy.of(keys),
@@ -119,15 +116,15 @@ def load_optimizer_state(
             safe_globals=tuple(safe_globals),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=str(location))
-        return found if model_location is None else _with_weights_elsewhere(found, str(model_location))
+        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=location)
+        return found if model_location is None else _with_weights_elsewhere(found, model_location)
 
-    return _load(parts, read, storage_options, process_group)
+    return load_parts(parts, lambda: ReadOptions.of(read), storage_options, process_group)[0]
 
 
 def load_model_state(
     model: Module | Sequence[Module],
-    location: str | Path,
+    location: Location,
     *,
     model_key: str = "model",
     storage_options: Mapping[str, Any] | None = None,
@@ -149,7 +146,7 @@ def load_model_state(
         ShardferryError: nothing of the model has been changed. Where one rank fails, all raise.
     """
 
-    def parts() -> list[_Part]:
+    def parts() -> list[LoadPart]:
         request = LoadRequest(
             optimizer_key=None,
             model_key=model_key,
@@ -158,18 +155,18 @@ def load_model_state(
             dtype=one_of(DtypePolicy, "dtype", dtype),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        return [_Part(LiveModel(as_tuple(model), ()), request, str(location))]
+        return [LoadPart(LiveModel(as_tuple(model), ()), request, location)]
 
-    return _load(parts, read, storage_options, process_group)
+    return load_parts(parts, lambda: ReadOptions.of(read), storage_options, process_group)[0]
 
 
 @dataclass(frozen=True)
-class _Part:
+class LoadPart:
     """Live objects that are loaded from one place under one request."""
 
     live: LiveModel
     request: LoadRequest
-    location: str
+    location: Location
 
 
 def _parts_of(
@@ -179,14 +176,14 @@ def _parts_of(
     model_key: Keys | None,
     *,
     request: LoadRequest,
-    location: str,
-) -> list[_Part]:
+    location: Location,
+) -> list[LoadPart]:
     """One part, or one for each optimizer where they have keys of their own. Raises SpecError, InstallError."""
-    models = tuple(model.values()) if isinstance(model, Mapping) else as_tuple(model)
     if not isinstance(optimizer, Mapping):
         if isinstance(optimizer_key, str):
             own = request if model_key is None else replace(request, model_key=_one_key("model_key", model_key))
-            return [_Part(LiveModel.of(models, optimizer), replace(own, optimizer_key=optimizer_key), location)]
+            (part,) = live_parts(model, optimizer)
+            return [LoadPart(part.live, replace(own, optimizer_key=optimizer_key), location)]
         optimizer = dict(enumerate(as_tuple(optimizer)))  # type: ignore[arg-type]
     if optimizer_key == "optim":
         optimizer_key = {name: str(name) for name in optimizer}
@@ -196,14 +193,18 @@ def _parts_of(
         if model_key is None or isinstance(model_key, str)
         else _by_name("model_key", model_key, optimizer)
     )
-    parts: list[_Part] = []
-    for name, one in optimizer.items():
-        modules = (model[name],) if isinstance(model, Mapping) and name in model else _trained_by(one, models)
-        loaded = {id(module) for part in parts if part.request.model_key is not None for module in part.live.modules}
-        weights = None if loaded & set(map(id, modules)) else model_keys[name]
-        own = replace(request, optimizer_key=optimizer_keys[name], model_key=weights)
-        parts.append(_Part(LiveModel.of(modules, one), own, location))
-    return parts
+    return [
+        LoadPart(
+            part.live,
+            replace(
+                request,
+                optimizer_key=optimizer_keys[part.key],
+                model_key=model_keys[part.key] if part.with_weights else None,
+            ),
+            location,
+        )
+        for part in live_parts(model, optimizer)
+    ]
 
 
 def _one_key(option: str, given: Keys) -> str:
@@ -212,7 +213,7 @@ def _one_key(option: str, given: Keys) -> str:
     return given
 
 
-def _by_name(option: str, given: Keys, optimizers: Mapping[Any, Optimizer]) -> dict[Any, str]:
+def _by_name(option: str, given: Keys, optimizers: Mapping[Any, Any]) -> dict[Any, str]:
     """The key of each optimizer. Raises SpecError."""
     if isinstance(given, str):
         raise SpecError(f"{option}: {given!r} is one key for {len(optimizers)} optimizers; give one for each")
@@ -224,17 +225,10 @@ def _by_name(option: str, given: Keys, optimizers: Mapping[Any, Optimizer]) -> d
     return found
 
 
-def _trained_by(optimizer: Optimizer, modules: Sequence[Module]) -> tuple[Module, ...]:
-    """The modules of which an optimizer trains parameters; all where it trains none."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    found = tuple(module for module in modules if any(id(p) in trained for p in module.parameters()))
-    return found or tuple(modules)
-
-
-def _with_weights_elsewhere(parts: Sequence[_Part], location: str) -> list[_Part]:
+def _with_weights_elsewhere(parts: Sequence[LoadPart], location: Location) -> list[LoadPart]:
     """The optimizers' parts, and one for each one's weights in another checkpoint. Raises SpecError."""
     weights = [
-        _Part(LiveModel(part.live.modules, ()), replace(part.request, optimizer_key=None), location)
+        LoadPart(LiveModel(part.live.modules, ()), replace(part.request, optimizer_key=None), location)
         for part in parts
         if part.request.model_key is not None
     ]
@@ -252,33 +246,41 @@ class _LoadedPart:
     installation: Installation
 
 
-def _load(
-    parts: Callable[[], list[_Part]],
-    read: ReadKeywords,
+def load_parts(
+    parts: Callable[[], list[LoadPart]],
+    read: Callable[[], ReadOptions],
     storage_options: Mapping[str, Any] | None,
     process_group: dist.ProcessGroup | None,
-) -> KeyReport:
-    """Load every part, then install all of them, on all ranks or on none."""
+) -> tuple[KeyReport, LoadFigures]:
+    """Load every part, then install all of them, on all ranks or on none.
+
+    Args:
+        parts, read: are called on every rank, and may raise: then all ranks raise.
+        process_group: None: the whole job where torch.distributed is initialised, else this process alone.
+
+    Raises:
+        ShardferryError: nothing of the models and optimizers has been changed.
+    """
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD
     agreement = Agreement(process_group)
 
-    def prepare() -> tuple[list[_Part], Sequence[RankLayout], ReadOptions]:
+    def prepare() -> tuple[list[LoadPart], Sequence[RankLayout], ReadOptions]:
         found = parts()
         layouts = [live_layout(p.live, world_rank=agreement.rank, world_size=agreement.size) for p in found]
-        return found, layouts, ReadOptions.of(read)
+        return found, layouts, read()
 
     found, layouts, options = agreement.all_or_raise("reading the model's layout", prepare)
     loaded = [
         _load_part(part, layout, agreement, options, storage_options)
         for part, layout in zip(found, layouts, strict=True)
     ]
-    _install([part.installation for part in loaded], agreement)
-    return _report(loaded)
+    _install(Installation([step for part in loaded for step in part.installation.steps]), agreement)
+    return _report(loaded), combined([part.shard.figures() for part in loaded])
 
 
 def _load_part(
-    part: _Part,
+    part: LoadPart,
     layout: RankLayout,
     agreement: Agreement,
     options: ReadOptions,
@@ -292,9 +294,7 @@ def _load_part(
     storage = agreement.all_or_raise("opening the checkpoint", lambda: open_storage(part.location, storage_options))
     with closing(storage):
         counters = Counters()
-        catalog, values = open_for_all(
-            storage, agreement, part.request, options=options, counters=counters, storage_options=storage_options
-        )
+        catalog, values = open_for_all(storage, agreement, part.request, options, counters)
         job = LoadJob(catalog, layout, part.request, part.live.device, options, stays_here=True)
         shard = load_rank(job, agreement, counters=counters, values=values, storage=storage, check_plan=check_plan)
     ready = agreement.all_or_raise(
@@ -309,19 +309,13 @@ def _load_part(
     return _LoadedPart(shard, replace(checked[0], warnings=checked[0].warnings + left + stale), ready)
 
 
-def _install(installations: Sequence[Installation], agreement: Agreement) -> None:
-    def apply() -> None:
-        for installation in installations:
-            installation.apply()
-
+def _install(installation: Installation, agreement: Agreement) -> None:
     try:
-        agreement.all_or_raise("installing the state", apply)
+        agreement.all_or_raise("installing the state", installation.apply)
     except BaseException:
-        for installation in reversed(installations):
-            installation.undo()
+        installation.undo()
         raise
-    for installation in installations:
-        installation.finish()
+    installation.finish()
 
 
 def _report(loaded: Sequence[_LoadedPart]) -> KeyReport:

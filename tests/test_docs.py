@@ -1,11 +1,13 @@
-"""Links in the documents lead to files and headings that exist, and every page is listed in docs/index.md."""
+"""Links in the documents lead to files and headings that exist, code in them is code, and docs/index.md lists every page."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.commands import REPOSITORY
 
@@ -15,6 +17,7 @@ PAGES = sorted(
 )
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```$", re.DOTALL | re.MULTILINE)
 
 
 def links(text: str) -> list[str]:
@@ -39,6 +42,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
             broken.append(target)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_code_is_code(page: Path) -> None:
+    """YAML parses and Python compiles."""
+    for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "yaml":
+            list(yaml.safe_load_all(block))
+        elif language == "python":
+            compile(textwrap.dedent(block), str(page), "exec")
 
 
 def test_the_index_lists_every_page() -> None:

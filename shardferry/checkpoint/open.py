@@ -19,13 +19,14 @@ from shardferry._gc import paused_gc
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.kept import open_kept
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
 from shardferry.checkpoint.metadata import parse_metadata
 from shardferry.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors, with_safetensors_positions
 from shardferry.checkpoint.stale import stale_metadata, stale_warning
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.storage.base import RangeReader, read_file
-from shardferry.storage.open import open_storage
+from shardferry.storage.open import Location, open_storage
 from shardferry.storage.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,13 @@ _PIECES_AT_ONCE = 8
 
 
 def open_checkpoint(
-    location: str | Path, *, storage_options: Mapping[str, Any] | None = None, cache: CacheDirectory = None
+    location: Location, *, storage_options: Mapping[str, Any] | None = None, cache: CacheDirectory = None
 ) -> Catalog:
     """Open the checkpoint at a location.
 
     Args:
         location: a directory, its ``file://`` URL, or the URL of an object store (``s3://bucket/run/step-1000``), of a web
-            server, or of anything else that fsspec can open.
+            server, or of anything else that fsspec can open; or a ``ray.train.Checkpoint``.
         storage_options: credentials, an endpoint, ... (docs/storage.md). They go with the catalog, to every process that
             reads.
         cache: a directory that keeps catalogs by the digest of their metadata (docs/scale.md). Default: no catalog is kept.
@@ -58,7 +59,7 @@ def open_checkpoint(
         StorageError: a request failed.
     """
     with closing(open_storage(location, storage_options)) as storage:
-        return read_catalog(storage, cache=cache, storage_options=storage_options)
+        return read_catalog(storage, cache=cache)
 
 
 def opened_storage(catalog: Catalog, *, retry: RetryPolicy | None = None) -> AbstractContextManager[RangeReader]:
@@ -81,14 +82,11 @@ def storage_of(catalog: Catalog, *, retry: RetryPolicy | None = None) -> RangeRe
 
 
 @paused_gc()
-def read_catalog(
-    storage: RangeReader, *, cache: CacheDirectory = None, storage_options: Mapping[str, Any] | None = None
-) -> Catalog:
+def read_catalog(storage: RangeReader, *, cache: CacheDirectory = None) -> Catalog:
     """The catalog of an open storage.
 
     Args:
         cache: as for `open_checkpoint`.
-        storage_options: those that the storage was opened with; they go with the catalog.
 
     Raises:
         CheckpointNotFound, UnsafeMetadata, CatalogError, StorageError: as for `open_checkpoint`.
@@ -104,7 +102,7 @@ def read_catalog(
         stale=_stale(catalog, storage.times(), listing),
         file_bytes={file: size for file in catalog.files if (size := listing.get(file)) is not None},
         file_versions={file: versions[file] for file in catalog.files if file in versions},
-        storage_options=dict(storage_options or {}),
+        storage_options=storage.options,
     )
     if COMMON_FILE in listing:
         return with_common_values(catalog, read_file(storage, COMMON_FILE))
@@ -155,6 +153,7 @@ def _read_rank_metadata(storage: RangeReader, names: Sequence[str], cache: Catal
 _FORMATS: tuple[MetadataReader, ...] = (
     _read_dcp,
     _read_rank_metadata,
+    lambda storage, names, _cache: open_kept(storage, names),
     lambda storage, names, _cache: open_safetensors(storage, names),
 )
 

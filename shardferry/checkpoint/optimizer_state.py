@@ -55,18 +55,38 @@ class OptimizerIndex:
     param_groups: Mapping[KeyPath, str]  # path below "param_groups" -> key
     paths: Mapping[str, KeyPath]  # key -> path below the optimizer's key; also of what is neither state nor param group
 
+    shared: Mapping[KeyPath, str] = field(
+        default_factory=dict
+    )  # ("state", name) -> key: single values, of no parameter
+
     @property
-    def extras(self) -> dict[KeyPath, str]:
-        """What the optimizer's ``state_dict()`` had beside state and param groups: path -> key. Not of a whole checkpoint."""
-        if not self.optimizer_key or not (self.state or self.param_groups):
+    def names_beside_positions(self) -> frozenset[str]:
+        """Names in ``state`` beside numbers. Where the numbers are positions of parameters, they are of no parameter."""
+        names = [name for name in self.state if not name.isdigit()]
+        return frozenset(name for name in names if "." not in name) if len(names) < len(self.state) else frozenset()
+
+    def extras(self, beside: Collection[str] | None = None) -> dict[KeyPath, str]:
+        """What the optimizer's ``state_dict()`` had that is no parameter's and no param group's: path -> key.
+
+        Of a whole checkpoint, what stands beside ``state`` is not the optimizer's.
+
+        Args:
+            beside: the names in ``state`` that are of no parameter; default: all that may be.
+        """
+        if not (self.state or self.shared or self.param_groups):
             return {}
-        of_others = set(self.all_keys())
-        return {path: key for key, path in self.paths.items() if path and key not in of_others}
+        extras = dict(self.shared)
+        for name in self.names_beside_positions if beside is None else beside:
+            extras |= {("state", name, *entry.path): entry.key for entry in self.state[name].values()}
+        if self.optimizer_key:
+            of_others = set(self.all_keys())
+            extras |= {path: key for key, path in self.paths.items() if path and key not in of_others}
+        return extras
 
     def all_keys(self) -> list[str]:
         """All keys of this optimizer's state and param groups."""
         entries = (entry for names in self.state.values() for entry in names.values())
-        return [*(entry.key for entry in entries), *self.param_groups.values()]
+        return [*(entry.key for entry in entries), *self.shared.values(), *self.param_groups.values()]
 
 
 def index_optimizer(catalog: Catalog, optimizer_key: str | None) -> OptimizerIndex:
@@ -87,7 +107,7 @@ def index_optimizer(catalog: Catalog, optimizer_key: str | None) -> OptimizerInd
             "flatten_state_dict=False. Save with torch's default planner, or with flatten_optimizer_state_dict=True"
         )
     index = index_keys(catalog, optimizer_key)
-    if index.state or index.param_groups:
+    if index.state or index.shared or index.param_groups:
         return index
     if all(path and _split_section(path)[0] == BUFFERS for path in index.paths.values()):
         raise PlanError(
@@ -130,8 +150,12 @@ def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
     # Flattened hyperparameters tell FQNs exactly, as the names of hyperparameters have no dots.
     known = {path[0].rpartition(".")[0] for path in groups if path and isinstance(path[0], _Flattened)}
     by_fqn: dict[str, dict[str, StateEntry]] = {}
+    shared: dict[KeyPath, str] = {}
     for path, key in state.items():
         fqn, below = _split_state(path, known)
+        if not fqn:
+            shared["state", *below] = key
+            continue
         entry_of_state = StateEntry(key, below)
         if (other := by_fqn.setdefault(fqn, {}).setdefault(entry_of_state.name, entry_of_state)).key != key:
             raise PlanError(
@@ -139,7 +163,7 @@ def index_keys(catalog: Catalog, optimizer_key: str) -> OptimizerIndex:
             )
     if lacking := [fqn for fqn in of_megatron if "exp_avg" in by_fqn[fqn] and "step" not in by_fqn[fqn]]:
         raise _no_step(catalog, lacking, len(of_megatron))
-    return OptimizerIndex(optimizer_key, by_fqn, groups, paths)
+    return OptimizerIndex(optimizer_key, by_fqn, groups, paths, shared)
 
 
 def index_weights(catalog: Catalog, model_key: str) -> dict[str, str]:
@@ -306,21 +330,26 @@ class SavedOptimizer:
             read = {path: values[key] for path, key in index.param_groups.items()}
             groups = build_param_groups({p: value for p, value in read.items() if not isinstance(value, LeftLive)})
         grouped = [saved for group in groups or () for saved in group.get("params", ())]
-        names = _positional_names(index, groups, grouped, positions)
+        beside: Collection[str] = index.names_beside_positions
+        numbers = grouped or [name for name in index.state if name not in beside]
+        by_position = bool(numbers) and all(isinstance(number, int) or number.isdigit() for number in numbers)
+        names = _positional_names(index, groups, positions) if by_position else {}
+        beside = beside if by_position else ()
+        saved_state = {saved: entries for saved, entries in index.state.items() if saved not in beside}
 
         def name_of(saved: str | int) -> str:
             return names.get(str(saved), str(saved))
 
-        selection, saved_names = request.selection, frozenset(map(name_of, (*index.state, *grouped)))
+        selection, saved_names = request.selection, frozenset(map(name_of, (*saved_state, *grouped)))
         wanted = selection.wanted_names(saved_names)
         state: dict[str, Mapping[str, StateEntry]] = {}
         unselected: dict[str, Mapping[str, StateEntry]] = {}
-        for saved, entries in index.state.items():
+        for saved, entries in saved_state.items():
             for fqn in wanted[name_of(saved)]:
                 if fqn in state:
                     raise PlanError(f"{fqn}: two saved parameters get this name, {saved!r} is one; narrow the renaming")
                 (state if selection.selects(fqn) else unselected)[fqn] = entries
-        read = {path: (values or {}).get(key, _UNREAD) for path, key in index.extras.items()}
+        read = {path: (values or {}).get(key, _UNREAD) for path, key in index.extras(beside).items()}
         extras = nest({path: value for path, value in read.items() if not isinstance(value, LeftLive)})
         named = []
         for group in groups or ():
@@ -382,19 +411,12 @@ def build_param_groups(entries: Mapping[KeyPath, Any]) -> list[ParamGroup]:
 def _positional_names(
     index: OptimizerIndex,
     groups: Sequence[ParamGroup] | None,
-    grouped: Sequence[str | int],
     positions: Positions | None,
 ) -> dict[str, str]:
     """The FQN of each saved position, where a plain ``optimizer.state_dict()`` was saved, in which numbers stand for parameters.
 
     It is from the saved param groups if they have names, otherwise from the live optimizer.
-
-    Args:
-        grouped: all parameters in ``groups``.
     """
-    numbers = grouped or list(index.state)
-    if not numbers or not all(isinstance(number, int) or number.isdigit() for number in numbers):
-        return {}
     if groups and all(len(group.get(_NAMES) or ()) == len(group["params"]) for group in groups):
         return {str(saved): fqn for group in groups for saved, fqn in zip(group["params"], group[_NAMES], strict=True)}
     if positions is None or groups is None:

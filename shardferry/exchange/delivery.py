@@ -128,7 +128,7 @@ def open_delivery(
     busy: BusyTimes,
     limits: MessageLimits,
 ) -> Iterator[Delivery]:
-    """A delivery for one load; on leaving, everything was sent to other memory groups and has arrived from them.
+    """A delivery for one load; on leaving, everything was sent to other memory groups, has arrived from them, and is in place.
 
     Args:
         rows: of the catalog's tensors, by key.
@@ -141,7 +141,9 @@ def open_delivery(
     """
     with ExitStack() as stack:
         peers = stack.enter_context(PeerArenas(addresses)) if isinstance(arena, HostArena) else None
-        delivery = Delivery(plan, cooperative, destination_of(arena, busy), rows=rows, busy=busy, peers=peers)
+        own = destination_of(arena, busy)
+        stack.callback(own.finish)
+        delivery = Delivery(plan, cooperative, own, rows=rows, busy=busy, peers=peers)
         if channel is not None and (cooperative.relays or cooperative.forwarded):
             budget_bytes = memory_budget_bytes // 2
             exchange = Exchange(channel, cooperative, delivery.receive, memory_budget_bytes=budget_bytes, limits=limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -50,6 +51,13 @@ class ShardHandle:
     manifest: Manifest
     transport: str  # its name
     source: Transport = field(repr=False)
+    others: tuple[ShardHandle, ...] = ()  # the state of the rank's other optimizers, where they have keys of their own
+    held: Any = field(default=None, repr=False)  # what must live until the shard is opened: a reference to its loader
+
+    @property
+    def parts(self) -> tuple[ShardHandle, ...]:
+        """This one and the others."""
+        return (self, *self.others)
 
     @property
     def world_rank(self) -> int:
@@ -65,7 +73,9 @@ class ShardHandle:
         return Shard(self.manifest, self.source.open())
 
 
-def make_handle(manifest: Manifest, arena: Arena, transport: str, *, exclusive: bool) -> ShardHandle:
+def make_handle(
+    manifest: Manifest, arena: Arena, transport: str, *, exclusive: bool, lend: bool = False
+) -> ShardHandle:
     """Seal a loaded arena and make a handle for its trainer.
 
     Args:
@@ -74,9 +84,12 @@ def make_handle(manifest: Manifest, arena: Arena, transport: str, *, exclusive: 
         transport: name of a transport, see `shardferry.handoff.transports.TRANSPORTS`; not ``auto``.
         exclusive: one trainer gets the arena itself, and nobody else may open it. Otherwise the arena is frozen, and
             each opener gets private pages where it writes.
+        lend: this process will live until the trainer of an exclusive arena uses its memory no more. Otherwise a transport that
+            would lend memory gives a copy.
 
     Raises:
         HandoffError: no transport has this name, or it can't carry this arena.
     """
-    source = transport_named(transport).load().from_arena(arena, exclusive=exclusive)
+    entry = transport_named(transport)
+    source = entry.load().from_arena(arena, exclusive=exclusive and (lend or not entry.lends_memory))
     return ShardHandle(manifest, transport, source)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
-from shardferry.arena import Arena, HostArena, host_identity, open_memory_file
+from shardferry.arena import Arena, HostArena
 from shardferry.errors import HandoffError
+from shardferry.handoff.loader_file import LoaderFile, take
 from shardferry.handoff.transport import Recipient, Transport
-
-_F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; not in the fcntl module
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +22,7 @@ class SharedMemory(Transport):
     Openers of any other arena get private pages: the kernel copies each page that an opener writes to.
     """
 
-    host: str  # see `shardferry.arena.host_identity`
-    pid: int
-    descriptor: int
-    inode: int
+    file: LoaderFile
     nbytes: int
     exclusive: bool
 
@@ -49,37 +43,12 @@ class SharedMemory(Transport):
             arena.detach()
         else:
             arena.freeze()
-        return cls(
-            host=host_identity(),
-            pid=os.getpid(),
-            descriptor=arena.descriptor,
-            inode=os.fstat(arena.descriptor).st_ino,
-            nbytes=arena.nbytes,
-            exclusive=exclusive,
-        )
+        return cls(LoaderFile.of(arena), arena.nbytes, exclusive)
 
     def open(self) -> torch.Tensor:
-        if self.host != host_identity():
-            raise HandoffError(
-                "this shard is in the shared memory of another node or container than the trainer's; "
-                "place the trainer on the loader's node, or use handoff.transport: object_store"
-            )
-        try:
-            descriptor = open_memory_file(self.pid, self.descriptor, self.inode)
-        except OSError as error:
-            raise HandoffError(
-                f"the loader (process {self.pid}) that held this shard has ended before the shard was opened; "
-                f"keep the stage's result until all trainers have opened their handles ({error})"
-            ) from error
-        try:
-            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE:
-                raise HandoffError(
-                    "this shard was handed over already, and the trainer that has it may have changed it; load again"
-                )
+        with self.file.opened() as descriptor:
             flags = mmap.MAP_SHARED if self.exclusive else mmap.MAP_PRIVATE
             pages = mmap.mmap(descriptor, self.nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
             if self.exclusive:
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
-        finally:
-            os.close(descriptor)
+                take(descriptor)
         return torch.frombuffer(pages, dtype=torch.uint8)

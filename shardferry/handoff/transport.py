@@ -17,6 +17,7 @@ class Recipient:
 
     same_host: bool  # same machine and process namespace, see `shardferry.arena.host_identity`
     same_process: bool = False
+    gpu: str | None = None  # of its model, see `shardferry.arena.gpu_identity`; None: none, or not known
 
 
 class Transport(ABC):

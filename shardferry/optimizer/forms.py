@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from shardferry.errors import InstallError
-from shardferry.optimizer.shadow import NoShadow, Predicted, predict
+from shardferry.optimizer.shadow import NoShadow, Predicted, predict, shared_state
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ class OptimizerForm:
         except NoShadow as error:
             return cls(optimizer, state_dict, keys, None, str(error))
 
-    @property
-    def extras(self) -> list[str]:
-        """What the state dict has beside state and param groups."""
-        return [name for name in self.state_dict if name not in ("state", "param_groups")]
+    @cached_property
+    def beside(self) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        """What the state dict has, or will have after a step, that is of no parameter: name -> path and value.
+
+        ``total`` stands beside ``state``, ``state.k`` in it.
+        """
+        shared = {**(self.predicted.shared if self.predicted else {}), **shared_state(self.state_dict)}
+        found = {f"state.{key}": (("state", key), value) for key, value in shared.items()}
+        rest = {name: value for name, value in self.state_dict.items() if name not in ("state", "param_groups")}
+        return found | {name: ((name,), value) for name, value in rest.items()}
 
     def entries(self) -> Iterator[tuple[torch.Tensor, Mapping[Any, Any], Mapping[Any, Any]]]:
         """Every trained tensor, its entries now, and its entries after a step; both in the state dict's form."""

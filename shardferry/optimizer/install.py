@@ -15,16 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
 from shardferry.checkpoint.optimizer_state import SCALAR_STATE
-from shardferry.config import KeyPolicy
 from shardferry.errors import InstallError
 from shardferry.layout.from_tensor import dtensor_placements, layout_of_tensor
 from shardferry.layout.tensor_layout import TensorLayout
+from shardferry.optimizer.beside import check_beside, filled_beside
 from shardferry.optimizer.forms import OptimizerForm
 from shardferry.optimizer.hyperparameters import GroupValues, group_values, may_change_entries, overwritten
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
 from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
 from shardferry.optimizer.replace import Replacement
+from shardferry.optimizer.shadow import twins
 from shardferry.optimizer.trial import Entries, SavedParam, compare_entries, try_load
 from shardferry.optimizer.weights import CopyInPlace, LoadModule, SetExtraState, WeightStep
 from shardferry.plan.load_plan import Entry, PlannedTensor, PlannedValue
@@ -121,9 +122,10 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     updates: list[_OptimizerUpdate] = []
     found: list[Entries] = []
     warnings: list[str] = []
-    for index, form in enumerate(_forms(loaded, live)):
-        if lacking := [name for name in form.extras if name not in loaded.extras]:
-            warnings.append(_kept_extras(form, lacking, loaded.request.keys))
+    forms = _forms(loaded, live)
+    if forms:
+        warnings += check_beside(forms, loaded.extras, loaded.request.keys)
+    for index, form in enumerate(forms):
         update = _OptimizerUpdate.of(loaded, live, index)
         entries = compare_entries(
             form.optimizer,
@@ -132,6 +134,7 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
             policy=loaded.request.keys,
             known=None if any(map(may_change_entries, update.overwritten)) else form.predicted,
         )
+        _refuse_one_ranks(update, loaded)
         try_load(
             form.optimizer,
             update.state_dict(_Source(loaded, without_memory=True), entries),
@@ -146,15 +149,22 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
     return Checked(updates, found, changes, tuple(warnings))
 
 
-def _kept_extras(form: OptimizerForm, lacking: Sequence[str], policy: KeyPolicy) -> str:
-    """Says that entries beside state and hyperparameters stay live. Raises InstallError: they must not."""
-    what = f"{type(form.optimizer).__name__}.state_dict() has {lacking} beside state and param_groups, which were not saved"
-    if not policy.allow_missing:
-        raise InstallError(
-            f"{what}: its next step would go by the live ones. Save its own state_dict(), or set keys: allow_missing to keep "
-            "the live ones; nothing was changed"
-        )
-    return f"{what}; the live ones stay"
+def _refuse_one_ranks(update: _OptimizerUpdate, loaded: LoadedState) -> None:
+    """Refuse state that each rank computes of its part alone, as torch saves one rank's. Raises InstallError."""
+    form = update.form
+    if form.predicted is None:
+        return
+    for group, there in zip(update.groups, update.params, strict=True):
+        of_one_rank = dict(zip(map(id, group.parameters), form.predicted.of_one_rank[group.index], strict=True))
+        for parameter in there:
+            entries = loaded.entries(*parameter.parts[0].names)
+            for name in sorted(of_one_rank[id(parameter)] & entries.keys()):
+                if not entries[name].is_parts:
+                    raise InstallError(
+                        f"{parameter.parts[0].fqn}: {type(form.optimizer).__name__} computes {name!r} of this rank's part of the parameter "
+                        "alone, so that each rank had another one, and the checkpoint has one rank's: torch saves a tensor that is "
+                        "no DTensor once. Save such state as DTensors, or leave the parameter out with exclude; nothing was changed"
+                    )
 
 
 def _forms(loaded: LoadedState, live: LiveModel) -> tuple[OptimizerForm, ...]:
@@ -249,29 +259,25 @@ class _OptimizerUpdate:
             entries: those that only one side has.
         """
         form = self.form
-        state = dict(form.state_dict["state"])
+        live, new = form.state_dict["state"], {}
         for group, hyperparameters, there in zip(self.groups, self.hyperparameters(), self.params, strict=True):
             keys = dict(zip((id(p.tensor) for p in group.parameters), form.keys[group.index], strict=True))
             on_device = bool(hyperparameters.get("fused") or hyperparameters.get("capturable"))
             builder = _StateBuilder(source, scalars_on_device=on_device)
             for parameter in there:
-                key, dropped, kept = (
-                    keys[id(parameter.tensor)],
-                    entries.dropped(parameter.tensor),
-                    entries.kept(parameter.tensor),
-                )
-                before = state.pop(key, {})
-                new = {name: value for name, value in builder.state_of(parameter).items() if str(name) not in dropped}
-                if new:
-                    state[key] = {name: value for name, value in before.items() if str(name) in kept} | new
+                dropped, kept = entries.dropped(parameter.tensor), entries.kept(parameter.tensor)
+                key = keys[id(parameter.tensor)]
+                built = {name: value for name, value in builder.state_of(parameter).items() if str(name) not in dropped}
+                stays = {name: value for name, value in live.get(key, {}).items() if str(name) in kept} if built else {}
+                new[key] = source.live(stays) | built
+        stay = {key: source.live(value) for key, value in live.items() if key not in new}
+        filled = filled_beside(form, source.loaded.extras, without_memory=source.without_memory)
+        state = stay | filled["state"] | {key: value for key, value in new.items() if value}
         groups = [
-            {**packed, **copy.deepcopy(dict(new.values))}
+            {**source.live(packed), **copy.deepcopy(dict(new.values))}
             for packed, new in zip(form.state_dict["param_groups"], self.values, strict=True)
         ]
-        extras = {
-            name: copy.deepcopy(source.loaded.extras[name]) for name in form.extras if name in source.loaded.extras
-        }
-        return {**form.state_dict, **extras, "state": state, "param_groups": groups}
+        return {**filled, "state": state, "param_groups": groups}
 
 
 def _is_covered(loaded: LoadedState, parameter: LiveParameter) -> bool:
@@ -315,6 +321,10 @@ class _Source:
             return self.loaded.local_tensor(tensor).to(device)
         shape, dtype = tensor.layout.local_shape, tensor.cast or tensor.dtype
         return torch.empty(shape, dtype=dtype, device="meta") if shape else torch.ones(shape, dtype=dtype)
+
+    def live(self, tree: Any) -> Any:
+        """Live state that stays. For a trial, which would change it, a copy."""
+        return twins(tree) if self.without_memory else tree
 
     def device(self, device: torch.device) -> torch.device:
         """Where a tensor is put together."""

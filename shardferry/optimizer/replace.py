@@ -53,14 +53,13 @@ class Replacement:
         given = _by_parameter(optimizer, self.state_dict)
         state: dict[Any, Any] = optimizer.state
         for parameter, entries in state.items():
-            if isinstance(parameter, torch.Tensor):
-                exact = given.get(id(parameter), {})
-                there = before.leaves.get(id(parameter), {})
+            exact = given.get(id(parameter), {})
+            there = before.leaves.get(parameter, {})
 
-                def settle(name: str, value: Any, exact: Any = exact, there: Any = there) -> Any:
-                    return _in_place(there.get(name), _exact(exact.get(name), value))
+            def settle(name: str, value: Any, exact: Any = exact, there: Any = there) -> Any:
+                return _in_place(there.get(name), _exact(exact.get(name), value))
 
-                map_leaves(entries, settle)
+            state[parameter] = map_leaves(entries, settle)
         before.keep_identity()
 
 
@@ -120,8 +119,8 @@ class _Snapshot:
         self._group_list = optimizer.param_groups
         self._groups = [(group, dict(group)) for group in optimizer.param_groups]
         self._state: Any = optimizer.state
-        self._entries = {id(p): entries for p, entries in optimizer.state.items()}
-        self.leaves = {id(p): flat_entries(entries) for p, entries in optimizer.state.items()}
+        self._entries = dict(optimizer.state)
+        self.leaves = {p: flat_entries(entries) for p, entries in optimizer.state.items()}
         tensors = {id(v): v for leaves in self.leaves.values() for v in leaves.values() if isinstance(v, torch.Tensor)}
         self._elements = (
             [(tensor, tensor.detach().clone()) for tensor in tensors.values()] if has_own_load(optimizer) else []
@@ -141,7 +140,7 @@ class _Snapshot:
     def keep_identity(self) -> None:
         """Put the new state and hyperparameters into the objects that held the old ones."""
         optimizer = self._optimizer
-        new: dict[Any, Any] = {p: _refilled(self._entries.get(id(p)), e) for p, e in optimizer.state.items()}
+        new: dict[Any, Any] = {p: _refilled(self._entries.get(p), e) for p, e in optimizer.state.items()}
         optimizer.state = _refilled(self._state, new)
         groups = [group for group, _ in self._groups]
         if len(groups) == len(optimizer.param_groups):

@@ -16,7 +16,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardferry.state_dicts import flat_entries
 
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _LOAD_HOOKS = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
@@ -76,6 +78,7 @@ class Shadow:
         if patched:
             raise NoShadow(f"{patched[0]} was replaced on the object")
         self.has_guessed = False
+        self._of_one_rank = _OfOneRank()
         with _guarded("a copy"):
             self.optimizer = _copied(optimizer, from_nothing=from_nothing)
         for index, group in enumerate(self.optimizer.param_groups):
@@ -94,10 +97,11 @@ class Shadow:
         for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            self._of_one_rank.add_parts([parameter, parameter.grad])
         step = type(self.optimizer).step
         if getattr(step, "hooked", False):  # by torch, for hooks that are for all optimizers too
             step = step.__wrapped__  # type: ignore[attr-defined]
-        with _guarded("a step") as numbers, torch.no_grad():
+        with _guarded("a step", self._of_one_rank) as numbers, torch.no_grad():
             step(self.optimizer)
         self.has_guessed |= numbers.has_guessed
 
@@ -111,11 +115,19 @@ class Shadow:
         with _guarded("load_state_dict", passes_errors=True):
             self.optimizer.load_state_dict(state_dict)
 
-    def entries(self) -> list[list[dict[Any, Any]]]:
-        """The state in the form of ``state_dict()``, by param group and parameter. Raises NoShadow."""
-        with _guarded("state_dict"):
+    def predicted(self) -> Predicted:
+        """The state in the form of ``state_dict()``. Raises NoShadow."""
+        with _guarded("state_dict", self._of_one_rank):
             state_dict = self.optimizer.state_dict()
-            return [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
+        entries = [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
+        of_one_rank = [[self._of_one_rank.names_in(entry) for entry in there] for there in entries]
+        return Predicted(entries, self.has_guessed, shared_state(state_dict), of_one_rank)
+
+
+def shared_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """State under keys that are of no parameter."""
+    of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
+    return {key: value for key, value in state_dict["state"].items() if key not in of_parameters}
 
 
 def plain_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +141,9 @@ class Predicted:
 
     entries: Sequence[Sequence[Mapping[Any, Any]]]  # by param group and parameter
     has_guessed: bool  # by a number that isn't known: it may have more or other entries
+    shared: Mapping[Any, Any] = field(default_factory=dict)  # state under keys that are of no parameter
+    # By param group and parameter: dotted names of the plain tensors that come of this rank's part of it alone.
+    of_one_rank: Sequence[Sequence[frozenset[str]]] = ()
 
 
 def predict(
@@ -149,16 +164,15 @@ def predict(
     everything = [list(range(len(group["params"]))) for group in groups]
     try:
         found = _after_steps(optimizer, hyperparameters, num_steps, ends)
+        is_by_form = all(map(_same_at_ends, alike, ends, found.entries))
     except NoShadow:
+        is_by_form = False
+    if not is_by_form:  # but by a parameter's place
         return _after_steps(optimizer, hyperparameters, num_steps, everything)
-    entries: list[Sequence[Mapping[Any, Any]]] = []
-    for there, positions, at_ends in zip(alike, ends, found.entries, strict=True):
-        made = dict(zip(positions, at_ends, strict=True))
-        if any(_form(made[members[0]]) != _form(made[members[-1]]) for members in there):  # by a parameter's place
-            return _after_steps(optimizer, hyperparameters, num_steps, everything)
-        by_position = {position: made[members[0]] for members in there for position in members}
-        entries.append([by_position[position] for position in sorted(by_position)])
-    return Predicted(entries, found.has_guessed)
+    entries, of_one_rank = (
+        list(map(_spread, alike, ends, by_group)) for by_group in (found.entries, found.of_one_rank)
+    )
+    return Predicted(entries, found.has_guessed, found.shared, of_one_rank)
 
 
 def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
@@ -183,6 +197,19 @@ def _alike(group: int, parameters: Sequence[torch.Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
+def _same_at_ends(alike: Sequence[Sequence[int]], ends: Sequence[int], found: Sequence[Mapping[Any, Any]]) -> bool:
+    """Whether the first and the last of equal parameters have entries of the same form."""
+    at_end = dict(zip(ends, found, strict=True))
+    return all(_form(at_end[members[0]]) == _form(at_end[members[-1]]) for members in alike)
+
+
+def _spread(alike: Sequence[Sequence[int]], ends: Sequence[int], found: Sequence[Any]) -> list[Any]:
+    """What was found of the first of equal parameters, for all of them, by position."""
+    at_end = dict(zip(ends, found, strict=True))
+    by_position = {position: at_end[members[0]] for members in alike for position in members}
+    return [by_position[position] for position in sorted(by_position)]
+
+
 def _form(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: _form(value) for key, value in tree.items()}
@@ -204,7 +231,7 @@ def _after_steps(
         shadow.narrow(chosen)
         for _ in range(num_steps):
             shadow.step()
-        return Predicted(shadow.entries(), shadow.has_guessed)
+        return shadow.predicted()
 
     try:
         return after_steps(from_nothing=True)
@@ -253,6 +280,12 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor.detach(), device="meta")
 
 
+def twins(tree: Any) -> Any:
+    """A copy of nested dicts and lists, with a twin of each tensor."""
+    with _TwinsOfTensors():
+        return copy.deepcopy(tree)
+
+
 class _TwinsOfTensors(TorchFunctionMode):
     """Lets `copy.deepcopy` make twins."""
 
@@ -263,15 +296,68 @@ class _TwinsOfTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_SHAPE_ALONE = re.compile(r"(new_)?(empty|zeros|ones|full)(_like|_strided)?$")  # operators that take no elements
+
+
+class _OfOneRank:
+    """The plain tensors that come of one rank's part of a sharded parameter: each rank has others under the same name.
+
+    An operator's results come of what its arguments come of. What a collective returns is taken to be the same on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, Any] = {}  # kept, so that no other one gets the address
+
+    def add_parts(self, tensors: Sequence[Any]) -> None:
+        """Take in the local tensors of DTensors that are sharded."""
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+                continue
+            if not all(placement.is_replicate() for placement in tensor.placements):
+                self._add([tensor._local_tensor])
+
+    def follow(self, func: Any, args: Sequence[Any], results: Any) -> None:
+        """Take in what an operator makes of its arguments."""
+        made = _tensors(results)
+        self.add_parts(made)
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "_c10d_functional" or _SHAPE_ALONE.match(name) or not any(map(self._has, _tensors(args))):
+            return
+        self._add(made)
+        if func._schema.is_mutable:
+            self._add(_tensors(args[:1]))
+
+    def _add(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = storage
+
+    def names_in(self, entries: Mapping[Any, Any]) -> frozenset[str]:
+        """The dotted names of such tensors."""
+        return frozenset(name for name, value in flat_entries(entries).items() if self._has(value))
+
+    def _has(self, value: Any) -> bool:
+        is_plain = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+        return is_plain and value.untyped_storage()._cdata in self._storages
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [tensor for one in tree for tensor in _tensors(one)] if isinstance(tree, list | tuple) else []
+
+
 class _WithoutMemory(TorchDispatchMode):
     """Lets optimizers' code run on tensors without memory.
 
     A number that is asked of such a tensor is 1. Collectives are refused: the other ranks may not take part in them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_one_rank: _OfOneRank) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.has_guessed = False  # a decision was made by a number that isn't known
+        self._of_one_rank = of_one_rank
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -280,19 +366,24 @@ class _WithoutMemory(TorchDispatchMode):
             dtype = args[0].dtype
             self.has_guessed |= dtype is torch.bool
             return torch.ones((), dtype=dtype).item()
-        return func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        self._of_one_rank.follow(func, args, results)
+        return results
 
 
 @contextmanager
-def _guarded(what: str, *, passes_errors: bool = False) -> Iterator[_WithoutMemory]:
+def _guarded(
+    what: str, of_one_rank: _OfOneRank | None = None, *, passes_errors: bool = False
+) -> Iterator[_WithoutMemory]:
     """Run an optimizer's code on tensors without memory, and leave random numbers and warnings as they were.
 
     Nothing is compiled: torch.compile gives up on a function that it meets under a dispatch mode, for the live one too.
 
     Args:
+        of_one_rank: takes in what comes of this rank's parts.
         passes_errors: whether errors that don't come of the lack of memory are the optimizer's own, and raised.
     """
-    before, mode = random.getstate(), _WithoutMemory()
+    before, mode = random.getstate(), _WithoutMemory(of_one_rank or _OfOneRank())
     try:
         with (
             warnings.catch_warnings(),

@@ -12,7 +12,13 @@ from contextlib import suppress
 from functools import cached_property
 
 from shardferry.checkpoint.catalog import Catalog, SavedTensor
-from shardferry.checkpoint.optimizer_state import SCALAR_STATE, OptimizerIndex, SavedOptimizer, parameter_shape
+from shardferry.checkpoint.optimizer_state import (
+    SCALAR_STATE,
+    OptimizerIndex,
+    SavedOptimizer,
+    index_weights,
+    parameter_shape,
+)
 from shardferry.config import LoadRequest
 from shardferry.errors import LayoutError
 from shardferry.layout.rank_layout import RankLayout
@@ -190,13 +196,21 @@ def tensors_beside(catalog: Catalog, index: OptimizerIndex) -> Iterator[tuple[Ke
 
 
 def _weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, SavedTensor]:
-    """The tensors that were saved beside the optimizer, by FQN below their top-level key."""
-    saved_names: dict[str, SavedTensor] = {}
-    for path, saved in tensors_beside(catalog, index):
-        if len(path) > 1:
-            saved_names.setdefault(".".join(map(str, path[1:])), saved)
+    """The model's weights by FQN: under its key; without one, those that were saved under any top-level key.
+
+    Several models may have weights of one name: without a key, one that was saved in several shapes is left out.
+    """
+    found: dict[str, list[SavedTensor]] = {}
+    if request.model_key is None:
+        for path, saved in tensors_beside(catalog, index):
+            if len(path) > 1:
+                found.setdefault(".".join(map(str, path[1:])), []).append(saved)
+    else:
+        keys = index_weights(catalog, request.model_key)
+        found = {fqn: [catalog.tensors[key]] for fqn, key in keys.items() if key in catalog.tensors}
+    known = {fqn: saved[0] for fqn, saved in found.items() if len({one.shape for one in saved}) == 1}
     weights: dict[str, SavedTensor] = {}
-    for name, names in request.selection.wanted_names(saved_names).items():
+    for name, names in request.selection.wanted_names(known).items():
         for fqn in names:
-            weights.setdefault(fqn, saved_names[name])
+            weights.setdefault(fqn, known[name])
     return weights

@@ -88,6 +88,7 @@ def read_plan(
         with _checked_files([read.item for read in reads], catalog, storage, options):
             run_tasks(executor.execute, schedule(reads, requests), num_threads=num_threads, timeout_s=options.load_s)
     finally:
+        destination.finish()
         counters.update_peak(buffers.peak_bytes)
 
 

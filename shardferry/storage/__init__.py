@@ -2,5 +2,5 @@
 
 ::
 
-    open.py ──► local.py | obstore.py | fsspec.py ──► retry.py ──► base.py
+    open.py ──► pyarrow.py | local.py | obstore.py | fsspec.py ──► retry.py ──► base.py
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -70,11 +70,13 @@ class RangeReader(ByteReader):
     Args:
         location: as `open_storage` takes it.
         traits: how this kind of storage is best read.
+        options: the ``storage_options`` with which `open_storage` opens the same storage again, in any process.
     """
 
-    def __init__(self, location: str, traits: StorageTraits) -> None:
+    def __init__(self, location: str, traits: StorageTraits, options: Mapping[str, Any] | None = None) -> None:
         self.location = location
         self.traits = traits
+        self.options = dict(options or {})
         self._versions: dict[str, str] = {}  # of the last listing
         self._times: dict[str, float] = {}  # of the last listing
         self._expected: dict[str, str] = {}

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
-from shardferry.errors import CheckpointNotFound, StorageError
+from shardferry.errors import CheckpointNotFound, SpecError, StorageError
 from shardferry.storage.base import OBJECT_STORE, RangeReader, cut_answer, missing_file, spread, written_again
 from shardferry.storage.retry import error_text, storage_error
 
@@ -123,9 +123,12 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> FsspecRa
 
     Raises:
         CheckpointNotFound: the kind of URL is unknown, its package is missing, or the backend refuses the options.
+        SpecError: an option of S3 is another client's.
     """
     options = {name: value for name, value in storage_options.items() if name != "client"}
     scheme = location.partition("://")[0]
+    if scheme in ("s3", "s3a"):
+        _check_s3_options(options)
     try:
         from fsspec.core import url_to_fs
 
@@ -135,6 +138,30 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> FsspecRa
     except Exception as error:  # each backend has its own
         raise CheckpointNotFound(f"{location}: {scheme}:// can't be opened: {error_text(error)}") from error
     return FsspecRangeReader(filesystem, root)
+
+
+# Options of obstore and pyarrow, which s3fs would ignore, and s3fs's name of each.
+_S3FS_NAMES = {
+    "access_key": "key",
+    "access_key_id": "key",
+    "anonymous": "anon",
+    "endpoint": "endpoint_url",
+    "endpoint_override": "endpoint_url",
+    "region": "client_kwargs: {region_name: ...}",
+    "secret_access_key": "secret",
+    "secret_key": "secret",
+    "session_token": "token",
+    "skip_signature": "anon",
+}
+
+
+def _check_s3_options(options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name in _S3FS_NAMES:
+            raise SpecError(
+                f"storage_options: s3fs has no option {name!r}, its name there is {_S3FS_NAMES[name]}; with obstore "
+                f"(pip install 'shardferry[object-stores]') {name} works too"
+            )
 
 
 def _version(entry: Mapping[str, Any]) -> str | None:

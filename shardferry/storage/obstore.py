@@ -190,14 +190,26 @@ def open_location(location: str, storage_options: Mapping[str, Any]) -> ObstoreR
     place = taken_place(location, options.pop("client", None))
     if place is None:
         return None
-    config, client_options = split_options(place, options)
+    traits = replace(OBJECT_STORE, has_listing=place.kind != "http", tells_sizes=True)
+    return ObstoreReader(open_store(location, place, options), location.rstrip("/"), traits)
+
+
+def open_store(location: str, place: StorePlace, storage_options: Mapping[str, Any]) -> Any:
+    """One of ``obstore.store``, whose root is the directory.
+
+    Args:
+        location: the directory's URL, for messages.
+        storage_options: as for `open_location`, without ``client``.
+
+    Raises:
+        SpecError: an option is unknown or wrong.
+    """
+    config, client_options = split_options(place, storage_options)
     try:
-        store = _store(place, config, client_options)
+        return _store(place, config, client_options)
     except Exception as error:  # obstore's own, and ValueError and TypeError for values of another type
         reason = str(error).partition("\n")[0]
         raise SpecError(f"{location}: can't be opened with these storage_options: {reason}") from error
-    traits = replace(OBJECT_STORE, has_listing=place.kind != "http", tells_sizes=True)
-    return ObstoreReader(store, location.rstrip("/"), traits)
 
 
 def taken_place(location: str, client: object) -> StorePlace | None:
@@ -283,13 +295,17 @@ _CLIENT_OPTIONS = frozenset(
         "user_agent",
     ]
 )
-# s3fs's name of an option: obstore's name.
-_S3FS_NAMES = {
+# The name of an option in s3fs or pyarrow: obstore's name.
+_OTHER_S3_NAMES = {
     "key": "access_key_id",
+    "access_key": "access_key_id",
     "secret": "secret_access_key",
+    "secret_key": "secret_access_key",
     "token": "session_token",
     "anon": "skip_signature",
+    "anonymous": "skip_signature",
     "endpoint_url": "endpoint",
+    "endpoint_override": "endpoint",
     "region_name": "region",
 }
 
@@ -312,7 +328,10 @@ def split_options(place: StorePlace, storage_options: Mapping[str, Any]) -> tupl
         )
     client_options = groups["client_options"] | {name: given.pop(name) for name in _CLIENT_OPTIONS & given.keys()}
     if place.kind == "s3":
-        given = {_S3FS_NAMES.get(name, name): value for name, value in (groups["client_kwargs"] | given).items()}
+        given = {_OTHER_S3_NAMES.get(name, name): value for name, value in (groups["client_kwargs"] | given).items()}
+        scheme, endpoint = given.pop("scheme", "https"), given.get("endpoint")
+        if isinstance(endpoint, str) and "://" not in endpoint:  # pyarrow's is a host and a port
+            given["endpoint"] = f"{scheme}://{endpoint}"
     config = groups["config"] | given
     if place.account is not None:
         config.setdefault("account_name", place.account)

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from shardferry.config import ReadOptions
 from shardferry.errors import StorageError
@@ -64,10 +64,17 @@ class RetryingReader(RangeReader):
         storage: makes the requests.
         policy: default: `RetryPolicy`'s own numbers.
         clock: default: the real one.
+        options: as for `RangeReader`.
     """
 
-    def __init__(self, storage: RangeReader, policy: RetryPolicy | None = None, clock: Clock | None = None) -> None:
-        super().__init__(storage.location, storage.traits)
+    def __init__(
+        self,
+        storage: RangeReader,
+        policy: RetryPolicy | None = None,
+        clock: Clock | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(storage.location, storage.traits, options)
         self._storage = storage
         self._policy = policy or RetryPolicy()
         self._clock = clock or Clock()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-import signal
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.layout.tensor_layout import replicated
 from shardferry.plan.load_plan import Manifest, PlannedTensor, PlannedValue
 from tests.support.leftovers import no_shared_files_left
-from tests.support.processes import forking
 
 SHAPE = (3, 5)
 CONTENT = torch.arange(15.0).view(SHAPE)
@@ -107,58 +104,6 @@ def test_no_room() -> None:
 
 def test_what_a_host_has_is_what_its_kernel_says() -> None:
     assert 0 < available_host_bytes() < 1 << 50
-
-
-def serve(pipe: Connection, exclusive: bool) -> None:
-    """A loader: hands out its arena, and waits to be killed."""
-    arena = filled_arena()
-    pipe.send(make_handle(manifest(), arena, "shared_memory", exclusive=exclusive))
-    pipe.recv()
-
-
-class Loader:
-    """A process that holds an arena."""
-
-    def __init__(self, *, exclusive: bool) -> None:
-        context = forking()
-        self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, exclusive), daemon=True)
-        self.process.start()
-        assert self._pipe.poll(60), "the loader did not start"
-        self.handle: ShardHandle = self._pipe.recv()
-
-    def kill(self) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join(10)
-        self._pipe.close()
-
-
-def test_private_openers_do_not_see_each_others_writes() -> None:
-    loader = Loader(exclusive=False)
-    try:
-        with loader.handle.open() as one, loader.handle.open() as other:
-            mine, theirs = (shard.state_dict()["state"]["w"]["exp_avg"] for shard in (one, other))
-        mine.fill_(-1)
-        assert torch.equal(theirs, CONTENT)
-    finally:
-        loader.kill()
-    assert torch.equal(theirs, CONTENT), "the memory outlives its loader"
-    with pytest.raises(HandoffError, match="has ended before the shard was opened"):
-        loader.handle.open()
-
-
-def test_an_exclusive_shard_is_taken_once() -> None:
-    loader = Loader(exclusive=True)
-    try:
-        with loader.handle.open() as shard:
-            tensor = shard.state_dict()["state"]["w"]["exp_avg"]
-        tensor.add_(1)
-        with pytest.raises(HandoffError, match="handed over already"):
-            loader.handle.open()
-    finally:
-        loader.kill()
-    assert torch.equal(tensor, CONTENT + 1)
 
 
 def test_object_store_bytes_travel_out_of_band_and_are_copied_once() -> None:

@@ -19,7 +19,7 @@ import shardferry
 from tests.support.commands import REPOSITORY
 
 HEAVY = ("torch", "ray", "numpy", "rich", "yaml")  # typer itself asks for pydantic
-COMMANDS = ("inspect", "plan", "run", "verify", "demo")
+COMMANDS = ("inspect", "init", "diff", "plan", "run", "report", "verify", "demo")
 
 # Runs commands in one process, one after the other; then says how each ended, and what is imported after each.
 PROGRAM = """
@@ -57,7 +57,7 @@ def test_help_imports_nothing_large() -> None:
         assert status == 0, words
         assert not heavy, words
         assert "Usage: " in out or words == "--version"
-        assert "Example: " in out or not words.endswith(" --help")
+        assert "Examples:" in out or not words.endswith(" --help")
 
 
 def test_inspect_plan_and_verify_do_not_import_ray(tmp_path: Path) -> None:

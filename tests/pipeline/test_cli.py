@@ -116,7 +116,10 @@ def test_plan_and_run_agree_on_the_bytes(spec: Path, tmp_path: Path) -> None:
     assert set(report["phases"]) >= {"start", "plan", "allocate", "read"}
     events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
     assert {(event["tid"], event["name"]) for event in events} >= {(rank, "read") for rank in range(4)}
-    assert (tmp_path / "html").read_text().count("<b>rank ") == 4
+    assert "rank 3" in (tmp_path / "html").read_text()
+    assert "report: " + str(tmp_path / "report") in done.stderr
+    assert report["total_s"] > report["phases"]["read"] > 0
+    assert re.search(r" at [\d.]+ [kMG]?B/s; [\d.]+ s in all", done.stdout)
 
 
 def test_plan_of_the_needed_bytes_by_hand(shardferry: Command, spec: Path) -> None:
@@ -170,11 +173,31 @@ def test_an_address_where_nobody_is(shardferry: Command, spec: Path, monkeypatch
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan", "run", "verify", "demo"])
-def test_help_has_an_example(shardferry: Command, command: str) -> None:
+COMMANDS = ["inspect", "init", "diff", "plan", "run", "report", "verify", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_two_examples_and_the_exit_statuses(shardferry: Command, command: str) -> None:
     done = shardferry(command, "--help")
     assert done.status == 0
-    assert "Example: " in done.stdout
+    examples = done.stdout.partition("Examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(examples) == 2
+    for example in examples:
+        assert f" {command} " in f"{example} "
+    assert re.search(r"Exit status: 0 \w+.*; 1 .*; 2 the\s+command", done.stdout, re.DOTALL)
+
+
+def test_the_help_lists_all_commands(shardferry: Command) -> None:
+    done = shardferry("--help")
+    assert re.findall(r"^  (\w+)  +[A-Z]", done.stdout, re.MULTILINE) == COMMANDS
+    assert "Exit status: 0 done; 1 the work failed" in done.stdout
+
+
+def test_shell_completion(shardferry: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    done = shardferry("--show-completion", "bash")
+    assert done.status == 0
+    assert "complete -o default" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["plan"], ["bogus"], ["run", "stage.yaml", "--bogus"]], ids=" ".join)

@@ -14,7 +14,7 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
-from shardferry.pipeline.demand import demand_of
+from shardferry.pipeline.dry_run.demand import demand_of
 from shardferry.plan.planner import plan_load
 from shardferry.region import Region
 from tests.strategies import grids, shapes

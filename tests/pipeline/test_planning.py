@@ -21,10 +21,10 @@ from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, TensorLayout, shard_on_mesh
-from shardferry.pipeline.demand import demand_of, union_numel, unique_bytes
 from shardferry.pipeline.display import print_plan
-from shardferry.pipeline.forecast import Forecast, forecast, plan_report
-from shardferry.pipeline.overrides import override, parse_mesh
+from shardferry.pipeline.dry_run.demand import demand_of, union_numel, unique_bytes
+from shardferry.pipeline.dry_run.forecast import Forecast, forecast, plan_report
+from shardferry.pipeline.dry_run.overrides import override, parse_mesh
 from shardferry.pipeline.preflight import target_layout
 from shardferry.region import Region
 from shardferry.schemas.stage_config import StageConfig

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ _TIRED_THREADS = 80  # torch keeps some process groups for ever, whose threads s
 class RankPool:
     """Processes that stay up between tests, so that the first calls of torch's functions are behind them."""
 
-    def __init__(self, size: int, *, deadline_s: float = DEADLINE_S) -> None:
-        self._context = forking()
+    def __init__(self, size: int, *, deadline_s: float = DEADLINE_S, context: BaseContext | None = None) -> None:
+        self._context: Any = context or forking()
         self._deadline_s = deadline_s
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._size = size

@@ -51,6 +51,18 @@ class S3Server:
             "secret_access_key": "test",
         }
 
+    def filesystem(self) -> Any:
+        """pyarrow's filesystem of it."""
+        from pyarrow.fs import S3FileSystem
+
+        return S3FileSystem(
+            endpoint_override=f"127.0.0.1:{self.port}",
+            scheme="http",
+            region="us-east-1",
+            access_key="test",
+            secret_key="test",
+        )
+
     def put(self, prefix: str, files: Mapping[str, bytes]) -> None:
         import obstore
         from obstore.store import S3Store

@@ -11,7 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 # By the start of the file's path: tests that share something costly, a Ray or a server or ranks, run in one process.
 _TOGETHER = (
-    ("tests/pipeline/test_stage.py", "tests/pipeline/test_larger_pipeline.py", "tests/actors/"),
+    ("tests/pipeline/test_stage.py", "tests/examples/test_larger_pipeline.py", "tests/actors/"),
     ("tests/pipeline/test_bad_input.py", "tests/programs/", "tests/package/"),
     ("tests/pipeline/test_cli.py",),
     ("tests/conformance/test_matrix.py",),

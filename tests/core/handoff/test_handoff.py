@@ -122,36 +122,11 @@ def test_a_shard_of_another_process(checkpoint: Path, transport: str, exclusive:
     assert torch.equal(tensor, full_tensor("even.bias", "exp_avg", (48,))[12:24] + 1)
 
 
-def test_private_copies_of_a_loader_that_is_killed(checkpoint: Path) -> None:
-    with loader(checkpoint, exclusive=False) as (handle, pid):
-        with handle.open() as one, handle.open() as other:
-            assert check(one) == check(other) == SHARE
-            one.state_dict()["state"]["even.weight"]["exp_avg"].fill_(-1)
-            assert check(other) == SHARE
-            kill(pid)
-            assert check(other) == SHARE
-            assert one.state_dict()["state"]["even.weight"]["exp_avg"].unique().tolist() == [-1]
-        with pytest.raises(HandoffError, match=rf"process {pid}\) that held this shard has ended before"):
-            handle.open()
-
-
-def test_the_arena_itself_goes_to_one_trainer(checkpoint: Path) -> None:
-    with loader(checkpoint, exclusive=True) as (handle, pid):
-        with handle.open() as shard:
-            assert check(shard) == SHARE
-            tensor = shard.state_dict()["state"]["even.bias"]["exp_avg"]
-            tensor.add_(1)
-        with pytest.raises(HandoffError, match="handed over already"):
-            handle.open()
-        kill(pid)
-        assert torch.equal(tensor, full_tensor("even.bias", "exp_avg", (48,))[12:24] + 1)
-
-
 def test_object_store_bytes_travel_out_of_band(checkpoint: Path) -> None:
     handle, buffers = handle_of(load(checkpoint), "object_store"), []
     text = pickle.dumps(handle, protocol=5, buffer_callback=buffers.append)
     assert isinstance(handle.source, ObjectStore)
-    assert [buffer.raw().nbytes for buffer in buffers] == [handle.source.data.nbytes]
+    assert [buffer.raw().nbytes for buffer in buffers] == [handle.source.nbytes]
     arrived = pickle.loads(text, buffers=[bytes(buffer.raw()) for buffer in buffers])
     with arrived.open() as one, arrived.open() as other:
         one.state_dict()["state"]["even.weight"]["exp_avg"].fill_(-1)
@@ -171,7 +146,7 @@ def test_in_process_is_the_arena_itself_and_stays_here(checkpoint: Path) -> None
     with pytest.raises(HandoffError, match="the shard was closed; use it inside its `with`"):
         shard.state_dict()
     with pytest.raises(
-        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory or object_store"
+        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc or object_store"
     ):
         handle_of(loaded, "pigeon")
 

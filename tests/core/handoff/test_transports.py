@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Self
 
 import pytest
@@ -15,6 +17,7 @@ from shardferry.errors import HandoffError
 from shardferry.handoff import transports
 from shardferry.handoff.handle import make_handle
 from shardferry.handoff.in_process import InProcess
+from shardferry.handoff.loader_file import LoaderFile, take
 from shardferry.handoff.object_store import ObjectStore
 from shardferry.handoff.shared_memory import SharedMemory
 from shardferry.handoff.transport import Recipient, Transport
@@ -26,8 +29,10 @@ from shardferry.handoff.transports import (
     needs_host_arena,
     stage_transport_names,
     transport_named,
+    wants_device_arena,
 )
 from shardferry.plan.load_plan import Manifest
+from shardferry.receiver import OptimizerReceiver
 from tests.support.commands import REPOSITORY
 
 CONTENT = torch.arange(64, dtype=torch.uint8)
@@ -92,8 +97,9 @@ def test_a_transport_brings_each_arena_that_it_says_it_can(
     arena = filled(kind)
     kind_of_transport = transport.load()
     if not kind_of_transport.can_carry(arena, SAME_PROCESS):
-        assert kind != "host"
-        with pytest.raises(HandoffError, match=r"shared_memory needs an arena on the host|for its own process alone"):
+        assert kind != "host" or transport.keeps_on_device
+        refusals = "shared_memory needs an arena on the host|for its own process alone|cuda_ipc needs an arena on the"
+        with pytest.raises(HandoffError, match=refusals):
             kind_of_transport.from_arena(arena, exclusive=exclusive)
         return
     sent = kind_of_transport.from_arena(arena, exclusive=exclusive)
@@ -111,18 +117,63 @@ def test_a_transport_brings_each_arena_that_it_says_it_can(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_only_those_that_say_so_need_an_arena_on_the_host(transport: TransportEntry) -> None:
-    assert transport.load().can_carry(filled("device"), SAME_PROCESS) is not transport.needs_host_arena
+    can_carry = transport.load().can_carry
+    assert transport.needs_host_arena is (
+        not can_carry(filled("device"), SAME_PROCESS) and can_carry(filled("host"), SAME_PROCESS)
+    )
     assert needs_host_arena(transport.name) is transport.needs_host_arena
     assert not needs_host_arena(AUTO)
 
 
-def test_a_loader_that_is_gone_is_missed_by_those_that_need_it() -> None:
-    arena = filled("host")
-    sent = SharedMemory.from_arena(arena, exclusive=False)
-    assert not transport_named("shared_memory").outlives_loader
-    arena.close()
-    with pytest.raises(HandoffError, match="has ended before the shard was opened"):
-        sent.open()
+@pytest.mark.parametrize(
+    ("name", "recipient", "gpu", "expected"),
+    [
+        pytest.param("auto", Recipient(same_host=True, gpu="a"), "a", True, id="one-gpu"),
+        pytest.param("auto", Recipient(same_host=True, same_process=True, gpu="a"), "a", True, id="one-process"),
+        pytest.param("auto", Recipient(same_host=True, gpu="b"), "a", False, id="two-gpus"),
+        pytest.param("auto", Recipient(same_host=True), "a", False, id="a-trainer-on-the-cpu"),
+        pytest.param("auto", Recipient(same_host=False, gpu="a"), "a", False, id="two-hosts"),
+        pytest.param("auto", Recipient(same_host=True, gpu="a"), None, False, id="a-loader-without-gpu"),
+        pytest.param("auto", Recipient(same_host=True), None, False, id="no-gpu"),
+        pytest.param("cuda_ipc", Recipient(same_host=True), "a", True, id="cuda_ipc"),
+        pytest.param("cuda_ipc", Recipient(same_host=True, gpu="a"), None, False, id="cuda_ipc-without-gpu"),
+        pytest.param("in_process", Recipient(same_host=True, same_process=True), "a", True, id="in_process"),
+        pytest.param("shared_memory", Recipient(same_host=True, gpu="a"), "a", False, id="shared_memory"),
+        pytest.param("object_store", Recipient(same_host=True, gpu="a"), "a", False, id="object_store"),
+    ],
+)
+def test_device_auto_is_a_gpu_where_nothing_goes_through_the_host(
+    name: str, recipient: Recipient, gpu: str | None, expected: bool
+) -> None:
+    assert wants_device_arena(name, recipient, gpu) is expected
+
+
+def test_a_receiver_tells_where_it_runs() -> None:
+    receiver = OptimizerReceiver()
+    receiver.model = torch.nn.Linear(2, 3)
+    receiver.optimizer = torch.optim.AdamW(receiver.model.parameters())
+    process = receiver.shardferry_layout(0, 1).process
+    assert process.recipient() == Recipient(same_host=True, same_process=True, gpu=None)
+    elsewhere = replace(process, pid=process.pid + 1, gpu="a")
+    assert elsewhere.recipient() == Recipient(same_host=True, gpu="a")
+
+
+@pytest.mark.parametrize("late", ["map", "take"])
+def test_of_two_that_have_a_loaders_file_open_one_gets_it(late: str) -> None:
+    arena = HostArena(64)
+    file = LoaderFile.of(arena)
+
+    def be_late() -> None:
+        with file.opened() as mine:
+            with file.opened() as theirs:
+                take(theirs)
+            if late == "take":
+                take(mine)
+            mmap.mmap(mine, arena.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    for _ in range(2):  # the second time it is taken from the start
+        with pytest.raises(HandoffError, match="handed over already"):
+            be_late()
 
 
 def test_a_transport_is_imported_when_it_is_used() -> None:
@@ -139,9 +190,9 @@ def test_names() -> None:
     names = [transport.name for transport in TRANSPORTS]
     assert len(set(names)) == len(names)
     assert AUTO not in names
-    assert stage_transport_names() == ("auto", "shared_memory", "object_store")
+    assert stage_transport_names() == ("auto", "in_process", "shared_memory", "cuda_ipc", "object_store")
     with pytest.raises(
-        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory or object_store"
+        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc or object_store"
     ):
         choose_transport("pigeon", filled("host"), SAME_HOST)
 

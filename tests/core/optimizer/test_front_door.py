@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shardferry
-from shardferry.errors import InstallError, LayoutError
+from shardferry.errors import InstallError, LayoutError, PlanError
 from tests.support.alone import save_alone
 
 Checkpoint = Callable[..., str]
@@ -446,6 +446,22 @@ def test_models_with_optimizers_of_their_own(tmp_path: Path) -> None:
     check_equal([o.state_dict() for o in again], [o.state_dict() for o in optimizers])
 
 
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_models_whose_parameters_of_one_name_have_other_shapes(tmp_path: Path, with_weights: bool) -> None:
+    """The other model's weights don't tell a parameter's shape."""
+    nets = {"actor": nn.Sequential(nn.Linear(4, 3)), "critic": nn.Sequential(nn.Linear(4, 1))}
+    optimizers = {name: adamw(net, lr=0.1) for name, net in nets.items()}
+    for name, net in nets.items():
+        train(net, optimizers[name], 2)
+    state = {name: get_optimizer_state_dict(net, optimizers[name]) for name, net in nets.items()}
+    save_alone(state | {f"{name}_model": net.state_dict() for name, net in nets.items()}, tmp_path / "ckpt")
+    others = {"actor": nn.Sequential(nn.Linear(4, 3)), "critic": nn.Sequential(nn.Linear(4, 1))}
+    fresh = {name: adamw(net) for name, net in others.items()}
+    model_key = {name: f"{name}_model" for name in nets} if with_weights else None
+    shardferry.load_optimizer_state(others, fresh, tmp_path / "ckpt", model_key=model_key)
+    check_equal([o.state_dict() for o in fresh.values()], [o.state_dict() for o in optimizers.values()])
+
+
 def test_one_optimizer_for_each_parameter(tmp_path: Path) -> None:
     net = model()
     each = {name: torch.optim.AdamW([p], lr=0.25) for name, p in net.named_parameters()}
@@ -495,12 +511,17 @@ def test_untied_state_for_a_tied_parameter_is_refused(tmp_path: Path) -> None:
     check_equal(picture(net, adamw(net)), before)
 
 
-def test_tied_state_for_two_parameters_is_given_to_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_key", [None, "model"])
+def test_tied_state_for_two_parameters_is_given_to_both(tmp_path: Path, model_key: str | None) -> None:
     one = tied_checkpoint(Tied(is_tied=True), tmp_path / "ckpt")
     net = Tied(is_tied=False)
     optimizer = adamw(net)
     rename = {"embedding.weight": ["embedding.weight", "head.weight"]}
-    shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt", rename=rename)
+    with pytest.raises(PlanError, match=r"rename: \{embedding.weight: \[embedding.weight, head.weight\]\}"):
+        shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt")
+    shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt", model_key=model_key, rename=rename)
+    if model_key:
+        assert torch.equal(net.head.weight, net.embedding.weight)
     expected = next(iter(one.state.values()))
     check_equal([dict(optimizer.state[p]) for p in net.parameters()], [expected, expected])
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shardferry
 from shardferry.errors import InstallError
@@ -79,6 +80,21 @@ def test_the_order_in_memory_is_the_optimizers(tmp_path: Path, live: int) -> Non
     for mine, theirs in zip(optimizer.state.values(), resumed.state.values(), strict=True):
         assert theirs["basis"].stride() == mine["basis"].stride() == (1, 4)
         assert torch.equal(theirs["basis"], mine["basis"])
+
+
+def test_a_trial_leaves_alone_what_is_not_loaded(tmp_path: Path) -> None:
+    """Its step counts on copies of the live counters."""
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for times in (5, 2):
+        for _ in range(times):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+        if times == 5:
+            save_alone({"optim": get_optimizer_state_dict(model, optimizer)}, tmp_path)
+    shardferry.load_optimizer_state(model, optimizer, tmp_path, exclude=["bias"])
+    assert [int(optimizer.state[parameter]["step"]) for parameter in (model.weight, model.bias)] == [5, 7]
 
 
 def test_entries_beside_state_are_not_dropped_silently(tmp_path: Path) -> None:

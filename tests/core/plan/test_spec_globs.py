@@ -23,7 +23,7 @@ from shardferry.config import LoadRequest, Selection
 from shardferry.errors import LayoutError, PlanError
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
-from shardferry.pipeline.demand import demand_of
+from shardferry.pipeline.dry_run.demand import demand_of
 from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.region import Region

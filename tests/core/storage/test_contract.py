@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,9 @@ KINDS = [
     "file://",
     "memory://",
     "s3://",
+    "pyarrow's S3",
+    "pyarrow's local filesystem",
+    "pyarrow around fsspec",
     "http://",
     "http:// by fsspec",
     "fsspec's local filesystem",
@@ -84,10 +88,28 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             with served(tmp_path) as server:
                 yield at(server.url, client="fsspec")
         case "s3://":
-            s3: S3Server = request.getfixturevalue("s3")
-            prefix = f"{uuid.uuid4()}/step 1"  # a space, as anything may be in a key
-            s3.put(prefix, {**FILES, "directory/inside": b"x"})
+            s3, prefix = in_s3(request)
             yield at(f"s3://{BUCKET}/{prefix}", lambda name, data: s3.put(prefix, {name: data}), **s3.options)
+        case "pyarrow's S3":
+            s3, prefix = in_s3(request)
+
+            def write_later(name: str, data: bytes) -> None:
+                time.sleep(1.1)  # it tells times of change to the second
+                s3.put(prefix, {name: data})
+
+            yield at(f"{BUCKET}/{prefix}", write_later, filesystem=s3.filesystem())
+        case "pyarrow's local filesystem":
+            fs = pytest.importorskip("pyarrow.fs")
+            below = fs.SubTreeFileSystem(str(tmp_path.parent), fs.LocalFileSystem())
+            yield at(tmp_path.name, filesystem=below)
+        case "pyarrow around fsspec":
+            fs = pytest.importorskip("pyarrow.fs")
+            memory, path = fsspec.filesystem("memory"), f"/{uuid.uuid4()}/ckpt"
+            for name, data in FILES.items():
+                memory.pipe_file(f"{path}/{name}", data)
+            around = fs.PyFileSystem(fs.FSSpecHandler(memory))
+            yield at(path, lambda name, data: memory.pipe_file(f"{path}/{name}", data), filesystem=around)
+            memory.rm(path.rpartition("/")[0], recursive=True)
         case _:
             memory, url = fsspec.filesystem("memory"), f"memory://{uuid.uuid4()}/ckpt"
             for name, data in FILES.items():
@@ -95,6 +117,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             memory.makedirs(f"{url}/directory")
             yield at(url, lambda name, data: memory.pipe_file(f"{url}/{name}", data))
             memory.rm(url.rpartition("/")[0], recursive=True)
+
+
+def in_s3(request: pytest.FixtureRequest) -> tuple[S3Server, str]:
+    """A server that has the files, and where in its bucket."""
+    s3: S3Server = request.getfixturevalue("s3")
+    prefix = f"{uuid.uuid4()}/step 1"  # a space, as anything may be in a key
+    s3.put(prefix, {**FILES, "directory/inside": b"x"})
+    return s3, prefix
 
 
 @pytest.fixture
@@ -127,7 +157,7 @@ def test_the_listing_is_of_the_files_in_order(storage: RangeReader) -> None:
 
 
 def test_the_location_opens_the_same_storage(place: Place, storage: RangeReader) -> None:
-    again = open_storage(storage.location, place.options)
+    again = open_storage(storage.location, storage.options)
     assert again.location.removeprefix("file://") == storage.location.removeprefix("file://")
     assert again.size(BIG) == 300_000
     again.close()

@@ -78,7 +78,7 @@ def test_metadata_that_is_written_again_meanwhile(tmp_path: Path, s3: S3Server, 
     what = r"\.metadata: its version is .*written again since\. Open the checkpoint"
     storage = WrittenAfterwards(open_storage(url, s3.options), lambda: s3.put(prefix, after))
     with closing(storage), pytest.raises(StorageError, match=what):
-        checkpoint.read_catalog(storage, cache=None, storage_options=s3.options)
+        checkpoint.read_catalog(storage)
     again = shardferry.open_checkpoint(url, storage_options=s3.options)
     assert again.tensors == shardferry.open_checkpoint(str(tmp_path / "ckpt")).tensors
 

@@ -20,7 +20,7 @@ from shardferry.checkpoint.open import opened_storage
 from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import ReadLimits
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.demand import Demand, demand_of, object_bytes, read_amplification
+from shardferry.pipeline.dry_run.demand import Demand, demand_of, object_bytes, read_amplification
 from shardferry.pipeline.preflight import check_topology, target_layout
 from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.load_plan import LoadPlan

@@ -1,0 +1,1 @@
+"""What the commands do; `shardferry.pipeline.cli` lists them, with their options."""

@@ -1,0 +1,116 @@
+"""``shardferry report``: show a report that a run has written, as text, page or trace, or beside that of another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from shardferry.errors import SpecError
+from shardferry.pipeline.commands.outputs import Output, page_output, write_all
+from shardferry.pipeline.display import human_bytes, human_rate, print_stage, print_table
+from shardferry.pipeline.exports import page_of
+from shardferry.pipeline.exports.trace import chrome_trace
+from shardferry.schemas.stage_report import FailedStage, StageReport
+
+
+def show_report(file: Path, *, html: str | None, trace: str | None, compare: Path | None) -> None:
+    """Print a report, or write it in other forms.
+
+    Args:
+        html, trace: where to write the page and the trace: paths or URLs.
+        compare: another report, which is printed beside it.
+
+    Raises:
+        SpecError: a file is no report, an output can't be written, or there is no trace of a run that failed.
+        StorageError: writing failed.
+    """
+    report, other = read_report(file), None if compare is None else read_report(compare)
+    page, events = page_output(html), Output.of("--trace", trace, storage_options={})
+    if events is not None:
+        events.refuse_stdout()
+        if isinstance(report, FailedStage):
+            raise SpecError("--trace: the run failed; there is no trace of it")
+    if other is None:
+        print_report(report)
+    elif isinstance(report, StageReport) and isinstance(other, StageReport):
+        print_comparison(report, other)
+    else:
+        raise SpecError("--compare: one of the runs failed")
+    write_all(
+        [
+            (page, lambda: page_of(report)),
+            (events, lambda: chrome_trace(report) if isinstance(report, StageReport) else ""),
+        ]
+    )
+
+
+def read_report(path: Path) -> StageReport | FailedStage:
+    """Read the JSON of ``shardferry run --report``.
+
+    Raises:
+        SpecError: the file can't be read, or is something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model = FailedStage if isinstance(values, dict) and "error" in values else StageReport
+        return model.model_validate(values)
+    except (OSError, ValueError, ValidationError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise SpecError(f"{path}: not a report of shardferry run --report: {first}") from None
+
+
+def print_report(report: StageReport | FailedStage) -> None:
+    """Print the summary that the run printed, or its error."""
+    if isinstance(report, StageReport):
+        print_stage(report)
+        return
+    print(f"{report.location}: failed after {report.total_s:.2f} s")
+    for rank in report.ranks:
+        print(f"  rank {rank.rank}: {human_bytes(rank.bytes_done)} of {human_bytes(rank.bytes_needed)}")
+    print(f"{report.error_type}: {report.error}")
+
+
+def print_comparison(first: StageReport, second: StageReport) -> None:
+    """Print two runs side by side."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, unit in _COMPARED.items():
+        a, b = getattr(first, name), getattr(second, name)
+        rows.append((name.removesuffix("_s").replace("_", " "), unit(a), unit(b), _ratio(a, b)))
+    for phase in dict.fromkeys([*first.phases, *second.phases]):
+        a, b = first.phases.get(phase), second.phases.get(phase)
+        rows.append((f"phase {phase}", _seconds(a), _seconds(b), _ratio(a, b)))
+    print_table(f"{first.location} and {second.location}", ("", "first", "second", "second / first"), rows)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f} s"
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else human_bytes(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else human_rate(value)
+
+
+_COMPARED = {
+    "world_size": _number,
+    "total_s": _seconds,
+    "unique_bytes_needed": _bytes,
+    "storage_bytes_read": _bytes,
+    "read_amplification": _number,
+    "num_requests": _number,
+    "storage_bytes_per_s": _rate,
+    "ratio_to_lower_bound": _number,
+}
+
+
+def _ratio(first: float | None, second: float | None) -> str:
+    return f"{second / first:.3f}" if first and second is not None else ""

@@ -1,0 +1,1 @@
+"""The dry run: what each rank would read, from the checkpoint's metadata alone."""

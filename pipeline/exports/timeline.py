@@ -1,0 +1,61 @@
+"""Turn a stage's report into rows of spans on one axis of time: the driver's, and each rank's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardferry.schemas.stage_report import Span, StageReport
+
+WHOLE_LOAD = "load"  # the span around a rank's phases
+_BEFORE_THE_RANKS = ("start",)  # phases of the driver that end when all ranks have joined
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The spans of one process. Times are in seconds since the row's stage began."""
+
+    process: str  # its node; the driver is a process of its own
+    rank: int | None  # None: the driver
+    spans: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "driver" if self.rank is None else f"rank {self.rank}"
+
+
+def timeline(report: StageReport) -> list[Row]:
+    """The driver's row, if it has phases, and a row for each rank."""
+    driver = _driver_spans(report)
+    spans = [*driver, *(span for rank in report.ranks for span in rank.spans)]
+    origin = min((span.start for span in spans), default=0.0)
+
+    def shifted(spans: list[Span]) -> tuple[Span, ...]:
+        return tuple(Span(name=s.name, start=s.start - origin, end=s.end - origin) for s in spans)
+
+    rows = [Row("driver", None, shifted(driver))] if driver else []
+    return rows + [Row(rank.node, rank.rank, shifted(rank.spans)) for rank in report.ranks]
+
+
+def total_s(report: StageReport) -> float:
+    """Seconds from the begin of the first span to the end of the last one."""
+    return max((span.end for row in timeline(report) for span in row.spans), default=0.0)
+
+
+def _driver_spans(report: StageReport) -> list[Span]:
+    """The driver's phases. The report has their seconds; where they are follows from the ranks' spans."""
+    of_ranks = {name for rank in report.ranks for name in rank.phases}
+    phases = {name: seconds for name, seconds in report.phases.items() if name not in of_ranks}
+    spans = [span for rank in report.ranks for span in rank.spans]
+    joined = max((span.end for span in spans if span.name == "join"), default=0.0)
+    loads = [span for span in spans if span.name == WHOLE_LOAD]
+    begun = joined or min((span.start for span in loads), default=0.0)
+    done = max((span.end for span in loads), default=begun)
+    found = []
+    for name, seconds in phases.items():
+        if name in _BEFORE_THE_RANKS:
+            found.append(Span(name=name, start=begun - seconds, end=begun))
+        else:
+            found.append(Span(name=name, start=done, end=done + seconds))
+            done += seconds
+    return found

@@ -1,0 +1,234 @@
+"""A report as rows on one axis of time, as a trace, and as a page that a real browser shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardferry.errors import SpecError
+from shardferry.pipeline.commands.outputs import page_output
+from shardferry.pipeline.display import human_rate, print_stage
+from shardferry.pipeline.exports.timeline import timeline, total_s
+from shardferry.pipeline.exports.trace import chrome_trace
+from shardferry.pipeline.reports import lower_bound_terms, storage_rate
+from shardferry.schemas.stage_config import StageConfig
+from shardferry.schemas.stage_report import FailedStage, StageReport
+from tests.support.commands import Command
+from tests.support.stage_reports import failed_stage, rank_report, stage_report
+
+
+def test_the_driver_s_phases_stand_before_and_after_those_of_the_ranks() -> None:
+    driver, *ranks = timeline(stage_report(2))
+    assert [(span.name, span.start, span.end) for span in driver.spans] == [
+        ("start", 0.0, 2.0),
+        ("handoff", pytest.approx(12.01), pytest.approx(14.01)),
+    ]
+    assert [(row.process, row.name) for row in (driver, *ranks)] == [
+        ("driver", "driver"),
+        ("10.0.0.0", "rank 0"),
+        ("10.0.0.0", "rank 1"),
+    ]
+    assert ranks[0].spans[0].start == 1.5
+    assert total_s(stage_report(2)) == pytest.approx(14.01)
+
+
+def test_the_trace_names_processes_and_threads() -> None:
+    events = json.loads(chrome_trace(stage_report(9)))["traceEvents"]
+    named = {(event["pid"], event["tid"], event["args"]["name"]) for event in events if event["name"].endswith("_name")}
+    assert named == {
+        (1, 0, "driver"),
+        (2, 0, "node 10.0.0.0"),
+        (3, 0, "node 10.0.0.1"),
+        *((2, rank, f"rank {rank}") for rank in range(8)),
+        (3, 8, "rank 8"),
+    }
+    slices = [event for event in events if event["ph"] == "X"]
+    assert Counter(event["name"] for event in slices) == {
+        "start": 1,
+        "handoff": 1,
+        **dict.fromkeys(("join", "load", "values", "plan", "allocate", "agree", "read"), 9),
+    }
+    [start] = (event for event in slices if event["name"] == "start")
+    assert (start["pid"], start["ts"], start["dur"]) == (1, 0.0, 2e6)
+
+
+def test_the_rate_of_the_storage_is_the_one_that_the_load_saw() -> None:
+    ranks = [rank_report(0, busy={"storage": 2.0}), rank_report(1, busy={"storage": 3.0})]
+    assert storage_rate(ranks) == 1e9
+    terms = lower_bound_terms(StageConfig(), 2_000_000_000, ranks)
+    assert terms == {"host memory": 0.3, "storage": 2.0}
+    stated = StageConfig.from_values({"read": {"storage_bandwidth": "500MB"}}, source="")
+    assert lower_bound_terms(stated, 2_000_000_000, ranks)["storage"] == 4.0
+
+
+def test_without_a_rate_of_the_storage_there_is_no_term_of_it() -> None:
+    ranks = [rank_report(0, bytes_read=0, busy={})]
+    assert storage_rate(ranks) is None
+    assert set(lower_bound_terms(StageConfig(), 1, ranks)) == {"host memory"}
+
+
+def test_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    print_stage(stage_report(2))
+    out = capsys.readouterr().out
+    assert "needed once 2.8 GiB, read 2.8 GiB (1.000 x) at 500 MB/s; 14.00 s in all" in out
+    assert "planning and reading took 9.000 s, 1.20 x the lower bound of 7.500 s" in out
+    print_stage(stage_report(2, lower_bound_s=None, ratio_to_lower_bound=None, lower_bound_terms={}))
+    assert "lower bound" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "text"),
+    [(999, "999 B/s"), (1.2e8, "120 MB/s"), (5e3, "5 kB/s"), (2.34e9, "2.34 GB/s"), (1.4e12, "1400 GB/s")],
+)
+def test_rates_for_people(bytes_per_s: float, text: str) -> None:
+    assert human_rate(bytes_per_s) == text
+
+
+REPORTS = {"4 ranks": stage_report(4), "1,024 ranks": stage_report(1_024), "failed": failed_stage(8)}
+
+# What the page is like once all is drawn, for the dump of its content.
+_LOOK = """<script>addEventListener("load", () => setTimeout(() => {
+  const charts = [...document.querySelectorAll(".js-plotly-plot")];
+  const label = document.querySelector(".ytick text");
+  document.body.dataset.found = JSON.stringify({
+    width: document.documentElement.scrollWidth,
+    fetched: performance.getEntriesByType("resource").length,
+    background: getComputedStyle(document.body).backgroundColor,
+    text: getComputedStyle(label).fill,
+    label_px: Math.min(...[...document.querySelectorAll(".ytick text")].map(t => t.getBoundingClientRect().height)),
+    rows: charts.map(chart => chart.querySelectorAll(".ytick").length),
+    overlaps: charts.map(chart => {
+      const boxes = [...chart.querySelectorAll(".ytick text")].map(t => t.getBoundingClientRect()).sort((a, b) => a.y - b.y);
+      return boxes.filter((box, i) => i && box.y < boxes[i - 1].bottom - 4).length }),
+    bars: document.querySelectorAll(".bars path").length,
+  })}, 500))</script>"""
+
+
+def chromium() -> str:
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("needs Debian's package chromium: a real browser")
+    return found
+
+
+def shown(page: str, tmp_path: Path, *, dark: bool = False) -> tuple[dict[str, Any], str]:
+    """What a browser of 1,200 px says of a page, and what it wrote on its console."""
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", f"{_LOOK}</body>"), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-background-networking", "--disable-gpu", "--hide-scrollbars"]
+    options += ["--window-size=1200,900", "--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    done = subprocess.run(
+        [chromium(), *options, file.as_uri()], capture_output=True, text=True, timeout=240, check=False
+    )
+    found = re.search(r'data-found="([^"]*)"', done.stdout)
+    assert found is not None, done.stderr[-2_000:]
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(found[1].replace("&quot;", '"')), console
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_shows_the_page(tmp_path: Path, name: str, dark: bool) -> None:
+    from shardferry.pipeline.exports.page import html_page
+
+    report = REPORTS[name]
+    found, console = shown(html_page(report), tmp_path, dark=dark)
+    assert console == ""
+    assert found["fetched"] == 0, "the page needs nothing from elsewhere"
+    assert found["width"] <= 1_200
+    assert found["background"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
+    assert found["text"] == ("rgb(232, 234, 237)" if dark else "rgb(27, 31, 36)")
+    assert found["label_px"] >= 10
+    assert not any(found["overlaps"])
+    # Each chart names its rows; many ranks share them.
+    assert found["rows"] == {"4 ranks": [5, 4, 4], "1,024 ranks": [65, 64, 32], "failed": [8]}[name]
+    assert found["bars"] > (8 if isinstance(report, FailedStage) else 4 * 8)
+
+
+def test_the_page_s_words() -> None:
+    from shardferry.pipeline.exports.page import html_page
+
+    page = html_page(stage_report(4, warnings=["old files"], missing=["layers.3.w"], overwritten=[(0, "lr", "1", "2")]))
+    for text in (
+        "step-1000",
+        "old files",
+        "layers.3.w",
+        "group 0: lr: 1 → 2",
+        "264 x dim 0 in 4",
+        "dp_shard=4",
+    ):
+        assert text in page
+    assert "<dd>14.00</dd>" in page
+    assert "<dd>1 GB/s</dd>" in page
+    assert "9.0000 s, 1.20 x" in page
+    failed = html_page(failed_stage(8))
+    assert "<b>RankError</b> loading: the process of rank 3 died: &lt;b&gt;out of memory&lt;/b&gt;" in failed
+    assert "3.3 GiB of 7.5 GiB" in failed
+
+
+def test_a_dry_run_s_page(shardferry: Command, saved_by: dict[int, Path], tmp_path: Path) -> None:
+    spec = f"checkpoint: {{location: {saved_by[2]}}}\ntopology: {{mesh: {{dp: 3}}, default: {{dp: 'Shard(0)'}}}}\n"
+    (tmp_path / "stage.yaml").write_text(spec)
+    done = shardferry("plan", tmp_path / "stage.yaml", "--html", tmp_path / "page.html")
+    assert done.status == 0, done.stderr
+    assert done.stderr == f"html: {tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
+    for text in ("Dry run", "dp=3", "rank 2", "peak memory of a rank"):
+        assert text in page
+
+
+def test_without_plotly_the_run_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SpecError, match=r"--html: needs plotly.*pip install 'shardferry\[html\]'"):
+        page_output("page.html")
+
+
+def write_report(path: Path, report: StageReport | FailedStage) -> Path:
+    path.write_text(report.model_dump_json())
+    return path
+
+
+def test_a_report_is_shown_again(shardferry: Command, tmp_path: Path) -> None:
+    file = write_report(tmp_path / "report.json", stage_report(2))
+    done = shardferry("report", file, "--html", tmp_path / "page.html", "--trace", tmp_path / "trace.json")
+    assert done.status == 0, done.stderr
+    assert "14.00 s in all" in done.stdout
+    assert "rank 1" in (tmp_path / "page.html").read_text()
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert done.stderr == f"html: {tmp_path / 'page.html'}\ntrace: {tmp_path / 'trace.json'}\n"
+
+
+def test_two_runs_side_by_side(shardferry: Command, tmp_path: Path) -> None:
+    first = write_report(tmp_path / "first.json", stage_report(2))
+    second = write_report(tmp_path / "second.json", stage_report(2, total_s=7.0))
+    done = shardferry("report", first, "--compare", second)
+    assert done.status == 0
+    assert re.search(r"total +│ +14\.000 s │ +7\.000 s │ +0\.500", done.stdout)
+
+
+def test_a_failure_is_shown_again(shardferry: Command, tmp_path: Path) -> None:
+    file = write_report(tmp_path / "report.json", failed_stage(4))
+    done = shardferry("report", file, "--html", tmp_path / "page.html")
+    assert done.status == 0
+    assert "rank 3: 0 B of 953.7 MiB" in done.stdout
+    assert "RankError: loading: the process of rank 3 died" in done.stdout
+    assert "Failed" in (tmp_path / "page.html").read_text()
+    for option in ("--trace", "--compare"):
+        done = shardferry("report", file, option, file)
+        assert (done.status, option in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"error": 1}'])
+def test_what_is_no_report(shardferry: Command, tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    done = shardferry("report", tmp_path / "report.json")
+    assert (done.status, done.stdout) == (2, "")
+    assert "not a report of shardferry run --report" in done.stderr

@@ -1,0 +1,34 @@
+"""Progress in a log: a line every few seconds, whose rate counts from the first bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardferry.pipeline import display
+
+
+def test_the_start_of_the_actors_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    with display.byte_progress("loading") as bar:
+        for at, done, total in (
+            (3.0, 0, 0),
+            (5.0, 0, 0),
+            (60.0, 0, 4_000_000),
+            (61.0, 1_000_000, 4_000_000),
+            (66.0, 2_000_000, 4_000_000),
+            (71.0, 3_000_000, 4_000_000),
+            (76.0, 4_000_000, 4_000_000),
+            (90.0, 4_000_000, 4_000_000),
+        ):
+            now[0] = at
+            bar.show(done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "loading: waiting for the ranks to start",
+        "loading:   0% 0 B of 3.8 MiB",
+        "loading:  50% 1.9 MiB of 3.8 MiB, 200 kB/s, 10 s left",
+        "loading:  75% 2.9 MiB of 3.8 MiB, 200 kB/s, 5 s left",
+        "loading: 100% 3.8 MiB of 3.8 MiB, 200 kB/s",
+    ]
