@@ -2,18 +2,42 @@
 
 from typing import TYPE_CHECKING
 
-from shardferry.errors import ShardferryError
+from shardferry.errors import (
+    ArenaError,
+    CatalogError,
+    CheckpointNotFound,
+    HandoffError,
+    InstallError,
+    LayoutError,
+    LoadCancelled,
+    PlanError,
+    RankError,
+    ShardferryError,
+    SpecError,
+    StorageError,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArenaError",
     "Catalog",
+    "CatalogError",
+    "CheckpointNotFound",
+    "HandoffError",
+    "InstallError",
     "KeyReport",
+    "LayoutError",
+    "LoadCancelled",
     "OptimizerReceiver",
+    "PlanError",
+    "RankError",
     "Region",
     "Shard",
     "ShardHandle",
     "ShardferryError",
+    "SpecError",
+    "StorageError",
     "attach",
     "describe_layout",
     "kept",
