@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -31,6 +32,42 @@ _MAX_WAITING = 1 << 20  # calls that wait at the same time: one for each rank, a
 def loader_name(stage: str, rank: int) -> str:
     """The name of a loader's actor."""
     return f"shardferry:{stage}:rank{rank}"
+
+
+def guard_name(stage: str, kept: str | None) -> str:
+    """The name of a stage's guard.
+
+    Args:
+        kept: the name under which the loaded state is kept.
+    """
+    return f"shardferry:{stage}" if kept is None else f"{kept_prefix(kept)}{stage}"
+
+
+def kept_prefix(name: str | None) -> str:
+    """How the names of the guards of kept state begin: under one name, or under any."""
+    return "shardferry:kept:" if name is None else f"shardferry:kept:{name}:"
+
+
+@dataclass
+class KeptRecord:
+    """What is kept under a name, and where."""
+
+    name: str
+    stage: str
+    ttl_s: float  # it is dropped if nobody attaches in this time
+    location: str  # of the checkpoint
+    optimizer_key: str | None
+    topology: str  # in words
+    nodes: Sequence[str]  # address, by rank
+    nbytes: Sequence[int]  # of the arenas, by rank
+    files: Mapping[str, bytes] = field(repr=False)  # see `shardferry.checkpoint.kept`
+    created: float = 0.0  # seconds since the epoch
+    used: float = 0.0  # when somebody attached last
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.nodes)
 
 
 def loaders_of(stage: str) -> list[str]:
@@ -63,6 +100,7 @@ class Guard:
         self._is_done = False
         self._promised: dict[Hashable, Sealed] = {}
         self._error: Exception | None = None
+        self._record: KeptRecord | None = None
 
     async def promise(self, name: Hashable) -> Any:
         """What the stage will give under a name: a rank's handle, say. To be asked for once.
@@ -96,12 +134,36 @@ class Guard:
     async def fail(self, error: Exception) -> None:
         """End the stage with an error. The first one counts; once all shards are loaded, this gives back what is reserved."""
         async with self._news:
+            if self._record is not None:
+                return
             if self._is_done:
                 asyncio.get_running_loop().call_later(_POLL_S / 10, os._exit, 0)
                 return
             self._error, self._is_done = error, True
             self._ended.set()
             self._news.notify_all()
+
+    async def keep(self, record: KeptRecord) -> None:
+        """Keep what is loaded, also after the submitting process has ended."""
+        record.created = record.used = time.time()
+        self._record = record
+
+    async def record(self) -> KeptRecord | None:
+        """What is kept; None before it is complete."""
+        return self._record
+
+    async def touch(self) -> None:
+        """Somebody attaches: the time to live begins again."""
+        if self._record is not None:
+            self._record.used = time.time()
+
+    async def drop(self) -> None:
+        """Give back what is kept."""
+        await asyncio.get_running_loop().run_in_executor(None, self._end)
+
+    def _end(self) -> None:
+        kill_loaders(self._stage)
+        os._exit(0)  # Ray removes the placement group, and what is left in it
 
     async def cancel(self) -> None:
         """End the stage, if it is not done, and kill its loaders."""
@@ -129,18 +191,29 @@ class Guard:
         threading.Thread(target=self._watch, args=(list(never),), daemon=True, name="shardferry-guard").start()
 
     def _watch(self, never: list[ray.ObjectRef[Any]]) -> None:
-        while not ray.wait(never, timeout=_POLL_S, fetch_local=False)[0]:
+        while self._is_needed(never):
             with suppress(ray.exceptions.RayError):
                 if self._is_done and not loaders_of(self._stage):
                     time.sleep(_POLL_S)  # results that were returned just now are on their way
                     break
-        os._exit(0)  # Ray removes the placement group, and what is left in it
+        self._end()
+
+    def _is_needed(self, never: list[ray.ObjectRef[Any]]) -> bool:
+        record = self._record
+        if record is None:
+            return not ray.wait(never, timeout=_POLL_S, fetch_local=False)[0]
+        time.sleep(_POLL_S)
+        return time.time() < record.used + record.ttl_s
 
 
-def start_guard(stage: str) -> Any:
-    """Start the guard of a stage that this process submits, and let it watch over this process."""
+def start_guard(stage: str, kept: str | None = None) -> Any:
+    """Start the guard of a stage that this process submits, and let it watch over this process.
+
+    Args:
+        kept: the name under which the loaded state is to be kept.
+    """
     remote: Any = ray.remote(Guard)
-    options = {"num_cpus": 0, "name": f"shardferry:{stage}", "namespace": NAMESPACE, "lifetime": "detached"}
+    options = {"num_cpus": 0, "name": guard_name(stage, kept), "namespace": NAMESPACE, "lifetime": "detached"}
     guard: Any = remote.options(**options, max_concurrency=_MAX_WAITING).remote(stage)
     guard.watch.remote([guard.never.remote()])
     return guard

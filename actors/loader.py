@@ -12,38 +12,42 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
+from shardferry.actors.guard import NAMESPACE
 from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
 from shardferry.actors.rank_report import measures_of_this_process, rank_report
-from shardferry.arena import gpu_identity
+from shardferry.arena import HostArena, gpu_identity, host_identity
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import LoadRequest, PartRequests, ReadOptions
 from shardferry.errors import RankError
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, make_handle
+from shardferry.handoff.loader_file import LoaderFile
 from shardferry.handoff.object_store import ObjectStore, chunks_of
 from shardferry.handoff.transport import Recipient
-from shardferry.handoff.transports import choose_transport, transport_named, wants_device_arena
+from shardferry.handoff.transports import AUTO, choose_transport, transport_named, wants_device_arena
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank
-from shardferry.plan.load_plan import LoadPlan
+from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.receiver import Reception, TrainerProcess
 from shardferry.schemas.stage_report import RankReport, Span
 from shardferry.stats import Counters
 
 _STACK_CALLS = 8  # shown of a stack
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,42 @@ class Loader:
         found = chunks_of(self._loaded[part].arena)
         return found[0] if len(found) == 1 else found
 
+    def keep(self, guard: str) -> None:
+        """Freeze the arenas, and live as long as the guard does.
+
+        Args:
+            guard: the name of its actor.
+        """
+        for loaded in self._loaded:
+            if isinstance(loaded.arena, HostArena):
+                loaded.arena.freeze()
+        threading.Thread(target=_end_with, args=(guard,), daemon=True, name="shardferry-kept").start()
+
+    def handle_for(self, host: str) -> ShardHandle:
+        """A handle of what is kept, see `chunks` where its bytes are not here.
+
+        Args:
+            host: of the process that opens it, see `shardferry.arena.host_identity`.
+        """
+        recipient = Recipient(same_host=host == host_identity())
+        transport = choose_transport(AUTO, self._loaded[0].arena, recipient).name
+        handles = [self._handle_of(loaded, transport, exclusive=False) for loaded in self._loaded]
+        return replace(handles[0], others=tuple(handles[1:]))
+
+    def manifests(self) -> list[Manifest]:
+        """Of each part."""
+        return [loaded.manifest for loaded in self._loaded]
+
+    def memory_file(self, part: int) -> tuple[LoaderFile, int]:
+        """Where a part's kept arena is, for processes of this node, and its bytes."""
+        arena = self._loaded[part].arena
+        assert isinstance(arena, HostArena), "kept arenas are on the host"
+        return LoaderFile.of(arena), arena.nbytes
+
+    def read(self, part: int, byte_offset: int, nbytes: int) -> np.ndarray:
+        """Bytes of a part's kept arena, for processes of other nodes."""
+        return self._loaded[part].arena.as_bytes().numpy()[byte_offset : byte_offset + nbytes]
+
     def progress(self) -> Progress:
         """How many bytes are read so far. Ray answers it while the other methods run."""
         return Progress(self._counters.bytes_done, self._bytes_total)
@@ -236,6 +276,17 @@ class Loader:
             before=[span for span in self._spans if span is not load],
             load_start=load.start,
         )
+
+
+def _end_with(guard: str) -> None:
+    """End this process when an actor has ended."""
+    while True:
+        time.sleep(_POLL_S)
+        with suppress(ray.exceptions.RayError):
+            try:
+                ray.get_actor(guard, NAMESPACE)
+            except ValueError:
+                os._exit(0)
 
 
 def _places(frame: FrameType) -> list[str]:

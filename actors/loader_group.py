@@ -42,6 +42,8 @@ def start_loaders(
     placement: Placement,
     own_group: PlacementGroup | None,
     receptions: Sequence[Reception],
+    *,
+    detached: bool = False,
 ) -> LoaderGroup:
     """Ask Ray to start the loaders, and return before they have started.
 
@@ -49,12 +51,13 @@ def start_loaders(
         stage: the stage's name.
         own_group: the stage's own placement group, where `placement` needs one.
         receptions: of the trainers, by rank; empty without trainers.
+        detached: the loaders outlive this process.
     """
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     loaders = [
         _start(
             stage,
-            placement.options(rank, own_group),
+            placement.options(rank, own_group) | ({"lifetime": "detached"} if detached else {}),
             LoaderSettings(
                 world_rank=rank,
                 world_size=placement.world_size,

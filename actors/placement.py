@@ -116,7 +116,10 @@ def place(
     spec, has_trainers = config.actors, trainer_nodes is not None
     given = user if user is not None and not (user.is_captured and (has_trainers or spec.placement != "auto")) else None
     offered = _offered(given, world_size) if given is not None and not given.is_captured else {}
-    otherwise = 0.0 if has_trainers or given is not None else 1.0
+    keeps_on_host = (
+        config.handoff.keep is not None
+    )  # state that is kept must not take GPUs from those who train with it
+    otherwise = 0.0 if has_trainers or given is not None or keeps_on_host else 1.0
     return Placement(
         world_size,
         num_cpus=_amount(spec.cpus_per_actor, offered.get("CPU", otherwise)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from benchmarks.cases import CASES
 from benchmarks.checkpoint import disk_directory
+from benchmarks.handoff import ARRAY, CHUNKS, DICT, SHARED, STORE, limits
 from benchmarks.limits import verdicts
 from benchmarks.load import main, write_results
 from benchmarks.models import fill_box, state_bytes
@@ -24,6 +27,7 @@ from benchmarks.table import fresh_table, markdown, plain, time_table
 from benchmarks.task import Task, WrongResult
 from shardferry.region import Region
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = ("Shardferry", "Shardferry, direct", "Shardferry, cooperative")
 
 
@@ -210,3 +214,41 @@ def test_tables_and_summary_are_written_beside_the_readme(tmp_path: Path) -> Non
         page = (tmp_path / "results" / f"{kind.value}.md").read_text()
         assert f"Shardferry against its limits: {kind.title}" in page
         assert f"scripts/bench --store {kind.value}" in page
+
+
+def test_limits_of_the_hand_over() -> None:
+    """The dict is compared with shared memory, the object store with the faster raw way; both of the largest arena."""
+    times = {SHARED: 10.0, STORE: 500.0, ARRAY: 440.0, CHUNKS: 390.0, DICT: 990.0}
+    small = {way: {"total_ms": 1.0, "open_ms": 6.0} for way in times}
+    large = {way: {"total_ms": total, "open_ms": 4.0} for way, total in times.items()}
+    results = {
+        "passages": {str(2**26): small, str(2**30): large},
+        "in_process_bytes": [0, 1000],
+        "start_up_s": {"stage": 3.5, "bare actors": 2.0},
+    }
+    assert [(found, met) for _, _, found, met in limits(results)] == [
+        ("6.00", False),
+        ("4.00", True),
+        ("99", False),
+        ("0.78", False),
+        ("0", True),
+        ("1.50", False),
+    ]
+
+
+@pytest.mark.slow
+def test_hand_over_is_measured(tmp_path: Path) -> None:
+    """In small. Bytes that are not what was sent would have failed it."""
+    file = tmp_path / "handoff.json"
+    command = [sys.executable, "-m", "benchmarks.handoff", "--megabytes", "1,4", "--rounds", "1", "--json", str(file)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert {size: set(ways) for size, ways in results["passages"].items()} == {
+        str(size): {SHARED, STORE, ARRAY, CHUNKS, DICT} for size in (2**20, 2**22)
+    }
+    assert all(one["total_ms"] > 0 for ways in results["passages"].values() for one in ways.values())
+    copied, loaded = results["in_process_bytes"]
+    assert (copied, loaded) == (0, 2**22), "the state is where it was read to"
+    assert [limit["what"] for limit in results["limits"]][-1] == "stage of 2 ranks over 2 bare actors, s"
+    assert "Against the limits" in done.stdout

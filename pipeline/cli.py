@@ -1,4 +1,4 @@
-"""The list of commands: ``shardferry inspect | init | diff | plan | run | report | verify | demo``.
+"""The list of commands: ``shardferry inspect | init | diff | plan | run | report | verify | kept | demo``.
 
 What they do is in `shardferry.pipeline.commands`. Each command imports its modules when it runs: ``--help`` imports neither torch nor Ray, ``inspect`` and ``plan`` import no Ray.
 
@@ -312,6 +312,20 @@ def verify(
         print("".join(f"  {problem}\n" for problem in problems), end="")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command(epilog=_epilog("shardferry kept", "shardferry kept --drop run-7"))
+def kept(
+    drop: Annotated[str | None, typer.Option(metavar="NAME", help="Give the memory of this one back.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else the running one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the state that is kept in the memory of a Ray cluster, or drop some of it."""
+    from shardferry.pipeline.commands.kept import list_kept
+
+    list_kept(drop, address, as_json=as_json)
 
 
 @app.command(epilog=_epilog("shardferry demo", "shardferry demo --directory demo-1"))

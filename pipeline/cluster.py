@@ -41,7 +41,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         yield
         return
     if address:
-        _check_reachable(address, config.timeouts.start_s)
+        check_reachable(address, config.timeouts.start_s)
         _init(f"Ray at {address!r}", address=address)
     else:
         _start_embedded(config, world_size, num_gpus)
@@ -51,7 +51,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         ray.shutdown()
 
 
-def _check_reachable(address: str, timeout_s: float) -> None:
+def check_reachable(address: str, timeout_s: float) -> None:
     """Raise SpecError if no process listens at the address. Ray itself retries silently."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from shardferry.actors.guard import kill_loaders
+from shardferry.actors.guard import KeptRecord, guard_name, kill_loaders
+from shardferry.actors.kept import name_is_taken, others_of
 from shardferry.actors.loader import Joined
 from shardferry.actors.loader_group import LoaderGroup, ask_for_handles, ask_progress, completed, start_loaders
 from shardferry.actors.placement import Placement, UserBundles, check_room, free_places, place
@@ -29,8 +30,9 @@ from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.preflight import check_checkpoint, check_topology
 from shardferry.pipeline.result import Outcome
 from shardferry.pipeline.waiting import Wait, cause_of, dismiss, gather
+from shardferry.plan.kept import index_of
 from shardferry.receiver import Reception
-from shardferry.schemas.stage_config import StageConfig, TopologySpec
+from shardferry.schemas.stage_config import KeepSpec, StageConfig, TopologySpec
 from shardferry.schemas.stage_report import RankReport
 
 STARTED, OUTCOME = "started", "outcome"  # names of promises; a rank's handle has the rank as its name
@@ -49,6 +51,7 @@ class Order:
     trainers: Trainers | None
     user: UserBundles | None
     exclusive: bool  # the trainers alone open the shards
+    asks_trainers: bool = False  # whether the plan fits, before the read
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Drive(threading.Thread):
         self._guard.fulfil.remote({STARTED: Sealed.of(started)})
         places = [joined.ip for joined in started.joined]
         reports = self._read(group, catalog, topology, receptions, places)
+        if (keep := order.config.handoff.keep) is not None:
+            self._keep(keep, group, started, found, placement, reports)
         handles = self._gather(
             ask_for_handles(group, reports, exclusive=order.exclusive),
             "making the shards' handles",
@@ -118,7 +123,7 @@ class Drive(threading.Thread):
             completed(handle, loader, joined.ip, timeouts.handoff_s)
             for handle, loader, joined in zip(handles, group.loaders, started.joined, strict=True)
         ]
-        if all(transport_named(report.transport).outlives_loader for report in reports):
+        if keep is None and all(transport_named(report.transport).outlives_loader for report in reports):
             self._wait_for_bytes(handles)
             kill_loaders(order.name)  # the shards don't need them any more: the GPUs are free for other work
         outcome = Outcome(started.seconds, catalog, self._receptions if topology is None else topology, reports)
@@ -147,7 +152,8 @@ class Drive(threading.Thread):
         if bundles := placement.own_bundles:
             reserved: Any = self._guard.reserve.remote(bundles, placement.strategy, placement.label_selectors())
             (own,) = self._gather([reserved], "reserving the loaders' places", "start_s")
-        group = start_loaders(order.config, order.name, placement, own, receptions)
+        detached = order.config.handoff.keep is not None
+        group = start_loaders(order.config, order.name, placement, own, receptions, detached=detached)
         joined = self._gather(
             group.joined, "starting the loaders", "start_s", hint=lambda ranks: free_places(placement)
         )
@@ -164,7 +170,7 @@ class Drive(threading.Thread):
         order = self._order
         requests, read = order.config.checkpoint.requests(), order.config.read.options(order.config.timeouts.load_s)
         target = None if topology is None else ray.put(topology)
-        trainers = order.trainers if order.exclusive else None
+        trainers = order.trainers if order.asks_trainers else None
         reports = [
             loader.load.remote(
                 catalog,
@@ -183,6 +189,38 @@ class Drive(threading.Thread):
             hint=lambda ranks: _stalled(order.name, group, ranks, time.monotonic() - begun),
             places=places,
         )
+
+    def _keep(
+        self,
+        keep: KeepSpec,
+        group: LoaderGroup,
+        started: Started,
+        catalog: Catalog,
+        placement: Placement,
+        reports: Sequence[RankReport],
+    ) -> None:
+        """Let the loaders live without this process, and give the guard the index of what they hold. Raises ShardferryError."""
+        name = guard_name(self._order.name, keep.name)
+        loaders: list[Any] = group.loaders
+        self._gather([loader.keep.remote(name) for loader in loaders], "keeping the loaded state", "handoff_s")
+        manifests = self._gather([loader.manifests.remote() for loader in loaders], "listing what is kept", "handoff_s")
+        taken = others_of(keep.name, self._order.name)
+        if taken and not keep.replace:
+            raise name_is_taken(keep.name)
+        record = KeptRecord(
+            name=keep.name,
+            stage=self._order.name,
+            ttl_s=keep.ttl_s,
+            location=catalog.location,
+            optimizer_key=self._order.config.checkpoint.optimizer_key,
+            topology=_topology_words(self._order, placement.world_size),
+            nodes=[joined.ip for joined in started.joined],
+            nbytes=[report.arena_bytes for report in reports],
+            files=index_of(manifests).files(),
+        )
+        self._gather([self._guard.keep.remote(record)], "keeping the loaded state", "handoff_s", who="guard")
+        for other in taken:
+            dismiss([other.drop.remote()])
 
     def _wait_for_bytes(self, handles: Sequence[ShardHandle]) -> None:
         """Until the object store has all shards. Raises RankError."""
@@ -224,6 +262,12 @@ class Drive(threading.Thread):
         )
         self._asked += refs
         return gather(refs, wait)
+
+
+def _topology_words(order: Order, world_size: int) -> str:
+    if isinstance(order.topology, SpecLayout):
+        return str(order.topology.mesh)
+    return f"{world_size} trainers" if order.trainers is not None else f"{world_size} ranks"
 
 
 def _busy(who: str) -> str:

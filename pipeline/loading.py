@@ -114,9 +114,13 @@ class Loading:
         return StageResult(self.config, _get(self._outcome), refs=self.refs, close=self.close)
 
     def cancel(self) -> None:
-        """Stop the reads and take the loaders down; `wait` raises LoadCancelled. Opened shards stay valid."""
+        """Stop the reads and take the loaders down; `wait` raises LoadCancelled. Opened shards stay valid.
+
+        State that is kept and complete stays: `shardferry kept --drop` gives its memory back.
+        """
         self._guard.fail.remote(LoadCancelled("the load was cancelled"))
-        kill_loaders(self.name)
+        if self.config.handoff.keep is None:
+            kill_loaders(self.name)
 
     close = cancel
 

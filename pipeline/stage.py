@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 
 from shardferry.actors.guard import start_guard
+from shardferry.actors.kept import name_is_taken, others_of
 from shardferry.actors.placement import UserBundles, captured_group, check_room, place
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
@@ -66,6 +67,7 @@ class OptimizerLoadStage:
         location: Location | None = None,
         *,
         topology: Topology | None = None,
+        keep: str | None = None,
     ) -> Loading:
         """Start a load and return at once. Nothing is reserved before location and topology are known.
 
@@ -74,13 +76,14 @@ class OptimizerLoadStage:
                 delivered to them: pass ``refs[rank]`` on, or use `run`.
             location: the checkpoint, or an ObjectRef of it, the result of an upstream task. Default: the spec's.
             topology: instead of the spec's: a `TopologySpec`, a dict of its fields, or an ObjectRef of one.
+            keep: a name under which the state stays in the cluster's memory; default: the spec's ``handoff.keep``.
 
         Raises:
             SpecError: no location, no topology, trainers that are no receivers, or fewer GPUs in the cluster than the ranks need.
             CatalogError, PlanError, LayoutError, StorageError: the checkpoint or the topology is wrong; nothing was started. If
                 ``location`` is an ObjectRef, `Loading.wait` raises these.
         """
-        return self._submit(trainers, location, topology, exclusive=False)
+        return self._kept_as(keep)._submit(trainers, location, topology, is_run=False)
 
     def run(
         self,
@@ -88,6 +91,7 @@ class OptimizerLoadStage:
         location: Location | None = None,
         *,
         topology: Topology | None = None,
+        keep: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> StageResult:
         """Load, deliver to the trainers if they are given, and return when all is done.
@@ -98,7 +102,7 @@ class OptimizerLoadStage:
 
         Args:
             trainers: actors, by rank, whose class mixes in `shardferry.OptimizerReceiver`, or has methods of its names.
-            location, topology: as for `submit`.
+            location, topology, keep: as for `submit`.
             on_progress: called twice a second with every rank's progress.
 
         Raises:
@@ -106,7 +110,7 @@ class OptimizerLoadStage:
         """
         if self.config.handoff.transport == "in_process":
             return run_in_process(self.config, trainers, self._location(location))
-        loading = self._submit(trainers, location, topology, exclusive=trainers is not None)
+        loading = self._kept_as(keep)._submit(trainers, location, topology, is_run=True)
         try:
             result = loading.result(on_progress=on_progress)
             if trainers is not None:
@@ -122,13 +126,26 @@ class OptimizerLoadStage:
         location: Location | None = None,
         *,
         topology: Topology | None = None,
+        keep: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> StageResult:
         """As `run`, for an async actor: its loop goes on meanwhile."""
-        return await asyncio.to_thread(self.run, trainers, location, topology=topology, on_progress=on_progress)
+        return await asyncio.to_thread(
+            self.run, trainers, location, topology=topology, keep=keep, on_progress=on_progress
+        )
+
+    def _kept_as(self, name: str | None) -> OptimizerLoadStage:
+        """This stage, with a name under which its state is kept."""
+        if name is None:
+            return self
+        values = self.config.model_dump(mode="json")
+        values["handoff"]["keep"] = {**(values["handoff"]["keep"] or {}), "name": name}
+        other = OptimizerLoadStage(StageConfig.from_values(values, source="keep"))
+        other._user = self._user
+        return other
 
     def _submit(
-        self, trainers: Trainers | None, location: Location | None, topology: Topology | None, *, exclusive: bool
+        self, trainers: Trainers | None, location: Location | None, topology: Topology | None, *, is_run: bool
     ) -> Loading:
         if self.config.handoff.transport == "in_process":
             raise SpecError("handoff.transport: in_process loads inside the trainers; call run(trainers)")
@@ -146,9 +163,22 @@ class OptimizerLoadStage:
         world_size = len(trainers) if trainers is not None else None if known is None else known.world_size
         if known is not None:
             check_room(self.config, place(self.config, known.world_size, trainer_nodes=None, user=user))
+        keep = self.config.handoff.keep
+        if keep is not None and not keep.replace and others_of(keep.name):
+            raise name_is_taken(keep.name)
         name = uuid.uuid4().hex[:8]
-        guard = start_guard(name)
-        order = Order(name, self.config, where, catalog, layout, trainers=trainers, user=user, exclusive=exclusive)
+        guard = start_guard(name, None if keep is None else keep.name)
+        order = Order(
+            name,
+            self.config,
+            where,
+            catalog,
+            layout,
+            trainers=trainers,
+            user=user,
+            exclusive=is_run and trainers is not None and keep is None,
+            asks_trainers=is_run,
+        )
         loading = Loading(name, self.config, guard, world_size)
         Drive(order, guard, loading.refs if world_size is not None else ()).start()
         return loading

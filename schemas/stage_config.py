@@ -360,8 +360,20 @@ def _check_transport(value: object) -> object:
 TransportName = Annotated[str, BeforeValidator(_check_transport), Field(json_schema_extra={"enum": list(_TRANSPORTS)})]
 
 
+class KeepSpec(Spec):
+    """State that stays in the memory of the cluster after the load; see docs/resident.md."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="under which trainers attach to it")
+    ttl_s: Seconds = Field(3600, description="it is dropped if nobody has attached for so long")
+    replace: bool = Field(
+        False, description="a name that is taken is given to the new state, once that is complete; false: an error"
+    )
+
+
 class HandoffSpec(Spec):
     """How a loaded shard reaches its trainer."""
+
+    keep: KeepSpec | None = Field(None, description="keep what is loaded in the memory of the cluster; null: don't")
 
     transport: TransportName = Field(
         AUTO,
@@ -396,6 +408,10 @@ class StageConfig(Spec):
             raise ValueError(
                 f"handoff.transport {self.handoff.transport} needs arenas on the host; actors.device is cuda"
             )
+        if self.handoff.keep is not None and self.actors.device == "cuda":
+            raise ValueError("handoff.keep keeps state in host memory; actors.device is cuda")
+        if self.handoff.keep is not None and self.handoff.transport == "in_process":
+            raise ValueError("handoff.keep needs loaders; handoff.transport is in_process")
         if self.actors.device == "cuda" and self.actors.gpus_per_actor == 0:
             raise ValueError("actors.device is cuda, but actors.gpus_per_actor is 0")
         return self

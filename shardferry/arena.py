@@ -120,6 +120,13 @@ class HostArena(_Bytes):
         """Whether other processes can open it."""
         return self.descriptor >= 0
 
+    def as_bytes(self) -> torch.Tensor:
+        """The whole arena; where this object has dropped its own mapping, a private one."""
+        if self.descriptor < 0 or len(self.memory):
+            return super().as_bytes()
+        pages = mmap.mmap(self.descriptor, self.nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+
     def freeze(self) -> None:
         """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
         self.detach()

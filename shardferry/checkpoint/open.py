@@ -19,6 +19,7 @@ from shardferry._gc import paused_gc
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.kept import open_kept
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
 from shardferry.checkpoint.metadata import parse_metadata
 from shardferry.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors, with_safetensors_positions
@@ -152,6 +153,7 @@ def _read_rank_metadata(storage: RangeReader, names: Sequence[str], cache: Catal
 _FORMATS: tuple[MetadataReader, ...] = (
     _read_dcp,
     _read_rank_metadata,
+    lambda storage, names, _cache: open_kept(storage, names),
     lambda storage, names, _cache: open_safetensors(storage, names),
 )
 

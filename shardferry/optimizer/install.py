@@ -134,6 +134,7 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
             policy=loaded.request.keys,
             known=None if any(map(may_change_entries, update.overwritten)) else form.predicted,
         )
+        _refuse_one_ranks(update, loaded)
         try_load(
             form.optimizer,
             update.state_dict(_Source(loaded, without_memory=True), entries),
@@ -146,6 +147,24 @@ def check(loaded: LoadedState, live: LiveModel) -> Checked:
             warnings.append(f"{type(form.optimizer).__name__}: its state can't be predicted ({entries.unknown})")
     changes = tuple(change for update in updates for change in update.overwritten)
     return Checked(updates, found, changes, tuple(warnings))
+
+
+def _refuse_one_ranks(update: _OptimizerUpdate, loaded: LoadedState) -> None:
+    """Refuse state that each rank computes of its part alone, as torch saves one rank's. Raises InstallError."""
+    form = update.form
+    if form.predicted is None:
+        return
+    for group, there in zip(update.groups, update.params, strict=True):
+        of_one_rank = dict(zip(map(id, group.parameters), form.predicted.of_one_rank[group.index], strict=True))
+        for parameter in there:
+            entries = loaded.entries(*parameter.parts[0].names)
+            for name in sorted(of_one_rank[id(parameter)] & entries.keys()):
+                if not entries[name].is_parts:
+                    raise InstallError(
+                        f"{parameter.parts[0].fqn}: {type(form.optimizer).__name__} computes {name!r} of this rank's part of the parameter "
+                        "alone, so that each rank had another one, and the checkpoint has one rank's: torch saves a tensor that is "
+                        "no DTensor once. Save such state as DTensors, or leave the parameter out with exclude; nothing was changed"
+                    )
 
 
 def _forms(loaded: LoadedState, live: LiveModel) -> tuple[OptimizerForm, ...]:

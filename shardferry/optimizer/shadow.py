@@ -25,6 +25,8 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardferry.state_dicts import flat_entries
+
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _LOAD_HOOKS = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
 _FRONT_DOOR = ("step", "state_dict", "load_state_dict", "__setstate__")
@@ -69,6 +71,7 @@ class Shadow:
         if patched:
             raise NoShadow(f"{patched[0]} was replaced on the object")
         self.has_guessed = False
+        self._of_one_rank = _OfOneRank()
         with _guarded("a copy"):
             self.optimizer = _copied(optimizer)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -88,10 +91,11 @@ class Shadow:
         for parameter in self._parameters:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            self._of_one_rank.add_parts([parameter, parameter.grad])
         step = type(self.optimizer).step
         if getattr(step, "hooked", False):  # by torch, for hooks that are for all optimizers too
             step = step.__wrapped__  # type: ignore[attr-defined]
-        with _guarded("a step") as numbers, torch.no_grad():
+        with _guarded("a step", self._of_one_rank) as numbers, torch.no_grad():
             step(self.optimizer)
         self.has_guessed |= numbers.has_guessed
 
@@ -107,10 +111,11 @@ class Shadow:
 
     def predicted(self) -> Predicted:
         """The state in the form of ``state_dict()``. Raises NoShadow."""
-        with _guarded("state_dict"):
+        with _guarded("state_dict", self._of_one_rank):
             state_dict = self.optimizer.state_dict()
-            entries = [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
-            return Predicted(entries, self.has_guessed, shared_state(state_dict))
+        entries = [[state_dict["state"].get(key, {}) for key in g["params"]] for g in state_dict["param_groups"]]
+        of_one_rank = [[self._of_one_rank.names_in(entry) for entry in there] for there in entries]
+        return Predicted(entries, self.has_guessed, shared_state(state_dict), of_one_rank)
 
 
 def shared_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
@@ -131,6 +136,8 @@ class Predicted:
     entries: Sequence[Sequence[Mapping[Any, Any]]]  # by param group and parameter
     has_guessed: bool  # by a number that isn't known: it may have more or other entries
     shared: Mapping[Any, Any] = field(default_factory=dict)  # state under keys that are of no parameter
+    # By param group and parameter: dotted names of the plain tensors that come of this rank's part of it alone.
+    of_one_rank: Sequence[Sequence[frozenset[str]]] = ()
 
 
 def predict(
@@ -157,8 +164,11 @@ def predict(
         is_by_form = False
     if not is_by_form:  # but by a parameter's place
         return _after_steps(optimizer, hyperparameters, num_steps, everything)
-    entries = [_spread(there, found) for there, found in zip(alike, first.entries, strict=True)]
-    return Predicted(entries, first.has_guessed or last.has_guessed, first.shared)
+    entries, of_one_rank = (
+        [_spread(there, found) for there, found in zip(alike, by_group, strict=True)]
+        for by_group in (first.entries, first.of_one_rank)
+    )
+    return Predicted(entries, first.has_guessed or last.has_guessed, first.shared, of_one_rank)
 
 
 def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
@@ -183,7 +193,7 @@ def _alike(group: int, parameters: Sequence[torch.Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
-def _spread(alike: Sequence[Sequence[int]], found: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+def _spread(alike: Sequence[Sequence[int]], found: Sequence[Any]) -> list[Any]:
     by_position = {position: entry for there, entry in zip(alike, found, strict=True) for position in there}
     return [by_position[position] for position in sorted(by_position)]
 
@@ -272,15 +282,68 @@ class _TwinsOfTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_SHAPE_ALONE = re.compile(r"(new_)?(empty|zeros|ones|full)(_like|_strided)?$")  # operators that take no elements
+
+
+class _OfOneRank:
+    """The plain tensors that come of one rank's part of a sharded parameter: each rank has others under the same name.
+
+    An operator's results come of what its arguments come of. What a collective returns is taken to be the same on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, Any] = {}  # kept, so that no other one gets the address
+
+    def add_parts(self, tensors: Sequence[Any]) -> None:
+        """Take in the local tensors of DTensors that are sharded."""
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+                continue
+            if not all(placement.is_replicate() for placement in tensor.placements):
+                self._add([tensor._local_tensor])
+
+    def follow(self, func: Any, args: Sequence[Any], results: Any) -> None:
+        """Take in what an operator makes of its arguments."""
+        made = _tensors(results)
+        self.add_parts(made)
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "_c10d_functional" or _SHAPE_ALONE.match(name) or not any(map(self._has, _tensors(args))):
+            return
+        self._add(made)
+        if func._schema.is_mutable:
+            self._add(_tensors(args[:1]))
+
+    def _add(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = storage
+
+    def names_in(self, entries: Mapping[Any, Any]) -> frozenset[str]:
+        """The dotted names of such tensors."""
+        return frozenset(name for name, value in flat_entries(entries).items() if self._has(value))
+
+    def _has(self, value: Any) -> bool:
+        is_plain = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+        return is_plain and value.untyped_storage()._cdata in self._storages
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [tensor for one in tree for tensor in _tensors(one)] if isinstance(tree, list | tuple) else []
+
+
 class _WithoutMemory(TorchDispatchMode):
     """Lets optimizers' code run on tensors without memory.
 
     A number that is asked of such a tensor is 1. Collectives are refused: the other ranks may not take part in them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_one_rank: _OfOneRank) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.has_guessed = False  # a decision was made by a number that isn't known
+        self._of_one_rank = of_one_rank
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -289,19 +352,24 @@ class _WithoutMemory(TorchDispatchMode):
             dtype = args[0].dtype
             self.has_guessed |= dtype is torch.bool
             return torch.ones((), dtype=dtype).item()
-        return func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        self._of_one_rank.follow(func, args, results)
+        return results
 
 
 @contextmanager
-def _guarded(what: str, *, passes_errors: bool = False) -> Iterator[_WithoutMemory]:
+def _guarded(
+    what: str, of_one_rank: _OfOneRank | None = None, *, passes_errors: bool = False
+) -> Iterator[_WithoutMemory]:
     """Run an optimizer's code on tensors without memory, and leave random numbers and warnings as they were.
 
     Nothing is compiled: torch.compile gives up on a function that it meets under a dispatch mode, for the live one too.
 
     Args:
+        of_one_rank: takes in what comes of this rank's parts.
         passes_errors: whether errors that don't come of the lack of memory are the optimizer's own, and raised.
     """
-    before, mode = random.getstate(), _WithoutMemory()
+    before, mode = random.getstate(), _WithoutMemory(of_one_rank or _OfOneRank())
     try:
         with (
             warnings.catch_warnings(),

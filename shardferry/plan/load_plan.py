@@ -5,6 +5,7 @@ All of it is plain data: integers, names, layouts and saved Python values. `plan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +42,11 @@ class PlannedTensor:
         return dotted(self.path)
 
     @property
+    def is_parts(self) -> bool:
+        """Whether ranks hold parts of it."""
+        return self.sharded_like_param or self.layout.local_numel != math.prod(self.layout.global_shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of the local tensor in the arena, bytes."""
         return self.layout.local_numel * self.dtype.itemsize
@@ -55,6 +61,7 @@ class PlannedValue:
     path: KeyPath  # of the state entry below its parameter; empty for extra states
     value: Any  # None in a dry run, which reads no values
     section: Section = "state"
+    is_parts = False
 
     @property
     def name(self) -> str:

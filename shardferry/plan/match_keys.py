@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -138,9 +138,15 @@ def _fits_nothing(word: str, glob: str, names: Collection[str], what: str = "sav
 
 
 def find_state(
-    saved: SavedOptimizer, layout: RankLayout, request: LoadRequest
+    saved: SavedOptimizer,
+    layout: RankLayout,
+    request: LoadRequest,
+    saved_shape: Callable[[str], tuple[int, ...] | None],
 ) -> tuple[list[MatchedParam], tuple[str, ...]]:
     """The wanted parameters of the optimizer that are saved, and those that aren't.
+
+    Args:
+        saved_shape: a saved parameter's shape by its name, as far as its state tells.
 
     Raises:
         PlanError: some are missing, and the request does not allow it.
@@ -163,7 +169,8 @@ def find_state(
         names[fqn] = with_state[0] if with_state else _name_in(known_names, fqn, layout)
     missing = [fqn for fqn, name in names.items() if name is None and not layout.may_lack(fqn)]
     if missing and not request.keys.allow_missing:
-        raise PlanError(_missing_state(missing, saved, len(wanted)))
+        tied_to = _tied_to(missing[0], [name for name in names.values() if name], layout, saved_shape)
+        raise PlanError(_missing_state(missing, saved, len(wanted)) + tied_to)
     return [MatchedParam(fqn, name) for fqn, name in names.items() if name is not None], tuple(missing)
 
 
@@ -173,6 +180,19 @@ def _missing_state(missing: list[str], saved: SavedOptimizer, num_wanted: int) -
         f"{first}: the checkpoint has no state for this parameter under {saved.optimizer_key!r} "
         f"({len(missing)} of {num_wanted} wanted parameters are missing: {shown(missing)}; {len(saved.state)} are saved); "
         f"the nearest saved names are {nearest(first, saved.state)}. Rename them (a list of names gives one saved parameter, which was tied, to several), or set keys: allow_missing"
+    )
+
+
+def _tied_to(
+    missing: str, found: Sequence[str], layout: RankLayout, saved_shape: Callable[[str], tuple[int, ...] | None]
+) -> str:
+    """What to do if a parameter was saved as one with another: the only saved one that has its shape."""
+    shape = layout.parameter_shape(missing)
+    alike = [name for name in found if saved_shape(name) == shape]
+    if len(alike) != 1:
+        return ""
+    return (
+        f". If it was tied to {alike[0]}, whose shape is {shape} too: rename: {{{alike[0]}: [{alike[0]}, {missing}]}}"
     )
 
 

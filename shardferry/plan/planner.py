@@ -20,6 +20,7 @@ from shardferry.checkpoint.optimizer_state import (
     SavedOptimizer,
     index_optimizer,
     index_weights,
+    parameter_shape,
     top_level_keys,
 )
 from shardferry.config import DtypePolicy, LoadRequest, StalePolicy, can_convert
@@ -82,7 +83,7 @@ def plan_load(
             here = {name for names_here in request.selection.wanted_names(names).values() for name in names_here}
             check_spec(spec, here, state)
     planner = _Planner(catalog, layout, request, values, with_reads=with_reads)
-    found, missing = find_state(saved, layout, request)
+    found, missing = find_state(saved, layout, request, partial(_saved_shape, catalog, saved))
     planner.add_state(saved, found, index)
     weight_keys: dict[str, bool] = {}
     if request.model_key is not None:
@@ -103,6 +104,12 @@ def plan_load(
     if spec is not None:
         _check_default(spec, catalog, plan)
     return plan
+
+
+def _saved_shape(catalog: Catalog, saved: SavedOptimizer, fqn: str) -> tuple[int, ...] | None:
+    """A parameter's shape as its state tells it."""
+    entries = saved.state.get(fqn, {})
+    return parameter_shape({name: catalog.tensors[e.key] for name, e in entries.items() if e.key in catalog.tensors})
 
 
 def _check_default(spec: SpecLayout, catalog: Catalog, plan: LoadPlan) -> None:
@@ -135,11 +142,18 @@ def _names_beside(catalog: Catalog, request: LoadRequest, index: OptimizerIndex)
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
-    """The keys of the saved weights by the FQNs that are used here. Raises PlanError."""
+    """The keys of the saved weights by the FQNs that are used here. Raises PlanError.
+
+    A renaming to several names gives way to a weight that was saved under one of these: tied ones are saved under each.
+    """
     named: dict[str, str] = {}
     weights = _weights(catalog, request, index)
-    for saved, names in request.selection.wanted_names(weights).items():
+    wanted = request.selection.wanted_names(weights)
+    own = {fqn for names in wanted.values() if len(names) == 1 for fqn in names}
+    for saved, names in wanted.items():
         for fqn in names:
+            if len(names) > 1 and fqn in own:
+                continue
             if fqn in named:
                 raise PlanError(f"{fqn}: two saved weights get this name, {saved!r} is one; narrow the renaming")
             if request.selection.selects(fqn):

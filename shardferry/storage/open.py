@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 from shardferry.errors import SpecError
@@ -14,6 +15,8 @@ from shardferry.storage.retry import RetryingReader, RetryPolicy
 # Each makes the storage of a location, or returns None where another kind reads it; fsspec takes every location.
 _KINDS: Sequence[Callable[[str, Mapping[str, Any]], RangeReader | None]]
 _KINDS = (local.open_location, obstore.open_location, fsspec.open_location)
+# By scheme: "module:function" of kinds that need more than the core, imported when a location has the scheme.
+_BEYOND_THE_CORE = {"shardferry+memory://": "shardferry.actors.memory_storage:open_location"}
 
 
 class Placed(Protocol):
@@ -53,6 +56,8 @@ def open_storage(
     path, options = _path_and_options(location, storage_options or {})
     if (filesystem := options.get("filesystem")) is not None:
         storage = _of_filesystem(filesystem, path)
+    elif (home := next((_BEYOND_THE_CORE[s] for s in _BEYOND_THE_CORE if path.startswith(s)), None)) is not None:
+        storage = resolve_name(home)(path, options)
     else:
         opened = (open_location(path, options) for open_location in _KINDS)
         storage = next(found for found in opened if found is not None)

@@ -38,6 +38,16 @@ def test_strided_shard() -> None:
     assert (placement.dim, placement.split_factor) == (0, 2)
 
 
+def test_operators_and_storages() -> None:
+    """shardferry/optimizer/shadow.py follows what comes of what"""
+    assert torch.ops.aten.add_.Tensor._schema.is_mutable
+    assert not torch.ops.aten.add.Tensor._schema.is_mutable
+    assert torch.ops.aten.new_zeros.default._schema.name == "aten::new_zeros"
+    tensor = torch.empty(4, device="meta")
+    assert tensor[1:].untyped_storage()._cdata == tensor.untyped_storage()._cdata
+    assert torch.empty(4, device="meta").untyped_storage()._cdata != tensor.untyped_storage()._cdata
+
+
 def local_tensor_is_an_object() -> None:
     mesh, local = init_device_mesh("cpu", (2,)), torch.zeros(4)
     parameter: Any = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shardferry
-from shardferry.errors import InstallError, LayoutError
+from shardferry.errors import InstallError, LayoutError, PlanError
 from tests.support.alone import save_alone
 
 Checkpoint = Callable[..., str]
@@ -511,12 +511,17 @@ def test_untied_state_for_a_tied_parameter_is_refused(tmp_path: Path) -> None:
     check_equal(picture(net, adamw(net)), before)
 
 
-def test_tied_state_for_two_parameters_is_given_to_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_key", [None, "model"])
+def test_tied_state_for_two_parameters_is_given_to_both(tmp_path: Path, model_key: str | None) -> None:
     one = tied_checkpoint(Tied(is_tied=True), tmp_path / "ckpt")
     net = Tied(is_tied=False)
     optimizer = adamw(net)
     rename = {"embedding.weight": ["embedding.weight", "head.weight"]}
-    shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt", rename=rename)
+    with pytest.raises(PlanError, match=r"rename: \{embedding.weight: \[embedding.weight, head.weight\]\}"):
+        shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt")
+    shardferry.load_optimizer_state(net, optimizer, tmp_path / "ckpt", model_key=model_key, rename=rename)
+    if model_key:
+        assert torch.equal(net.head.weight, net.embedding.weight)
     expected = next(iter(one.state.values()))
     check_equal([dict(optimizer.state[p]) for p in net.parameters()], [expected, expected])
 

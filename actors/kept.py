@@ -1,0 +1,170 @@
+"""State that stays in the memory of the cluster: find it, attach to it, drop it, and read from it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from shardferry.actors.guard import NAMESPACE, KeptRecord, guard_name, kept_prefix, loader_name
+from shardferry.actors.loader_group import completed
+from shardferry.arena import host_identity
+from shardferry.errors import HandoffError, SpecError
+from shardferry.handoff.handle import ShardHandle
+
+_ANSWER_S = 30.0  # of a guard or a loader
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """State that is kept under a name."""
+
+    name: str
+    location: str  # of the checkpoint
+    optimizer_key: str | None
+    topology: str  # mesh, or number of ranks
+    world_size: int
+    bytes_per_node: dict[str, int]
+    age_s: float
+    left_s: float  # until it is dropped, if nobody attaches
+    lost_ranks: tuple[int, ...]  # whose loader has died
+
+
+def kept() -> list[KeptState]:
+    """The state that is kept in the cluster, by name."""
+    _connect()
+    found = [(record, guard) for name in _names() for record, guard in [_record_of(name)] if record is not None]
+    return sorted((_state_of(record) for record, _ in found), key=lambda state: state.name)
+
+
+def attach(name: str, rank: int, *, location: str | None = None, timeout_s: float = 600.0) -> ShardHandle:
+    """A handle of one rank's kept state. Nothing is read from storage.
+
+    On the loader's node the handle's memory is the loader's own, and each opener gets private pages where it writes. On
+    another node it holds a copy of the bytes, through Ray's object store.
+
+    Args:
+        name: under which the state is kept.
+        location: of the checkpoint that is expected; another one is an error.
+        timeout_s: for the bytes to come from another node.
+
+    Raises:
+        HandoffError: nothing is kept under the name, or the state of another checkpoint; or the rank's loader has died.
+    """
+    record, guard = find(name)
+    if location is not None and location.rstrip("/") != record.location.rstrip("/"):
+        raise HandoffError(f"{name!r} keeps the state of {record.location}, not of {location}")
+    if not 0 <= rank < record.world_size:
+        raise HandoffError(f"{name!r} keeps the state of {record.world_size} ranks; there is no rank {rank}")
+    ray.get(guard.touch.remote(), timeout=_ANSWER_S)
+    loader = loader_of(record, rank)
+    try:
+        handle: ShardHandle = ray.get(loader.handle_for.remote(host_identity()), timeout=_ANSWER_S)
+    except ray.exceptions.RayActorError as error:
+        raise lost(record, rank) from error
+    return completed(handle, loader, record.nodes[rank], timeout_s)
+
+
+def drop(name: str) -> None:
+    """Give the memory of kept state back. Memory that trainers have opened stays theirs. Raises HandoffError: there is none."""
+    _, guard = find(name)
+    with suppress(ray.exceptions.RayActorError):
+        ray.get(guard.drop.remote(), timeout=_ANSWER_S)
+
+
+def find(name: str) -> tuple[KeptRecord, Any]:
+    """The record of kept state, and its guard. Raises HandoffError."""
+    _connect()
+    complete = [(record, guard) for one in _names(name) for record, guard in [_record_of(one)] if record is not None]
+    if not complete:
+        names = sorted({state.name for state in kept()})
+        raise HandoffError(
+            f"nothing is kept under {name!r}; there is {', '.join(names) or 'nothing kept in this cluster'}"
+        )
+    return max(complete, key=lambda found: found[0].created)
+
+
+def others_of(name: str, stage: str | None = None) -> list[Any]:
+    """The guards of state that is kept, or is being loaded to be kept, under a name.
+
+    Args:
+        stage: whose own guard is left out.
+    """
+    found = []
+    for actor in _names(name):
+        if stage is None or actor != guard_name(stage, name):
+            with suppress(ValueError):  # gone since
+                found.append(ray.get_actor(actor, NAMESPACE))
+    return found
+
+
+def name_is_taken(name: str) -> SpecError:
+    """The error for a name under which state is kept already."""
+    return SpecError(
+        f"handoff.keep.name: {name!r} is taken; `shardferry kept` lists what is kept. Attach to it, drop it, take another name, or "
+        "set handoff.keep.replace: true"
+    )
+
+
+def _connect() -> None:
+    if not ray.is_initialized():
+        ray.init()
+
+
+def _names(name: str | None = None) -> list[str]:
+    """The names of the guards of kept state."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    prefix = kept_prefix(name)
+    return [actor["name"] for actor in named if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
+
+
+def _record_of(actor: str) -> tuple[KeptRecord | None, Any]:
+    """None: it is being loaded, or its guard has ended since."""
+    with suppress(ValueError, ray.exceptions.RayError):
+        guard: Any = ray.get_actor(actor, NAMESPACE)
+        return ray.get(guard.record.remote(), timeout=_ANSWER_S), guard
+    return None, None
+
+
+def _state_of(record: KeptRecord) -> KeptState:
+    per_node: dict[str, int] = {}
+    for node, nbytes in zip(record.nodes, record.nbytes, strict=True):
+        per_node[node] = per_node.get(node, 0) + nbytes
+    now = time.time()
+    return KeptState(
+        name=record.name,
+        location=record.location,
+        optimizer_key=record.optimizer_key,
+        topology=record.topology,
+        world_size=record.world_size,
+        bytes_per_node=per_node,
+        age_s=now - record.created,
+        left_s=max(0.0, record.used + record.ttl_s - now),
+        lost_ranks=tuple(rank for rank in range(record.world_size) if not _lives(record, rank)),
+    )
+
+
+def _lives(record: KeptRecord, rank: int) -> bool:
+    with suppress(ValueError):
+        ray.get_actor(loader_name(record.stage, rank), NAMESPACE)
+        return True
+    return False
+
+
+def loader_of(record: KeptRecord, rank: int) -> Any:
+    """The loader of a rank. Raises HandoffError: it has died."""
+    try:
+        return ray.get_actor(loader_name(record.stage, rank), NAMESPACE)
+    except ValueError:
+        raise lost(record, rank) from None
+
+
+def lost(record: KeptRecord, rank: int) -> HandoffError:
+    """The error for a rank whose loader has died."""
+    return HandoffError(
+        f"{record.name!r}: the loader of rank {rank} on {record.nodes[rank]} has died, and its part of the state with it; the "
+        f"others are there. Load that rank from {record.location}, or drop the name and load again"
+    )

@@ -1,0 +1,108 @@
+"""Kept state as a storage: ``shardferry+memory://NAME``. Its files are the arenas of the loaders; see `shardferry.checkpoint.kept`."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from shardferry.actors.guard import KeptRecord
+from shardferry.actors.kept import find, loader_of, lost
+from shardferry.arena import host_identity
+from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
+from shardferry.handoff.loader_file import LoaderFile
+from shardferry.storage.base import RangeReader, StorageTraits, copy_bytes, cut_answer, missing_file, spread
+
+SCHEME = "shardferry+memory://"
+_ANSWER_S = 60.0  # of a loader
+_TRAITS = StorageTraits(max_gap_bytes=0, max_over_read=0.0, max_request_bytes=8 << 20, is_local=True)
+
+
+def open_location(location: str, options: Mapping[str, Any]) -> RangeReader:
+    """The storage of kept state. Raises CheckpointNotFound, SpecError."""
+    if options:
+        raise SpecError(f"storage_options: {SCHEME} takes none (found {', '.join(options)})")
+    name = location.removeprefix(SCHEME).strip("/")
+    try:
+        record, _ = find(name)
+    except HandoffError as error:
+        raise CheckpointNotFound(f"{location}: {error}") from None
+    return MemoryReader(location, record)
+
+
+class MemoryReader(RangeReader):
+    """Reads arenas: those of this node through a mapping, those of other nodes through their loaders."""
+
+    def __init__(self, location: str, record: KeptRecord) -> None:
+        super().__init__(location, _TRAITS)
+        self._record = record
+        self._lock = threading.Lock()
+        self._arenas: dict[str, tuple[memoryview | None, int]] = {}  # by file: mapped, if it is on this node; its bytes
+
+    def listing(self) -> dict[str, int | None]:
+        self._versions = dict.fromkeys(self._record.files, self._record.stage)
+        return {name: len(data) for name, data in sorted(self._record.files.items())}
+
+    def size(self, path: str) -> int:
+        if path in self._record.files:
+            return len(self._record.files[path])
+        return self._arena(path)[1]
+
+    def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
+        nbytes = sum(map(len, buffers))
+        if path in self._record.files:
+            data = memoryview(self._record.files[path])[byte_offset : byte_offset + nbytes]
+        else:
+            mapped, size = self._arena(path)
+            stop = min(size, byte_offset + nbytes)
+            data = self._fetch(path, byte_offset, stop - byte_offset) if mapped is None else mapped[byte_offset:stop]
+        if len(data) != nbytes:
+            raise cut_answer(f"{self.location}/{path}", byte_offset, byte_offset + nbytes, num_bytes=len(data))
+        if len(buffers) == 1:
+            copy_bytes(buffers[0], data)
+        else:
+            spread(data, buffers)
+
+    def close(self) -> None:
+        self._arenas.clear()
+
+    def _arena(self, path: str) -> tuple[memoryview | None, int]:
+        """Raises StorageError: its loader has died."""
+        with self._lock:
+            if path not in self._arenas:
+                file, nbytes = self._ask(path, "memory_file")
+                self._arenas[path] = (_mapped(file, nbytes), nbytes)
+            return self._arenas[path]
+
+    def _fetch(self, path: str, byte_offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._ask(path, "read", byte_offset, nbytes))
+
+    def _ask(self, path: str, method: str, *arguments: int) -> Any:
+        """The answer of the loader that has an arena. Raises StorageError."""
+        rank, part = _rank_and_part(path, self.location)
+        try:
+            loader = loader_of(self._record, rank)
+            return ray.get(getattr(loader, method).remote(part, *arguments), timeout=_ANSWER_S)
+        except HandoffError as error:
+            raise StorageError(str(error)) from None
+        except ray.exceptions.RayActorError:
+            raise StorageError(str(lost(self._record, rank))) from None
+
+
+def _rank_and_part(path: str, location: str) -> tuple[int, int]:
+    kind, _, numbers = path.partition("-")
+    rank, _, part = numbers.partition("-")
+    if kind != "arena" or not (rank.isdigit() and part.isdigit()):
+        raise missing_file(f"{location}/{path}")
+    return int(rank), int(part)
+
+
+def _mapped(file: LoaderFile, nbytes: int) -> memoryview | None:
+    """The bytes of an arena, if it is on this node."""
+    if file.host != host_identity():
+        return None
+    with file.opened() as descriptor:
+        return memoryview(mmap.mmap(descriptor, nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ))

@@ -1,0 +1,1 @@
+"""State that stays in the memory of the cluster."""

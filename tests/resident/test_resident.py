@@ -1,0 +1,154 @@
+"""State that one job loads and others attach to, in the same topology or another one, without storage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+import shardferry
+from shardferry.actors.guard import NAMESPACE, loader_name
+from shardferry.actors.kept import drop, find
+from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
+from shardferry.pipeline import OptimizerLoadStage
+from shardferry.schemas import StageConfig
+from tests.support.commands import REPOSITORY, Command
+from tests.support.leftovers import nothing_held
+from tests.support.models import SHAPES, STATES
+from tests.support.oracle import full_tensor
+from tests.support.trainers import never_stepped
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+NUM_ELEMENTS = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+NAME = "run-7"
+
+
+def stage(location: str | Path | None, world_size: int = 0, **sections: Any) -> OptimizerLoadStage:
+    topology = {"mesh": {"dp": world_size}, "default": {"dp": "Shard(0)"}} if world_size else None
+    checkpoint = {} if location is None else {"location": str(location)}
+    values = {"checkpoint": checkpoint, "topology": topology, **sections}
+    return OptimizerLoadStage(StageConfig.model_validate(values))
+
+
+def compared(handle: shardferry.ShardHandle) -> int:
+    """Every element of a shard against the oracle; returns how many."""
+    count = 0
+    with handle.open() as shard:
+        state = shard.state_dict()["state"]
+        for fqn, shape in SHAPES.items():
+            for name in STATES:
+                full = full_tensor(fqn, name, shape)
+                for whole, local in shard.regions(fqn, name):
+                    expected = full[tuple(slice(o, e) for o, e in zip(whole.offsets, whole.ends, strict=True))]
+                    found = state[fqn][name][tuple(slice(o, e) for o, e in zip(local.offsets, local.ends, strict=True))]
+                    assert torch.equal(found, expected), f"{fqn}.{name}"
+                    count += found.numel()
+    return count
+
+
+@pytest.fixture(scope="module")
+def gpus_of_loaders(cluster: None, saved_by: dict[int, Path]) -> Iterator[str]:
+    """What a job has told that has loaded, kept and ended."""
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "tests.resident.keep_and_leave", address, str(saved_by[4]), NAME]
+    with nothing_held():
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+        yield done.stdout.strip()
+        drop(NAME)
+        assert shardferry.kept() == []
+
+
+def test_another_job_attaches(gpus_of_loaders: str, saved_by: dict[int, Path]) -> None:
+    assert gpus_of_loaders == "[[], []]"
+    handles = [shardferry.attach(NAME, rank, location=str(saved_by[4])) for rank in range(2)]
+    assert [handle.transport for handle in handles] == ["shared_memory"] * 2
+    with handles[0].open() as shard:  # nobody's writes reach what others attach to
+        for state in shard.state_dict()["state"].values():
+            for tensor in state.values():
+                tensor.fill_(-1.0)
+    assert sum(map(compared, handles)) == NUM_ELEMENTS
+    (state,) = shardferry.kept()
+    assert (state.name, state.location, state.world_size, state.lost_ranks) == (NAME, str(saved_by[4]), 2, ())
+    assert sum(state.bytes_per_node.values()) >= 4 * NUM_ELEMENTS
+    assert 3000 < state.left_s <= 3600
+
+
+def test_what_can_not_be_attached_to(gpus_of_loaders: str) -> None:
+    with pytest.raises(HandoffError, match=rf"nothing is kept under 'run-8'; there is {NAME}"):
+        shardferry.attach("run-8", 0)
+    with pytest.raises(HandoffError, match="keeps the state of 2 ranks; there is no rank 2"):
+        shardferry.attach(NAME, 2)
+    with pytest.raises(HandoffError, match=r"keeps the state of .* not of s3://bucket/other"):
+        shardferry.attach(NAME, 0, location="s3://bucket/other")
+    with pytest.raises(CheckpointNotFound, match="nothing is kept under 'run-8'"):
+        shardferry.open_checkpoint("shardferry+memory://run-8")
+
+
+def test_the_name_is_taken(gpus_of_loaders: str, saved_by: dict[int, Path]) -> None:
+    with pytest.raises(SpecError, match=rf"handoff.keep.name: '{NAME}' is taken"):
+        stage(saved_by[4], 1).submit(keep=NAME)
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_another_topology_from_memory(gpus_of_loaders: str, world_size: int) -> None:
+    with stage(f"shardferry+memory://{NAME}", world_size).run() as result:
+        assert sum(map(compared, result.handles)) == NUM_ELEMENTS
+        assert result.report.location == f"shardferry+memory://{NAME}"
+
+
+def test_trainers_in_another_topology_from_memory(
+    gpus_of_loaders: str, trainers_with: Callable[..., list[Any]], saved_by: dict[int, Path]
+) -> None:
+    """Through loaders beside them, and inside them."""
+    for transport in ("auto", "in_process"):
+        trainers = trainers_with(never_stepped)
+        stage(f"shardferry+memory://{NAME}", handoff={"transport": transport}).run(trainers)
+        assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS
+
+
+def test_commands_work_with_it(gpus_of_loaders: str, shardferry: Command) -> None:
+    listed = json.loads(shardferry("kept", "--json").stdout)
+    assert [state["name"] for state in listed["kept"]] == [NAME]
+    inspected = json.loads(shardferry("inspect", f"shardferry+memory://{NAME}", "--json").stdout)
+    assert {tensor["fqn"] for tensor in inspected["tensors"]} >= {f"optim.state.{fqn}.exp_avg" for fqn in SHAPES}
+    assert inspected["problems"] == []
+
+
+def kept_as(name: str) -> Any:
+    return next((state for state in shardferry.kept() if state.name == name), None)
+
+
+def test_a_loader_dies_and_another_state_takes_the_name(saved_by: dict[int, Path]) -> None:
+    keep = {"name": "short", "ttl_s": 600, "replace": True}
+    with nothing_held():
+        stage(saved_by[4], 2, handoff={"keep": keep}).run()
+        before, _ = find("short")
+        ray.kill(ray.get_actor(loader_name(before.stage, 1), NAMESPACE))
+        state = kept_as("short")
+        assert state is not None
+        assert state.lost_ranks == (1,)
+        with pytest.raises(
+            HandoffError, match=r"the loader of rank 1 on .* has died, and its part of the state with it"
+        ):
+            shardferry.attach("short", 1)
+        assert 0 < compared(shardferry.attach("short", 0)) < NUM_ELEMENTS
+        with pytest.raises(StorageError, match=r"the loader of rank 1 on .* has died"):
+            stage("shardferry+memory://short", 1).run()
+        stage(saved_by[4], 1, handoff={"keep": {**keep, "ttl_s": 4}}).run()
+        after, _ = find("short")
+        assert after.stage != before.stage
+        assert compared(shardferry.attach("short", 0)) == NUM_ELEMENTS
+        deadline = time.monotonic() + 30
+        while kept_as("short") and time.monotonic() < deadline:  # nobody attaches
+            time.sleep(0.5)
+        assert kept_as("short") is None
