@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.actor import exit_actor
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from shardferry.actors.sealed import Sealed
@@ -26,6 +27,7 @@ from shardferry.errors import LoadCancelled
 
 NAMESPACE = "shardferry"  # of the guards and the loaders
 _POLL_S = 0.5
+_EXIT_S = 10.0
 _MAX_WAITING = 1 << 20  # calls that wait at the same time: one for each rank, and some
 
 
@@ -137,8 +139,7 @@ class Guard:
             if self._record is not None:
                 return
             if self._is_done:
-                asyncio.get_running_loop().call_later(_POLL_S / 10, os._exit, 0)
-                return
+                self._leave()
             self._error, self._is_done = error, True
             self._ended.set()
             self._news.notify_all()
@@ -158,12 +159,22 @@ class Guard:
             self._record.used = time.time()
 
     async def drop(self) -> None:
-        """Give back what is kept."""
-        await asyncio.get_running_loop().run_in_executor(None, self._end)
+        """Give back what is kept, and end: Ray then removes the placement group, and what is left in it."""
+        await asyncio.get_running_loop().run_in_executor(None, kill_loaders, self._stage)
+        self._leave()
+
+    def _leave(self) -> None:
+        """End this actor. Ray lets the calls that wait return first."""
+        self._never.set()
+        self._ended.set()
+        exit_actor()
 
     def _end(self) -> None:
-        kill_loaders(self._stage)
-        os._exit(0)  # Ray removes the placement group, and what is left in it
+        """From a thread: end as an actor ends on purpose, or Ray tells every driver that a worker has died."""
+        this: Any = ray.get_runtime_context().current_actor
+        this.drop.remote()
+        time.sleep(_EXIT_S)
+        os._exit(0)
 
     async def cancel(self) -> None:
         """End the stage, if it is not done, and kill its loaders."""

@@ -6,14 +6,16 @@ The functions run on the ranks of a process group, many optimizers in one group.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 import shardferry
 from shardferry.errors import ShardferryError
 from shardferry.state_dicts import flat_entries
-from tests.support.ranks import RankPool
+from tests.support.ranks import DEADLINE_S, RankPool
+
+T = TypeVar("T")
 
 SAVES_ONE_RANKS = "state that is not a DTensor differs from rank to rank, and torch saves one rank's"
 NUM_STEPS = 6  # before the save
@@ -270,6 +274,52 @@ def _agreed(work: Callable[..., Outcome | None], *args: Any) -> Outcome | None:
     return min(found, key=lambda outcome: order.index(outcome.verdict), default=None)
 
 
+class Failed(Exception):
+    """Work has failed on a rank; in that rank's words, on all ranks."""
+
+
+def together(path: Path, work: Callable[[], T]) -> T:
+    """Call a function that communicates. Where it fails on one rank, it fails on all, and none waits for another.
+
+    The rank that fails ends its process groups, in which the others may wait for it; then all form a new one.
+
+    Args:
+        path: a file for the new group to meet at; one of this call's own.
+
+    Raises:
+        Failed: on all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    words, result = "", None
+    everyone = [""] * world_size
+    try:
+        result = work()
+    except (Exception, CheckpointException) as error:
+        words = words_of(error)
+    if words or not _gathered(everyone, words):
+        dist.distributed_c10d._abort_process_group()  # of all groups: a mesh may have its own
+        gc.collect()  # models hold them, and their threads spin
+        timeout = timedelta(seconds=DEADLINE_S / 2)
+        store = dist.FileStore(str(path), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.all_gather_object(everyone, words)
+    failures = sorted(
+        filter(None, everyone), key=lambda one: "by peer" in one
+    )  # what a rank says whose peer has ended it
+    if failures:
+        raise Failed(failures[0])
+    return result  # type: ignore[return-value]
+
+
+def _gathered(everyone: list[str], words: str) -> bool:
+    """Whether no rank has ended the process group."""
+    try:
+        dist.all_gather_object(everyone, words)
+    except RuntimeError:
+        return False
+    return True
+
+
 def words_of(error: BaseException) -> str:
     """An error in one line; of torch's checkpointing the error behind it."""
     if isinstance(error, CheckpointException):
@@ -278,18 +328,24 @@ def words_of(error: BaseException) -> str:
 
 
 def _save(directory: Path, wrapper: Wrapper, case: Case) -> Outcome | None:
-    try:
+    def train() -> tuple[Any, ...]:
         model, optimizer = _trained(wrapper, case, LR, range(1, NUM_STEPS + 1))
         before = whole_entries(model, optimizer)
         optim = _optimizer_state_dict(model, optimizer)
-        differing = _differing(optim)
         dcp.save({"model": get_model_state_dict(model), "optim": optim}, checkpoint_id=str(directory / "ckpt"))
         state_dict = _copy_of_tree(optimizer.state_dict())
         step(case, model, optimizer, NUM_STEPS + 1)
-        after = whole_entries(model, optimizer)
-    except (Exception, CheckpointException) as error:
-        return Outcome("cannot", words_of(error))
-    lost = _lost_by_stock(wrapper, case, state_dict, before, after)
+        return before, whole_entries(model, optimizer), state_dict, _differing(optim)
+
+    try:
+        before, after, state_dict, differing = together(directory / "meet-to-save", train)
+    except Failed as error:
+        return Outcome("cannot", str(error))
+    try:
+        work = partial(_lost_by_stock, wrapper, case, state_dict, before, after)
+        lost: list[str] | str = together(directory / "meet-for-stock", work)
+    except Failed as error:
+        lost = str(error)
     if dist.get_rank() == 0:
         torch.save((before, after, lost, differing), directory / "oracle.pt")
     return None
@@ -307,17 +363,14 @@ def _copy_of_tree(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _lost_by_stock(
     wrapper: Wrapper, case: Case, state_dict: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
-) -> list[str] | str:
-    """What the optimizer's own state dict doesn't bring back: the entries that differ after the next step, or an error."""
-    try:
-        model, optimizer = _trained(wrapper, case, LR / 2, ())
-        with torch.no_grad():
-            for fqn, parameter in named_parameters(model).items():
-                parameter.copy_(_like(before[f"model.{fqn}"], parameter))
-        optimizer.load_state_dict(state_dict)
-        step(case, model, optimizer, NUM_STEPS + 1)
-    except Exception as error:
-        return words_of(error)
+) -> list[str]:
+    """What the optimizer's own state dict doesn't bring back: the entries that differ after the next step."""
+    model, optimizer = _trained(wrapper, case, LR / 2, ())
+    with torch.no_grad():
+        for fqn, parameter in named_parameters(model).items():
+            parameter.copy_(_like(before[f"model.{fqn}"], parameter))
+    optimizer.load_state_dict(state_dict)
+    step(case, model, optimizer, NUM_STEPS + 1)
     return differences(model, optimizer, after)
 
 
@@ -370,26 +423,37 @@ def _load_one(
     lost: list[str] | str,
     differing: str | None,
 ) -> Outcome | None:
+    meet = directory / f"meet-after-{len(steps)}"
     try:
-        model, optimizer = _trained(wrapper, case, LR / 2, steps)
-    except Exception as error:
-        return Outcome("cannot", words_of(error))
+        model, optimizer = together(meet.with_suffix(".train"), partial(_trained, wrapper, case, LR / 2, steps))
+    except Failed as error:
+        return Outcome("cannot", str(error))
     untouched = local_entries(model, optimizer)
+
+    def load() -> str:
+        try:
+            shardferry.load_optimizer_state(model, optimizer, directory / "ckpt", model_key="model")
+        except ShardferryError as error:
+            return words_of(error).replace(str(directory), "…")
+        return ""
+
     try:
-        shardferry.load_optimizer_state(model, optimizer, directory / "ckpt", model_key="model")
-    except ShardferryError as error:
-        words, now = words_of(error).replace(str(directory), "…"), local_entries(model, optimizer)
+        refused = together(meet.with_suffix(".load"), load)
+    except Failed as error:
+        return Outcome("wrong", str(error))
+    if refused:
+        now = local_entries(model, optimizer)
         changed = [n for n in {*now, *untouched} if not same(now.get(n), untouched.get(n))]
-        return Outcome("wrong", f"{changed[0]} was changed: {words}") if changed else Outcome("refused", words)
+        return Outcome("wrong", f"{changed[0]} was changed: {refused}") if changed else Outcome("refused", refused)
     if differing is not None:
         return Outcome("cannot", f"{SAVES_ONE_RANKS}: {differing}")
     wrong = differences(model, optimizer, before)
     if _on_any_rank(bool(wrong)):
         return Outcome("wrong", f"loaded {_said(model, optimizer, before, wrong)}") if wrong else None
     try:
-        step(case, model, optimizer, NUM_STEPS + 1)
-    except Exception as error:
-        return Outcome("cannot" if isinstance(lost, str) else "wrong", f"the next step: {words_of(error)}")
+        together(meet.with_suffix(".next"), partial(step, case, model, optimizer, NUM_STEPS + 1))
+    except Failed as error:
+        return Outcome("cannot" if isinstance(lost, str) else "wrong", f"the next step: {error}")
     wrong = differences(model, optimizer, after)
     if not _on_any_rank(bool(wrong)):
         return None
@@ -397,8 +461,8 @@ def _load_one(
     if may_round and not _on_any_rank(not rounding_only(model, optimizer, after, wrong)):
         return Outcome("rounded")
     if wrapper.source != wrapper.target:
-        by_hand = differences(model, optimizer, _step_by_hand(wrapper, case, before))
-        if not _on_any_rank(bool(by_hand)):
+        by_hand = together(meet.with_suffix(".by-hand"), partial(_step_by_hand, wrapper, case, before))
+        if not _on_any_rank(bool(differences(model, optimizer, by_hand))):
             return Outcome("rounded")
     if not wrong:
         return None
