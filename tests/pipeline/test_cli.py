@@ -189,7 +189,7 @@ def test_an_embedded_ray_that_does_not_start(
     assert says in json.loads((tmp_path / "report.json").read_text())["error"]
 
 
-COMMANDS = ["inspect", "init", "diff", "plan", "run", "report", "verify", "demo"]
+COMMANDS = ["inspect", "init", "diff", "plan", "run", "report", "verify", "kept", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
