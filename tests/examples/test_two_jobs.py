@@ -7,7 +7,7 @@ import ray
 
 import shardferry
 from examples import two_jobs
-from shardferry.actors.kept import drop
+from shardferry.actors.resident.kept import drop
 from tests.support.leftovers import nothing_held
 
 
