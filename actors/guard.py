@@ -63,6 +63,7 @@ class KeptRecord:
     nodes: Sequence[str]  # address, by rank
     nbytes: Sequence[int]  # of the arenas, by rank
     files: Mapping[str, bytes] = field(repr=False)  # see `shardferry.checkpoint.kept`
+    holders: Sequence[Any] | None = None  # handles of live trainers that hold the arenas; None: the stage's loaders do
     created: float = 0.0  # seconds since the epoch
     used: float = 0.0  # when somebody attached last
 

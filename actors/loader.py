@@ -25,6 +25,8 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from shardferry.actors.guard import NAMESPACE
+from shardferry.actors.logs import log_fault, log_phases, show_logs
+from shardferry.actors.metrics import LoadMetrics
 from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
 from shardferry.actors.rank_report import measures_of_this_process, rank_report
@@ -63,6 +65,8 @@ class Joined:
 class LoaderSettings:
     """Settings that each loader of a group gets at its start."""
 
+    stage: str  # its name
+    log: str | None  # see `shardferry.actors.logs.asked_format`
     world_rank: int
     world_size: int
     device: Literal["auto", "cpu", "cuda"]
@@ -89,6 +93,7 @@ class Loader:
         self._loaded: list[LoadedShard] = []
         self._spans: list[Span] = []
         self._thread = 0
+        show_logs(settings.log)
         self._device = self._choose_device()
 
     def open_rendezvous(self, generation: str) -> Rendezvous:
@@ -138,20 +143,35 @@ class Loader:
             ShardferryError: as `load_rank` does, or as the trainer does; the same failure is raised on all ranks.
         """
         self._thread = threading.get_ident()
-        with self._span("load"):
-            for layout, request in _parts_of(target, requests, self._settings.world_rank):
-                job = LoadJob(catalog, layout, request, self._device, read)
-                self._loaded.append(
-                    load_rank(
-                        job,
-                        self._agreement,
-                        counters=self._counters if len(self._loaded) == 0 else None,
-                        announce=self._announce,
-                        check_plan=lambda plan: self._ask(trainer, plan),
-                    )
-                )
+        node, start = ray.util.get_node_ip_address(), time.monotonic()
+        who = {"stage": self._settings.stage, "rank": self._settings.world_rank, "node": node}
+        metrics = LoadMetrics(self._counters, **who)
+        try:
+            with self._span("load"), metrics.told():
+                for layout, request in _parts_of(target, requests, self._settings.world_rank):
+                    job = LoadJob(catalog, layout, request, self._device, read)
+                    self._loaded.append(self._load_part(job, metrics, trainer))
+        except BaseException as error:
+            log_fault(**who, error=error)
+            raise
+        metrics.ready(time.monotonic() - start)
         transport = choose_transport(self._settings.transport, self._loaded[0].arena, self._recipient())
-        return self._report(combined([loaded.figures() for loaded in self._loaded]), transport.name)
+        report = self._report(combined([loaded.figures() for loaded in self._loaded]), transport.name)
+        log_phases(**who, phases=report.phases, nbytes=report.bytes_needed)
+        return report
+
+    def _load_part(self, job: LoadJob, metrics: LoadMetrics, trainer: Any) -> LoadedShard:
+        def announce(plan: LoadPlan) -> None:
+            self._bytes_total += plan.bytes_needed
+            metrics.want(self._bytes_total)
+
+        return load_rank(
+            job,
+            self._agreement,
+            counters=self._counters if not self._loaded else None,
+            announce=announce,
+            check_plan=lambda plan: self._ask(trainer, plan),
+        )
 
     def _ask(self, trainer: Any, plan: LoadPlan) -> None:
         """Ask the trainer whether a plan fits. Raises what it raises."""
@@ -236,9 +256,6 @@ class Loader:
         """Where the thread of `load` stands. Ray answers it while the other methods run."""
         frame = sys._current_frames().get(self._thread)
         return "no load" if frame is None else " < ".join(_places(frame))
-
-    def _announce(self, plan: LoadPlan) -> None:
-        self._bytes_total += plan.bytes_needed
 
     def _choose_device(self) -> torch.device:
         has_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()

@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup
 from shardferry.actors.fetch import Fetch
 from shardferry.actors.guard import NAMESPACE, loader_name, loaders_of
 from shardferry.actors.loader import Loader, LoaderSettings
+from shardferry.actors.logs import asked_format
 from shardferry.actors.placement import Placement
 from shardferry.actors.progress import Progress
 from shardferry.handoff.handle import ShardHandle
@@ -59,6 +60,8 @@ def start_loaders(
             stage,
             placement.options(rank, own_group) | ({"lifetime": "detached"} if detached else {}),
             LoaderSettings(
+                stage=stage,
+                log=asked_format(),
                 world_rank=rank,
                 world_size=placement.world_size,
                 device=config.actors.device,

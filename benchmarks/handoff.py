@@ -63,6 +63,8 @@ class Holder(Loader):
     def __init__(self) -> None:
         super().__init__(
             LoaderSettings(
+                stage="benchmark",
+                log=None,
                 world_rank=0,
                 world_size=1,
                 device="cpu",

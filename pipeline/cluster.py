@@ -8,12 +8,13 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import torch
 
 from shardferry.actors.placement import place
-from shardferry.errors import SpecError
+from shardferry.errors import RankError, SpecError
 from shardferry.schemas.stage_config import StageConfig
 
 _CONNECT_S = 10.0
@@ -33,6 +34,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
 
     Raises:
         SpecError: no cluster answers at the address, or the ranks need more GPUs than there are.
+        RankError: Ray did not start.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
@@ -40,7 +42,7 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         return
     if address:
         check_reachable(address, config.timeouts.start_s)
-        ray.init(address=address, logging_level=logging.ERROR)
+        _init(f"Ray at {address!r}", address=address)
     else:
         _start_embedded(config, world_size, num_gpus)
     try:
@@ -73,11 +75,18 @@ def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) 
             "or set actors.gpus_per_actor lower (0 loads on CPUs)"
         )
     cpus = max(os.cpu_count() or 1, int(world_size * asked.num_cpus) + 1)
-    ray.init(
+    _init(
+        "an embedded Ray",
         address="local",
         num_gpus=available,
         num_cpus=cpus,
         include_dashboard=False,
-        logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def _init(what: str, **options: Any) -> None:
+    try:
+        ray.init(**options, logging_level=logging.ERROR)
+    except Exception as error:  # Ray has no class of its own for a node that doesn't start in time
+        raise RankError(f"{what} did not start: {type(error).__name__}: {error}") from error

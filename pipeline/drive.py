@@ -14,10 +14,10 @@ import ray
 from ray.actor import ActorHandle
 
 from shardferry.actors.guard import KeptRecord, guard_name, kill_loaders
-from shardferry.actors.kept import name_is_taken, others_of
 from shardferry.actors.loader import Joined
 from shardferry.actors.loader_group import LoaderGroup, ask_for_handles, ask_progress, completed, start_loaders
 from shardferry.actors.placement import Placement, UserBundles, check_room, free_places, place
+from shardferry.actors.resident.kept import name_is_taken, others_of
 from shardferry.actors.sealed import Sealed
 from shardferry.actors.whereabouts import node_of_this_process
 from shardferry.checkpoint.catalog import Catalog

@@ -14,16 +14,17 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 
 from shardferry.actors.guard import start_guard
-from shardferry.actors.kept import name_is_taken, others_of
 from shardferry.actors.placement import UserBundles, captured_group, check_room, place
+from shardferry.actors.resident.kept import name_is_taken, others_of
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.delivery import check_receivers, deliver
 from shardferry.pipeline.drive import Drive, Order, as_layout, check_load, opened
-from shardferry.pipeline.in_process import run_in_process
 from shardferry.pipeline.loading import Loading, ProgressCallback
 from shardferry.pipeline.preflight import target_layout
 from shardferry.pipeline.result import StageResult
+from shardferry.pipeline.trainers.delivery import check_receivers, deliver
+from shardferry.pipeline.trainers.in_process import run_in_process
+from shardferry.pipeline.trainers.source import held_by
 from shardferry.schemas.stage_config import StageConfig, TopologySpec
 
 Trainers = Sequence[ActorHandle[Any]]
@@ -91,6 +92,7 @@ class OptimizerLoadStage:
         location: Location | None = None,
         *,
         topology: Topology | None = None,
+        source: Trainers | None = None,
         keep: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> StageResult:
@@ -103,11 +105,20 @@ class OptimizerLoadStage:
         Args:
             trainers: actors, by rank, whose class mixes in `shardferry.OptimizerReceiver`, or has methods of its names.
             location, topology, keep: as for `submit`.
+            source: living trainers, instead of a location: what they hold now is the state. Where ranks are missing, their parts
+                come from replicas, or an error names what is lost.
             on_progress: called twice a second with every rank's progress.
 
         Raises:
             As `submit`, `Loading.wait` and `shardferry.OptimizerReceiver.shardferry_receive` do.
         """
+        if source is not None:
+            if location is not None:
+                raise SpecError("source: is given beside location; leave out one of them")
+            with held_by(source, self.config) as config:
+                other = OptimizerLoadStage(config)
+                other._user = self._user
+                return other.run(trainers, topology=topology, keep=keep, on_progress=on_progress)
         if self.config.handoff.transport == "in_process":
             return run_in_process(self.config, trainers, self._location(location))
         loading = self._kept_as(keep)._submit(trainers, location, topology, is_run=True)

@@ -408,6 +408,8 @@ class StageConfig(Spec):
             raise ValueError(
                 f"handoff.transport {self.handoff.transport} needs arenas on the host; actors.device is cuda"
             )
+        if self.actors.device == "cpu" and self.handoff.transport == "cuda_ipc":
+            raise ValueError("handoff.transport cuda_ipc needs arenas on a GPU; actors.device is cpu")
         if self.handoff.keep is not None and self.actors.device == "cuda":
             raise ValueError("handoff.keep keeps state in host memory; actors.device is cuda")
         if self.handoff.keep is not None and self.handoff.transport == "in_process":

@@ -2,18 +2,42 @@
 
 from typing import TYPE_CHECKING
 
-from shardferry.errors import ShardferryError
+from shardferry.errors import (
+    ArenaError,
+    CatalogError,
+    CheckpointNotFound,
+    HandoffError,
+    InstallError,
+    LayoutError,
+    LoadCancelled,
+    PlanError,
+    RankError,
+    ShardferryError,
+    SpecError,
+    StorageError,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArenaError",
     "Catalog",
+    "CatalogError",
+    "CheckpointNotFound",
+    "HandoffError",
+    "InstallError",
     "KeyReport",
+    "LayoutError",
+    "LoadCancelled",
     "OptimizerReceiver",
+    "PlanError",
+    "RankError",
     "Region",
     "Shard",
     "ShardHandle",
     "ShardferryError",
+    "SpecError",
+    "StorageError",
     "attach",
     "describe_layout",
     "kept",
@@ -26,7 +50,7 @@ __all__ = [
 # A type checker reads the imports. At run time each name's module is imported when the name is first used: `shardferry
 # --help` and a program that wants one name don't wait for torch. tests/test_public_names.py compares the two lists.
 if TYPE_CHECKING:
-    from shardferry.actors.kept import attach, kept
+    from shardferry.actors.resident.kept import attach, kept
     from shardferry.checkpoint.catalog import Catalog
     from shardferry.checkpoint.open import open_checkpoint
     from shardferry.handoff.handle import Shard, ShardHandle
@@ -40,7 +64,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "shardferry.actors.kept": ["attach", "kept"],
+            "shardferry.actors.resident.kept": ["attach", "kept"],
             "shardferry.checkpoint.catalog": ["Catalog"],
             "shardferry.checkpoint.open": ["open_checkpoint"],
             "shardferry.handoff.handle": ["Shard", "ShardHandle"],

@@ -224,6 +224,9 @@ class HostMemory(Destination):
     def writable(self, byte_offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
         return nullcontext(self.memory[byte_offset : byte_offset + nbytes])
 
+    def write(self, byte_offset: int, data: memoryview) -> None:
+        self.memory[byte_offset : byte_offset + len(data)] = data
+
     def scatter(self, byte_offset: int, elements: np.ndarray, byte_strides: tuple[int, ...]) -> None:
         np.ndarray(elements.shape, elements.dtype, self.memory, byte_offset, byte_strides)[...] = elements
 

@@ -151,6 +151,8 @@ class Selection:
 
     def _renamed(self, saved_fqn: str) -> tuple[str, ...]:
         """By the first pattern that matches; empty where none does."""
+        if not self.rename:
+            return ()
         found = next((renaming.saved for renaming in self.rename if renaming.apply(saved_fqn) is not None), None)
         return tuple(name for r in self.rename if r.saved == found and (name := r.apply(saved_fqn)) is not None)
 

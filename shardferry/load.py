@@ -309,7 +309,8 @@ def read_values(
         raise error
 
     options, counters = options or ReadOptions(), counters or Counters()
-    keys, beside = value_keys(catalog, request), set(index_optimizer(catalog, request.optimizer_key).extras().values())
+    index = index_optimizer(catalog, request.optimizer_key)
+    keys, beside = value_keys(catalog, request, index), set(index.extras().values())
     objects = [key for key in keys if key in catalog.objects]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
         values = read_objects(objects, catalog, storage, options, counters, unread=unread)

@@ -9,7 +9,7 @@ import os
 
 import ray
 
-from shardferry.actors import kept
+from shardferry.actors.resident import kept
 from shardferry.errors import SpecError
 from shardferry.pipeline.cluster import check_reachable
 from shardferry.pipeline.display import human_bytes, print_table

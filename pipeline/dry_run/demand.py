@@ -16,6 +16,7 @@ import numpy as np
 from torch.distributed.tensor import Placement, Replicate
 
 from shardferry.checkpoint.catalog import NO_FILE, Catalog, SavedTensor
+from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import LoadRequest
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.rank_layout import RankLayout
@@ -185,7 +186,7 @@ def unique_bytes(
 
 def object_bytes(catalog: Catalog, request: LoadRequest) -> int:
     """Bytes of the Python objects, which rank 0 reads for all."""
-    return sum(planned_objects(catalog, request).values())
+    return sum(planned_objects(catalog, request, index_optimizer(catalog, request.optimizer_key)).values())
 
 
 def read_amplification(nbytes: int, unique: int) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
+from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import ReadLimits
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.dry_run.demand import Demand, demand_of, object_bytes, read_amplification
@@ -130,7 +131,7 @@ def forecast(
     reads = _reads(config, catalog, plans, layouts)
     places = np.searchsorted(chosen, stand_in, side="right") - 1  # the stand-in itself, else the planned rank before it
     ranks = [_scaled(rank, demand, reads[place]) for rank, place in enumerate(places.tolist())]
-    objects = planned_objects(catalog, request)
+    objects = planned_objects(catalog, request, index_optimizer(catalog, request.optimizer_key))
     bytes_read, num_requests = count_objects(catalog, objects, read_limits(config, catalog))
     ranks[0] = _with_objects(
         ranks[0],

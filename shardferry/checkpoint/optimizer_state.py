@@ -243,10 +243,14 @@ def _check_paths(catalog: Catalog, optimizer_key: str, paths: Mapping[str, KeyPa
     for key, path in paths.items():
         if (other := keys.setdefault(tuple(map(str, path)), key)) != key:
             raise PlanError(f"{catalog.location}: {other!r} and {key!r} both stand at {'.'.join(map(str, path))}")
+    above: set[tuple[str, ...]] = set()
     for names, key in keys.items():
-        for length in range(1, len(names)):
-            if (parent := keys.get(names[:length])) is not None:
-                raise PlanError(f"{catalog.location}: {parent!r} is one value, and {key!r} stands below it")
+        parent = names[:-1]
+        while parent and parent not in above:
+            if parent in keys:
+                raise PlanError(f"{catalog.location}: {keys[parent]!r} is one value, and {key!r} stands below it")
+            above.add(parent)
+            parent = parent[:-1]
 
 
 def _below_parameters(paths: Mapping[str, KeyPath]) -> tuple[dict[KeyPath, str], dict[KeyPath, str]]:

@@ -121,7 +121,7 @@ def _targets_of_state(
         known: the model's parameters, by FQN.
     """
     shapes = {fqn: tuple(size_of(known[fqn])) if fqn in known else _shape_of(state[fqn]) for fqn in state}
-    rule = ParameterRule(state, shapes.get)
+    rule = ParameterRule(state, shapes)
     for fqn, tensors in state.items():
         for name, saved in tensors.items():
             if fqn in known and name in _MOMENTS and saved.shape != shapes[fqn]:

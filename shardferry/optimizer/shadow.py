@@ -62,13 +62,19 @@ class Shadow:
         optimizer: is left as it is.
         hyperparameters: by param group, instead of the live ones.
         answer: the number that a tensor which comes of one rank's part is said to hold.
+        from_nothing: whether it has no state.
 
     Raises:
         NoShadow: the optimizer can't be copied.
     """
 
     def __init__(
-        self, optimizer: Optimizer, hyperparameters: Sequence[Mapping[str, Any]] | None = None, *, answer: int = 1
+        self,
+        optimizer: Optimizer,
+        hyperparameters: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        answer: int = 1,
+        from_nothing: bool = False,
     ) -> None:
         patched = [name for name in _FRONT_DOOR if name in vars(optimizer) and name != "step"]
         if patched:
@@ -76,8 +82,7 @@ class Shadow:
         self.has_guessed = False
         self._of_one_rank = _OfOneRank(answer)
         with _guarded("a copy"):
-            self.optimizer = _copied(optimizer)
-        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.optimizer = _copied(optimizer, from_nothing=from_nothing)
         for index, group in enumerate(self.optimizer.param_groups):
             group.update(hyperparameters[index] if hyperparameters is not None else {})
             group.update(plain_hyperparameters(group))
@@ -91,7 +96,7 @@ class Shadow:
 
     def step(self) -> None:
         """Take one step with gradients of zero. Raises NoShadow."""
-        for parameter in self._parameters:
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self._of_one_rank.add_parts([parameter, parameter.grad])
@@ -194,27 +199,19 @@ def predict(
     """
     groups = optimizer.param_groups
     alike = [_alike(index, group["params"]) for index, group in enumerate(groups)]
-    firsts = [[min(members) for members in there] for there in alike]
-    lasts = [[max(members) for members in there] for there in alike]
+    ends = [sorted({end for members in there for end in (members[0], members[-1])}) for there in alike]
     everything = [list(range(len(group["params"]))) for group in groups]
     try:
-        first, last = (_after_steps(optimizer, hyperparameters, num_steps, chosen) for chosen in (firsts, lasts))
-        is_by_form = all(map(_same_forms, first.entries, last.entries))
+        found = _after_steps(optimizer, hyperparameters, num_steps, ends)
+        is_by_form = all(map(_same_at_ends, alike, ends, found.entries))
     except NoShadow:
         is_by_form = False
     if not is_by_form:  # but by a parameter's place
         return _after_steps(optimizer, hyperparameters, num_steps, everything)
     entries, of_one_rank = (
-        [_spread(there, found) for there, found in zip(alike, by_group, strict=True)]
-        for by_group in (first.entries, first.of_one_rank)
+        list(map(_spread, alike, ends, by_group)) for by_group in (found.entries, found.of_one_rank)
     )
-    return replace(
-        first,
-        entries=entries,
-        has_guessed=first.has_guessed or last.has_guessed,
-        of_one_rank=of_one_rank,
-        groups_of_one_rank=first.groups_of_one_rank | last.groups_of_one_rank,
-    )
+    return replace(found, entries=entries, of_one_rank=of_one_rank)
 
 
 def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[list[int]]:
@@ -231,7 +228,7 @@ def one_of_each(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[lis
 
 
 def _alike(group: int, parameters: Sequence[torch.Tensor]) -> list[list[int]]:
-    """The positions of a group's parameters, by everything that state is made from."""
+    """The positions of a group's parameters, ascending, by everything that state is made from."""
     found: dict[Any, list[int]] = {}
     for position, p in enumerate(parameters):
         spec = (p.device_mesh, p.placements, p.to_local().shape) if isinstance(p, DTensor) else None
@@ -239,13 +236,17 @@ def _alike(group: int, parameters: Sequence[torch.Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
-def _spread(alike: Sequence[Sequence[int]], found: Sequence[Any]) -> list[Any]:
-    by_position = {position: entry for there, entry in zip(alike, found, strict=True) for position in there}
+def _same_at_ends(alike: Sequence[Sequence[int]], ends: Sequence[int], found: Sequence[Mapping[Any, Any]]) -> bool:
+    """Whether the first and the last of equal parameters have entries of the same form."""
+    at_end = dict(zip(ends, found, strict=True))
+    return all(_form(at_end[members[0]]) == _form(at_end[members[-1]]) for members in alike)
+
+
+def _spread(alike: Sequence[Sequence[int]], ends: Sequence[int], found: Sequence[Any]) -> list[Any]:
+    """What was found of the first of equal parameters, for all of them, by position."""
+    at_end = dict(zip(ends, found, strict=True))
+    by_position = {position: at_end[members[0]] for members in alike for position in members}
     return [by_position[position] for position in sorted(by_position)]
-
-
-def _same_forms(one: Sequence[Mapping[Any, Any]], other: Sequence[Mapping[Any, Any]]) -> bool:
-    return [_form(entries) for entries in one] == [_form(entries) for entries in other]
 
 
 def _form(tree: Any) -> Any:
@@ -265,10 +266,8 @@ def _after_steps(
     """Step a copy that trains the chosen parameters of each group."""
 
     def after_steps(*, from_nothing: bool, answer: int = 1) -> Predicted:
-        shadow = Shadow(optimizer, hyperparameters, answer=answer)
+        shadow = Shadow(optimizer, hyperparameters, answer=answer, from_nothing=from_nothing)
         shadow.narrow(chosen)
-        if from_nothing:
-            shadow.optimizer.state = defaultdict(dict)
         for _ in range(num_steps):
             shadow.step()
         found = shadow.predicted()
@@ -282,7 +281,7 @@ def _after_steps(
         return after_steps(from_nothing=False)
 
 
-def _copied(optimizer: Optimizer) -> Optimizer:
+def _copied(optimizer: Optimizer, *, from_nothing: bool) -> Optimizer:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     memo: dict[int, Any] = {id(p): torch.nn.Parameter(twin(p), requires_grad=p.requires_grad) for p in parameters}
     shadow: Optimizer = object.__new__(type(optimizer))
@@ -290,6 +289,8 @@ def _copied(optimizer: Optimizer) -> Optimizer:
         for name, value in vars(optimizer).items():
             if name in (*_STEP_HOOKS, *_LOAD_HOOKS):
                 shadow.__dict__[name] = OrderedDict()
+            elif name == "state" and from_nothing:
+                shadow.state = defaultdict(dict)
             elif name != "step":  # where a scheduler has replaced it, it would step the live optimizer
                 try:
                     shadow.__dict__[name] = copy.deepcopy(value, memo)
@@ -301,9 +302,8 @@ def _copied(optimizer: Optimizer) -> Optimizer:
 def twin(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor like another one without memory; a copy of a single number on the CPU, as optimizers look at these."""
     if isinstance(tensor, DTensor):
-        local = torch.empty_like(tensor.to_local(), device="meta")
         return DTensor.from_local(
-            local,
+            _without_memory(tensor.to_local()),
             tensor.device_mesh,
             tensor.placements,
             run_check=False,
@@ -312,6 +312,13 @@ def twin(tensor: torch.Tensor) -> torch.Tensor:
         )
     if tensor.numel() == 1 and tensor.ndim == 0 and tensor.device.type == "cpu":
         return tensor.detach().clone()
+    return _without_memory(tensor)
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
+        # Not empty_like: for the meta device torch runs that in Python, which takes ten times as long.
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return torch.empty_like(tensor.detach(), device="meta")
 
 

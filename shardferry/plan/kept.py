@@ -38,9 +38,9 @@ def _add(index: KeptIndex, manifest: Manifest, file: str) -> None:
     entries: list[Entry] = [*manifest.tensors, *manifest.values]
     for entry in entries:
         if entry.section == "model":
-            path = [*_path(request.model_key), entry.fqn]
+            path: list[str | int] = [*_path(request.model_key), entry.fqn]
         else:
-            path = [*_path(request.optimizer_key), "state", entry.fqn, *map(str, entry.path)]
+            path = [*_path(request.optimizer_key), "state", entry.fqn, *entry.path]
         if isinstance(entry, PlannedTensor):
             boxes = _boxes(entry.layout, file, entry.arena_offset, entry.dtype.itemsize)
             index.add_tensor(path, entry.dtype, entry.layout.global_shape, boxes)

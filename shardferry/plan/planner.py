@@ -75,7 +75,7 @@ def plan_load(
     index = index_optimizer(catalog, request.optimizer_key)
     saved = SavedOptimizer.resolve(index, values, request, layout.positions())
     spec = spec_of(layout)
-    if spec is not None or not request.selection.is_everything:
+    if (spec is not None and (spec.rules or spec.held_by)) or not request.selection.is_everything:
         names = saved.names | _names_beside(catalog, request, index)
         check_globs(request.selection, names)
         if spec is not None:
@@ -93,7 +93,7 @@ def plan_load(
         missing += missing_weights
         weight_keys = matched_keys(weights, found_weights)
     plan = planner.finish(
-        objects=planned_objects(catalog, request) if layout.world_rank == 0 else {},
+        objects=planned_objects(catalog, request, index) if layout.world_rank == 0 else {},
         fqns=tuple(parameter.fqn for parameter in found),
         missing=missing,
         param_groups=saved.groups_of({parameter.saved for parameter in found}),
@@ -175,19 +175,18 @@ def _weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> d
     return weights
 
 
-def value_keys(catalog: Catalog, request: LoadRequest) -> list[str]:
+def value_keys(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> list[str]:
     """Keys that are read whole, once per job: the request's Python objects, and hyperparameters that are tensors."""
-    index = index_optimizer(catalog, request.optimizer_key)
     weights = [] if request.model_key is None else list(_weights(catalog, request, index).values())
     beside = index.extras().values()
     objects = [key for key in dict.fromkeys((*index.all_keys(), *beside, *weights)) if key in catalog.objects]
     return objects + [key for key in (*index.param_groups.values(), *beside) if key in catalog.tensors]
 
 
-def planned_objects(catalog: Catalog, request: LoadRequest) -> dict[str, int]:
+def planned_objects(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, int]:
     """What is read whole, once per job: keys, and the bytes of their items."""
     objects, tensors = catalog.objects, catalog.tensors
-    keys = value_keys(catalog, request)
+    keys = value_keys(catalog, request, index)
     return {key: objects[key].byte_length if key in objects else tensors[key].nbytes for key in keys}
 
 

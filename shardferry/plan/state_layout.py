@@ -7,7 +7,7 @@ too. So a state name that has another shape than its parameter once follows no p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 
@@ -35,20 +35,20 @@ class ParameterRule:
 
     Args:
         tensors: all saved state tensors, by FQN and state name.
-        known_shape: a parameter's whole shape by its FQN, in elements; None where only its state can tell.
+        known_shapes: the parameters' whole shapes by FQN, in elements; None where only the state can tell.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Mapping[str, SavedTensor]], known_shape: Callable[[str], Shape | None]
+        self, tensors: Mapping[str, Mapping[str, SavedTensor]], known_shapes: Mapping[str, Shape | None]
     ) -> None:
         self._tensors = tensors
-        self._known_shape = known_shape
+        self._known_shapes = known_shapes
 
     def follows(self, fqn: str, name: str, saved: SavedTensor) -> bool:
         """Whether a state tensor that has no layout of its own is laid out as its parameter."""
         if name in SCALAR_STATE or name in self._factors:
             return False
-        known = self._known_shape(fqn)
+        known = self._known_shapes.get(fqn)
         return saved.shape == (parameter_shape(self._tensors[fqn]) if known is None else known)
 
     @cached_property
@@ -57,7 +57,7 @@ class ParameterRule:
         return frozenset(
             name
             for fqn, tensors in self._tensors.items()
-            if (known := self._known_shape(fqn)) is not None
+            if (known := self._known_shapes.get(fqn)) is not None
             for name, tensor in tensors.items()
             if tensor.shape != known
         )
@@ -79,7 +79,8 @@ class StateLayouts:
         self._tensors = {parameter.fqn: _tensors(catalog, saved, parameter) for parameter in found}
         self._weights = _weights(catalog, request, index)
         self._catalog = catalog
-        self._rule = ParameterRule(self._tensors, self._known_shape)
+        self._known_shapes = {fqn: self._known_shape(fqn) for fqn in self._tensors}
+        self._rule = ParameterRule(self._tensors, self._known_shapes)
 
     def layout_for(self, fqn: str, name: str, saved: SavedTensor) -> tuple[TensorLayout, bool]:
         """The layout of one state tensor on this rank, and whether it is the parameter's own.
@@ -109,8 +110,8 @@ class StateLayouts:
 
     def _check_whole(self, fqn: str, name: str, saved: SavedTensor) -> None:
         """One rank's part must not pass as a factor of the whole."""
-        shape = self._known_shape(fqn)
-        if saved.shape == shape or len(saved.chunks) > 1 or name not in self._local_parts:
+        shape = self._known_shapes[fqn]
+        if name in SCALAR_STATE or saved.shape == shape or len(saved.chunks) > 1 or name not in self._local_parts:
             return
         raise LayoutError(
             f"{fqn}: {name!r} was saved as one plain tensor of the shape {saved.shape}, the parameter has the shape {shape}: it is "
@@ -140,7 +141,7 @@ class StateLayouts:
     @cached_property
     def _states(self) -> dict[str, StateOfParam]:
         return {
-            fqn: StateOfParam(tensors, self._known_shape(fqn), self._part_shapes(fqn))
+            fqn: StateOfParam(tensors, self._known_shapes[fqn], self._part_shapes(fqn))
             for fqn, tensors in self._tensors.items()
         }
 
@@ -150,7 +151,7 @@ class StateLayouts:
 
     def _part_shapes(self, fqn: str) -> frozenset[Shape]:
         """Shapes of a parameter's parts: of this rank's, and of those that its weight was saved in."""
-        weight, shape = self._weights.get(fqn), self._known_shape(fqn)
+        weight, shape = self._weights.get(fqn), self._known_shapes[fqn]
         shapes: set[Shape] = set()
         if weight is not None and len(weight.chunks) > 1:
             shapes.update(map(tuple, self._catalog.boxes(weight)[1].tolist()))
@@ -161,7 +162,7 @@ class StateLayouts:
 
     def _is_cut(self, fqn: str) -> bool:
         """Whether this rank holds a part of a parameter. Raises LayoutError: the parameter can't have its layout."""
-        shape = self._known_shape(fqn)
+        shape = self._known_shapes[fqn]
         return shape is not None and self._layout.parameter(fqn, shape).wanted_numel < math.prod(shape)
 
     def _known_shape(self, fqn: str) -> Shape | None:

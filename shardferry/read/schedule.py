@@ -118,17 +118,19 @@ class RequestCache:
     def of_copy(self, layout: ItemLayout, copy: BoxCopy) -> Sequence[Request]:
         """See `requests_for`. Plans keep equal copies as one object."""
         same = layout, id(copy)  # the entry keeps the copy alive
-        if same not in self._known:
-            self._known[same] = copy, requests_for(layout, copy, self.limits)
-        return self._known[same][1]
+        known = self._known.get(same)
+        if known is None:
+            known = self._known[same] = copy, requests_for(layout, copy, self.limits)
+        return known[1]
 
     def of_part(self, layout: ItemLayout, part: CooperativeRead) -> Sequence[Request]:
         """The requests that fill a part, packed row-major."""
         same = layout, part.region
-        if same not in self._known:
+        known = self._known.get(same)
+        if known is None:
             copy = BoxCopy(part.region, 0, row_major_strides(part.region.sizes))
-            self._known[same] = copy, requests_for(layout, copy, self.limits)
-        return self._known[same][1]
+            known = self._known[same] = copy, requests_for(layout, copy, self.limits)
+        return known[1]
 
 
 def data_reads(read: ItemRead, layout: ItemLayout, requests: RequestCache) -> list[ReadData]:

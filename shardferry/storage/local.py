@@ -138,7 +138,7 @@ class LocalReader(RangeReader):
         return os.fstat(self._file(path).descriptor).st_size
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        file, nbytes = self._checked_file(path), sum(map(len, buffers))
+        (file, _), nbytes = self._checked_file(path), sum(map(len, buffers))
         advice = self._options.page_cache
         if advice is PageCache.READ_AHEAD and not file.is_direct:
             os.posix_fadvise(file.descriptor, byte_offset, nbytes, os.POSIX_FADV_WILLNEED)
@@ -169,9 +169,11 @@ class LocalReader(RangeReader):
         if not self.traits.maps_files:
             return super().mapped(path, start, stop)
         # Accessing a page after the file's end would kill the process (SIGBUS): compare the size first.
-        file, size = self._checked_file(path), self.size(path)
-        if stop > size:
-            raise StorageError(f"{self.location}/{path}: has {size} bytes, but bytes {start} to {stop} are needed")
+        file, status = self._checked_file(path)
+        if stop > status.st_size:
+            raise StorageError(
+                f"{self.location}/{path}: has {status.st_size} bytes, but bytes {start} to {stop} are needed"
+            )
         first_page = start - start % mmap.ALLOCATIONGRANULARITY
         # The last view closes the mapping: closing it here would fail while an array still refers to it.
         pages = mmap.mmap(file.descriptor, stop - first_page, mmap.MAP_SHARED, mmap.PROT_READ, offset=first_page)
@@ -184,14 +186,14 @@ class LocalReader(RangeReader):
             self._files.clear()
             self._retired.clear()
 
-    def _checked_file(self, path: str) -> _File:
-        """A file to read from. Raises StorageError if it is not the one that the catalog was made from."""
+    def _checked_file(self, path: str) -> tuple[_File, os.stat_result]:
+        """A file to read from, and its status. Raises StorageError if it is not the one that the catalog was made from."""
         file = self._file(path)
-        if (expected := self._expected.get(path)) is not None:
-            found = _version(os.fstat(file.descriptor))
-            if found != expected:
-                raise written_again(f"{self.location}/{path}", now=found, before=expected)
-        return file
+        status = os.fstat(file.descriptor)
+        expected = self._expected.get(path)
+        if expected is not None and (found := _version(status)) != expected:
+            raise written_again(f"{self.location}/{path}", now=found, before=expected)
+        return file, status
 
     def _file(self, path: str) -> _File:
         with self._lock:

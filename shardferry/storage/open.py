@@ -16,7 +16,7 @@ from shardferry.storage.retry import RetryingReader, RetryPolicy
 _KINDS: Sequence[Callable[[str, Mapping[str, Any]], RangeReader | None]]
 _KINDS = (local.open_location, obstore.open_location, fsspec.open_location)
 # By scheme: "module:function" of kinds that need more than the core, imported when a location has the scheme.
-_BEYOND_THE_CORE = {"shardferry+memory://": "shardferry.actors.memory_storage:open_location"}
+_BEYOND_THE_CORE = {"shardferry+memory://": "shardferry.actors.resident.memory_storage:open_location"}
 
 
 class Placed(Protocol):

@@ -19,7 +19,7 @@ import shardferry
 from tests.support.commands import REPOSITORY
 
 HEAVY = ("torch", "ray", "numpy", "rich", "yaml")  # typer itself asks for pydantic
-COMMANDS = ("inspect", "init", "diff", "plan", "run", "report", "verify", "demo")
+COMMANDS = ("inspect", "init", "diff", "plan", "run", "report", "verify", "kept", "demo")
 
 # Runs commands in one process, one after the other; then says how each ended, and what is imported after each.
 PROGRAM = """

@@ -173,7 +173,23 @@ def test_an_address_where_nobody_is(shardferry: Command, spec: Path, monkeypatch
     assert "Traceback" not in done.stderr
 
 
-COMMANDS = ["inspect", "init", "diff", "plan", "run", "report", "verify", "demo"]
+def test_an_embedded_ray_that_does_not_start(
+    shardferry: Command, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray raises it
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    done = shardferry("run", spec, "--report", tmp_path / "report.json")
+    assert done.status == 1
+    says = "an embedded Ray did not start: Exception: The current node timed out"
+    assert f"error: {says}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in json.loads((tmp_path / "report.json").read_text())["error"]
+
+
+COMMANDS = ["inspect", "init", "diff", "plan", "run", "report", "verify", "kept", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import ray
 import torch
 import torch.distributed.checkpoint as dcp
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 
 import shardferry
@@ -21,7 +24,7 @@ from shardferry.errors import InstallError, LoadCancelled, RankError, SpecError
 from shardferry.pipeline import OptimizerLoadStage
 from shardferry.schemas import StageConfig
 from tests.support.leftovers import nothing_held
-from tests.support.models import SHAPES, check_state
+from tests.support.models import SHAPES, Model, adamw, check_state
 from tests.support.trainers import Fsdp2Trainer, Target, never_stepped
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -175,6 +178,53 @@ def test_a_trainer_that_dies_leaves_the_other_as_it_was(four_saved: Path, tmp_pa
             stage(four_saved).run(trainers)
         assert ray.get(trainers[0].do.remote(snapshot))[0] == 0
         ray.kill(trainers[0])
+
+
+def test_a_loader_that_stands_still_is_named_with_its_stack(four_saved: Path) -> None:
+    """The trainer of rank 0 says late whether the plan fits: its loader waits for it, and moves no byte."""
+    trainer = ray.remote(num_cpus=0)(Slow).remote()
+    words = r"loading: .* within timeouts.load_s = 6 s; 0 of 0 bytes were read.* no byte moved on rank 0; rank 0 stands in: .*_ask"
+    with nothing_held():
+        with pytest.raises(RankError, match=words):
+            stage(four_saved, timeouts={"load_s": 6}).run([trainer])
+        ray.kill(trainer)
+
+
+class Slow(shardferry.OptimizerReceiver):
+    """Says late what it thinks of a plan."""
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self.optimizer = adamw(self.model)
+
+    def shardferry_check(self, part: int, manifest: Any) -> None:
+        time.sleep(60)
+
+
+@ray.remote(num_cpus=1, num_gpus=1)
+class Captures:
+    """As a worker of Ray Train or Ray Tune: what it starts is captured by its placement group."""
+
+    def run(self, path: Path) -> tuple[int, bool]:
+        own = ray.util.get_current_placement_group()
+        loading = stage(path, 2).submit()
+        placement = loading.started().placement
+        found = sum(map(bytes_of, ray.get(loading.refs)))
+        loading.close()
+        return found, own is not None and placement.group is not None and placement.group.id == own.id
+
+
+def test_in_a_placement_group_that_captures(four_saved: Path) -> None:
+    """All GPUs are in the group: a group of the stage's own would wait for ever."""
+    group = placement_group([{"CPU": 1, "GPU": 1}, {"CPU": 2, "GPU": 3}])
+    strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    with nothing_held():
+        worker = Captures.options(scheduling_strategy=strategy).remote()
+        found, is_captured = ray.get(worker.run.remote(four_saved), timeout=200)
+        assert is_captured
+        assert found > 4 * NUM_ELEMENTS
+        ray.kill(worker)
+        remove_placement_group(group)
 
 
 def test_a_wrong_optimizer_is_refused_before_the_read(

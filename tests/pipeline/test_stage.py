@@ -232,7 +232,7 @@ def test_a_trainers_memory_is_its_own_and_outlives_the_loaders(four_saved: Path,
     assert ray.get(other.do.remote(is_still_right))
     loading.result()
     loading.close()
-    assert _gone(handle.source.pid)
+    assert _gone(handle.source.file.pid)
     assert ray.get(other.do.remote(is_still_right))
     with pytest.raises(HandoffError, match=r"has ended before the shard was opened; keep the stage's result"):
         handle.open()

@@ -16,7 +16,7 @@ import torch
 
 import shardferry
 from shardferry.actors.guard import NAMESPACE, loader_name
-from shardferry.actors.kept import drop, find
+from shardferry.actors.resident.kept import drop, find
 from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
 from shardferry.pipeline import OptimizerLoadStage
 from shardferry.schemas import StageConfig

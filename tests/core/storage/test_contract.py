@@ -91,6 +91,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             s3, prefix = in_s3(request)
             yield at(f"s3://{BUCKET}/{prefix}", lambda name, data: s3.put(prefix, {name: data}), **s3.options)
         case "pyarrow's S3":
+            pytest.importorskip("pyarrow")
             s3, prefix = in_s3(request)
 
             def write_later(name: str, data: bytes) -> None:

@@ -10,19 +10,23 @@ from typing import Any
 import ray
 
 from shardferry.actors.guard import KeptRecord
-from shardferry.actors.kept import find, loader_of, lost
+from shardferry.actors.resident.kept import find, loader_of, lost
+from shardferry.actors.resident.live_source import SERVED
 from shardferry.arena import host_identity
 from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
 from shardferry.handoff.loader_file import LoaderFile
 from shardferry.storage.base import RangeReader, StorageTraits, copy_bytes, cut_answer, missing_file, spread
 
 SCHEME = "shardferry+memory://"
+RECORD = "record"  # the storage option that has the record of what live trainers hold
 _ANSWER_S = 60.0  # of a loader
 _TRAITS = StorageTraits(max_gap_bytes=0, max_over_read=0.0, max_request_bytes=8 << 20, is_local=True)
 
 
 def open_location(location: str, options: Mapping[str, Any]) -> RangeReader:
-    """The storage of kept state. Raises CheckpointNotFound, SpecError."""
+    """The storage of kept state, or of what live trainers hold (`RECORD`). Raises CheckpointNotFound, SpecError."""
+    if RECORD in options:
+        return MemoryReader(location, options[RECORD])
     if options:
         raise SpecError(f"storage_options: {SCHEME} takes none (found {', '.join(options)})")
     name = location.removeprefix(SCHEME).strip("/")
@@ -84,8 +88,12 @@ class MemoryReader(RangeReader):
         """The answer of the loader that has an arena. Raises StorageError."""
         rank, part = _rank_and_part(path, self.location)
         try:
-            loader = loader_of(self._record, rank)
-            return ray.get(getattr(loader, method).remote(part, *arguments), timeout=_ANSWER_S)
+            if self._record.holders is not None:
+                call = self._record.holders[rank].__ray_call__
+                asked = call.remote(SERVED[method], self._record.stage, part, *arguments)
+            else:
+                asked = getattr(loader_of(self._record, rank), method).remote(part, *arguments)
+            return ray.get(asked, timeout=_ANSWER_S)
         except HandoffError as error:
             raise StorageError(str(error)) from None
         except ray.exceptions.RayActorError:
