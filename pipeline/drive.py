@@ -15,7 +15,14 @@ from ray.actor import ActorHandle
 
 from shardferry.actors.guard import KeptRecord, guard_name, kill_loaders
 from shardferry.actors.loader import Joined
-from shardferry.actors.loader_group import LoaderGroup, ask_for_handles, ask_progress, completed, start_loaders
+from shardferry.actors.loader_group import (
+    PROGRESS,
+    LoaderGroup,
+    ask_for_handles,
+    ask_progress,
+    completed,
+    start_loaders,
+)
 from shardferry.actors.placement import Placement, UserBundles, check_room, free_places, place
 from shardferry.actors.resident.kept import name_is_taken, others_of
 from shardferry.actors.sealed import Sealed
@@ -151,7 +158,9 @@ class Drive(threading.Thread):
         own = None
         if bundles := placement.own_bundles:
             reserved: Any = self._guard.reserve.remote(bundles, placement.strategy, placement.label_selectors())
-            (own,) = self._gather([reserved], "reserving the loaders' places", "start_s")
+            (own,) = self._gather(
+                [reserved], "reserving the loaders' places", "start_s", hint=lambda _: free_places(placement)
+            )
         detached = order.config.handoff.keep is not None
         group = start_loaders(order.config, order.name, placement, own, receptions, detached=detached)
         joined = self._gather(
@@ -283,12 +292,16 @@ def _stalled(stage: str, group: LoaderGroup, ranks: Sequence[int], seconds: floa
     now = ask_progress(stage, len(group.loaders))
     done, total = sum(p.bytes_done for p in now), sum(p.bytes_total for p in now)
     still = [rank for rank in ranks if now[rank].bytes_done == before[rank].bytes_done]
-    told = f"; {done} of {total} bytes were read, {done / seconds / 1e6:.1f} MB/s"
+    told = (
+        f"; {done} of {total} bytes were read, {done / seconds / 1e6:.1f} MB/s"
+        if total
+        else "; nothing was planned yet"
+    )
     if not still:
         return f"{told}; all late ranks still read: set timeouts.load_s higher"
     loader: Any = group.loaders[still[0]]
     try:
-        stack = ray.get(loader.stack.remote(), timeout=2.0)
+        stack = ray.get(loader.stack.options(concurrency_group=PROGRESS).remote(), timeout=2.0)
     except (ray.exceptions.RayError, TimeoutError):
         stack = "it does not answer: its process is stopped or its node is not reachable"
     return f"{told}; no byte moved on rank {', '.join(map(str, still[:8]))}; rank {still[0]} stands in: {stack}"

@@ -52,7 +52,7 @@ def head_node(bare: dict[str, str], tmp_path: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{ports['dashboard-port']}"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(90)
             log.close()
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -86,7 +86,7 @@ def submit(address: str, directory: Path, spec: str, report: Path) -> subprocess
     command += ["--", "sh", "-c"]
     command += [f"python one_identity.py && exec python -m pipeline run {spec} --report {report}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def test_job_on_a_bare_head_node(head_node: str, saved_by: dict[int, Path], tmp_path: Path) -> None:

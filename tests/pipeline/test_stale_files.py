@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from shardferry.checkpoint.open import open_checkpoint
-from shardferry.layout.rank_layout import RankLayout
 from shardferry.pipeline.reports import build_report
+from shardferry.receiver import WantedPart
 from shardferry.schemas.stage_config import StageConfig
 from tests.support.commands import Command
 from tests.support.small_net import Net, adamw, fill, save
@@ -52,5 +52,5 @@ def test_the_stages_report_warns(checkpoint: Path) -> None:
     config = StageConfig.from_values({"topology": {"mesh": {"dp": 1}}}, source="test")
     catalog = open_checkpoint(checkpoint)
     assert config.topology is not None
-    layouts: list[RankLayout] = [config.topology.layout().rank(0)]
-    assert build_report(config, catalog, layouts, [], {}).warnings == [catalog.stale]
+    parts = [[WantedPart(None, config.topology.layout().rank(0))]]
+    assert build_report(config, catalog, parts, [], {}).warnings == [catalog.stale]

@@ -144,11 +144,11 @@ def test_a_loader_dies_and_another_state_takes_the_name(saved_by: dict[int, Path
         assert 0 < compared(shardferry.attach("short", 0)) < NUM_ELEMENTS
         with pytest.raises(StorageError, match=r"the loader of rank 1 on .* has died"):
             stage("shardferry+memory://short", 1).run()
-        stage(saved_by[4], 1, handoff={"keep": {**keep, "ttl_s": 4}}).run()
+        stage(saved_by[4], 1, handoff={"keep": {**keep, "ttl_s": 20}}).run()
         after, _ = find("short")
         assert after.stage != before.stage
         assert compared(shardferry.attach("short", 0)) == NUM_ELEMENTS
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while kept_as("short") and time.monotonic() < deadline:  # nobody attaches
             time.sleep(0.5)
         assert kept_as("short") is None

@@ -17,6 +17,7 @@ SECTIONS = {
     "actors": stage_config.ActorsSpec,
     "read": stage_config.ReadSpec,
     "handoff": stage_config.HandoffSpec,
+    "handoff.keep": stage_config.KeepSpec,
     "timeouts": stage_config.TimeoutsSpec,
 }
 

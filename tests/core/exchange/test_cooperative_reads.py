@@ -75,9 +75,9 @@ def load(
         "read": loaded.counters.bytes_requested,
         "done": loaded.counters.bytes_done,
         "needed": loaded.plan.bytes_needed,
-        "sent": loaded.bytes_sent,
-        "received": loaded.bytes_received,
-        "forwarded": loaded.bytes_forwarded,
+        "sent": loaded.figures().bytes_sent,
+        "received": loaded.figures().bytes_received,
+        "forwarded": loaded.figures().bytes_forwarded,
         "shared": int(loaded.strategy.name == "cooperative"),
     }
 

@@ -17,7 +17,7 @@ from shardferry.config import LoadRequest, SplitLimits
 from shardferry.layout import tensor_layout as layout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
-from shardferry.pipeline import demand
+from shardferry.pipeline.dry_run import demand
 from shardferry.plan import cover
 from shardferry.plan import rank_layouts as wants
 from shardferry.plan import split as slabs
