@@ -104,7 +104,8 @@ def tell(address: str) -> tuple[float, list[float], int]:
     with tempfile.TemporaryDirectory() as directory:
         expected = save(Path(directory) / "ckpt")
         first = job(address, "load", str(Path(directory) / "ckpt"))
-        assert first.wait(200) == 0, "the first job has failed"
+        first.communicate(timeout=200)
+        assert first.returncode == 0, "the first job has failed"
         shutil.rmtree(Path(directory) / "ckpt")  # from here on there is the memory alone
     losses = []
     for then in ("hang", "end"):

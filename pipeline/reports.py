@@ -86,7 +86,8 @@ def storage_rate(ranks: Sequence[RankReport]) -> float | None:
 
     None: nothing was read.
     """
-    read, busy_s = sum(rank.bytes_read for rank in ranks), max(rank.busy.get("storage", 0.0) for rank in ranks)
+    read = sum(rank.bytes_read for rank in ranks)
+    busy_s = max((rank.busy.get("storage", 0.0) for rank in ranks), default=0.0)
     return read / busy_s if read and busy_s else None
 
 
