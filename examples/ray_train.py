@@ -35,7 +35,7 @@ from examples.task import make_optimizer, network, train_step
 SETTINGS = {
     # Workers are reserved by what was known of the nodes up to 20 s ago. A start that waits for a dead one is given up after
     # so many seconds, and tried again; by default after 60.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     # A checkpoint that was reported is taken over so many seconds later; by default 2, in which a fast loop saves several.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }
