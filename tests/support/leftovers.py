@@ -32,12 +32,12 @@ def nothing_left() -> Iterator[None]:
 
 @contextmanager
 def nothing_held() -> Iterator[None]:
-    """Fails where a run on this process's cluster keeps an arena, files in /dev/shm, or resources of the cluster."""
-    holders, resources = arena_holders(), ray.cluster_resources()
+    """Fails where a run on this process's cluster keeps an arena, files in /dev/shm, or resources that were free before."""
+    holders, free = arena_holders(), ray.available_resources()
     with no_shared_files_left():
         yield
-        _wait_while(lambda: _held(resources) or arena_holders() - holders)
-        assert not _held(resources), f"still taken of the cluster: {_held(resources)}"
+        _wait_while(lambda: _taken(free) or arena_holders() - holders)
+        assert not _taken(free), f"still taken of the cluster: {_taken(free)}"
         left = [_describe(pid) for pid in arena_holders() - holders]
         assert not left, f"these processes have arenas: {left}"
 
@@ -59,12 +59,11 @@ def _wait_while(is_left: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
-def _held(resources: dict[str, float]) -> dict[str, float]:
-    """CPUs and GPUs that are not available."""
-    there = ray.available_resources()
-    return {
-        name: resources[name] - there.get(name, 0) for name in ("CPU", "GPU") if there.get(name, 0) < resources[name]
-    }
+def _taken(free: dict[str, float]) -> dict[str, float]:
+    """CPUs and GPUs that were free, and are not any more."""
+    now = ray.available_resources()
+    taken = {name: free.get(name, 0.0) - now.get(name, 0.0) for name in ("CPU", "GPU")}
+    return {name: amount for name, amount in taken.items() if amount > 1e-6}
 
 
 def arena_holders() -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Fsdp2Trainer(shardferry.OptimizerReceiver):
     def begin(self, build: Callable[[], Target]) -> None:
         """Forget the model and the optimizer; the stage's first question builds the new ones."""
         self._build, self._target = build, None
+        gc.collect()  # FSDP's modules are in circles, and hold the tensors that lie in a loader's arena
 
     def shardferry_target(self) -> Target:
         if self._target is None:
