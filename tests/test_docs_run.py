@@ -95,7 +95,7 @@ def test_programs_of_the_guides(
 
 
 def test_errors_are_raised_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block of Python that a block of text follows raises that error."""
+    """A block of Python that a block of output follows raises that error."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "errors_page"}
     shown = blocks("errors.md")
@@ -109,7 +109,7 @@ def test_errors_are_raised_as_the_page_says(tmp_path: Path, monkeypatch: pytest.
                 exec(compile(code, "a block of docs/errors.md", "exec"), names)
             except Exception as error:
                 said = f"{type(error).__name__}: {error}"
-        wanted = message.strip() if following == "text" else ""
+        wanted = message.strip() if following == "output" else ""
         if wanted.endswith("..."):
             said = said[: len(wanted) - 3] + "..."
         assert without_numbers(said) == without_numbers(wanted)
