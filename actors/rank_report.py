@@ -52,6 +52,7 @@ def rank_report(
     for name, seconds in figures.seconds.items():
         spans.append(Span(name=name, start=start, end=start + seconds))
         start += seconds
+    spans.append(Span(name="load", start=load_start, end=start))  # around its phases
     return RankReport(
         **counted,
         **measures,
