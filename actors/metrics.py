@@ -27,14 +27,26 @@ class LoadMetrics:
     def __init__(self, counters: Counters, *, stage: str, rank: int, node: str) -> None:
         tags = {"stage": stage, "rank": str(rank), "node": node}
         self._counters = counters
-        self._told = {"bytes": 0, "requests": 0}
+        self._told = {"bytes": 0, "requests": 0, "retries": 0}
+        self._phase = ""  # that was told last
         self._bytes = Counter("shardferry_bytes_read", "Bytes asked of the storage", _TAGS)
         self._requests = Counter("shardferry_requests", "Requests to the storage", _TAGS)
+        self._retries = Counter("shardferry_retries", "Requests that were tried again", _TAGS)
+        self._phases = Gauge("shardferry_phase", "1 for the phase of the load that the rank is in", (*_TAGS, "phase"))
         self._wanted = Gauge("shardferry_bytes_wanted", "Bytes that the rank needs", _TAGS)
         self._done = Gauge("shardferry_bytes_done", "Wanted bytes that have arrived", _TAGS)
         self._rate = Gauge("shardferry_bytes_per_second", "Wanted bytes that arrive in a second", _TAGS)
         self._ready = Gauge("shardferry_ready_seconds", "Seconds from the start of the load until it was done", _TAGS)
-        for metric in (self._bytes, self._requests, self._wanted, self._done, self._rate, self._ready):
+        for metric in (
+            self._bytes,
+            self._requests,
+            self._retries,
+            self._phases,
+            self._wanted,
+            self._done,
+            self._rate,
+            self._ready,
+        ):
             metric.set_default_tags(tags)
 
     def want(self, nbytes: int) -> None:
@@ -66,9 +78,18 @@ class LoadMetrics:
             self._rate.set(0.0 if is_last else (done - before) / _EVERY_S)
             self._add("bytes", self._bytes, self._counters.bytes_requested)
             self._add("requests", self._requests, self._counters.num_requests)
+            self._add("retries", self._retries, self._counters.num_retries)
+            self._tell_phase("done" if is_last else self._counters.phase)
             before = done
             if is_last:
                 return
+
+    def _tell_phase(self, phase: str) -> None:
+        if phase != self._phase:
+            if self._phase:
+                self._phases.set(0, {"phase": self._phase})
+            self._phases.set(1, {"phase": phase})
+            self._phase = phase
 
     def _add(self, name: str, metric: Counter, total: int) -> None:
         """Counters of Ray take what is new, and nothing below 1."""

@@ -57,6 +57,7 @@ def build_report(
         storage_bytes_read=read,
         read_amplification=read_amplification(read, unique),
         num_requests=sum(rank.num_requests for rank in ranks),
+        num_retries=sum(rank.num_retries for rank in ranks),
         missing=sorted({fqn for rank in ranks for fqn in rank.missing}),
         unexpected=sorted({fqn for rank in ranks for fqn in rank.unexpected}),
         warnings=[catalog.stale] if catalog.stale else [],

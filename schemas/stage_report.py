@@ -31,6 +31,7 @@ class RankReport(BaseModel):
     bytes_sent: int = 0
     bytes_received: int = 0
     num_requests: int
+    num_retries: int = 0  # of requests that failed with a transient error
     arena_bytes: int
     peak_rss_bytes: int
     transport: str
@@ -71,6 +72,7 @@ class StageReport(BaseModel):
     storage_bytes_read: int
     read_amplification: float  # storage_bytes_read / unique_bytes_needed
     num_requests: int
+    num_retries: int = 0
     missing: list[str] = []  # FQNs that some rank needs and the checkpoint doesn't have
     unexpected: list[str] = []  # FQNs that the checkpoint has and no rank needs
     missing_entries: list[str] = []  # <fqn>.<name>: state that the optimizer makes and that was not saved, if allowed

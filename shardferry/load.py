@@ -47,6 +47,7 @@ class LoadFigures:
     bytes_received: int  # read by other ranks
     bytes_forwarded: int  # sent through the process group, to ranks that share no memory with this one
     num_requests: int
+    num_retries: int  # of requests
     arena_bytes: int
     device: str  # of the arena
     strategy: str
@@ -97,6 +98,7 @@ class LoadedShard:
             bytes_received=0 if shared is None else shared.bytes_received,
             bytes_forwarded=0 if shared is None else shared.bytes_forwarded,
             num_requests=self.counters.num_requests,
+            num_retries=self.counters.num_retries,
             arena_bytes=self.arena.nbytes,
             device=str(self.arena.device),
             strategy=self.strategy.name,
@@ -152,7 +154,8 @@ def load_rank(
         ShardferryError: this rank's own failure.
         RankError: another rank's failure.
     """
-    counters, clock = counters or Counters(), PhaseClock()
+    counters = counters or Counters()
+    clock = PhaseClock(counters.enter)
     if values is None:
         with clock.phase("values"):
             values = agreement.from_rank0("reading the param groups", lambda: _read_values(job, counters))
@@ -165,7 +168,7 @@ def load_rank(
                 check_plan(plan)
             with clock.phase("allocate"):
                 to_fill = _allocate(job, plan, arena)
-            files = storage or opened.enter_context(_opened(job))
+            files = storage or opened.enter_context(_opened(job, counters))
             files.expect(job.catalog.file_versions)
             ready.append(_Ready(plan, to_fill, arena is None, files))
             return rank_info(
@@ -278,12 +281,17 @@ def _read(
         )
 
 
-def _opened(job: LoadJob) -> AbstractContextManager[RangeReader]:
-    return opened_storage(job.catalog, retry=RetryPolicy(max_attempts=job.read.max_attempts))
+def _opened(job: LoadJob, counters: Counters) -> AbstractContextManager[RangeReader]:
+    return opened_storage(job.catalog, retry=retries(job.read, counters))
+
+
+def retries(options: ReadOptions, counters: Counters) -> RetryPolicy:
+    """How often requests are tried, as the options say; each further attempt is counted."""
+    return RetryPolicy(max_attempts=options.max_attempts, on_retry=counters.add_retry)
 
 
 def _read_values(job: LoadJob, counters: Counters) -> dict[str, Any]:
-    with _opened(job) as storage:
+    with _opened(job, counters) as storage:
         return read_values(job.catalog, job.request, storage, job.read, counters)
 
 

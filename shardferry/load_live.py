@@ -26,7 +26,7 @@ from shardferry.config import (
 from shardferry.errors import SpecError
 from shardferry.exchange.agreement import Agreement
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank, open_for_all
+from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank, open_for_all, retries
 from shardferry.optimizer.install import Checked, Installation, check, fit
 from shardferry.optimizer.live import LiveModel, as_tuple
 from shardferry.optimizer.live_layout import live_layout
@@ -291,9 +291,12 @@ def _load_part(
     def check_plan(plan: LoadPlan) -> None:
         checked.append(check(LoadedState(plan.manifest(), None), part.live))
 
-    storage = agreement.all_or_raise("opening the checkpoint", lambda: open_storage(part.location, storage_options))
+    counters = Counters()
+    retry = retries(options, counters)
+    storage = agreement.all_or_raise(
+        "opening the checkpoint", lambda: open_storage(part.location, storage_options, retry=retry)
+    )
     with closing(storage):
-        counters = Counters()
         catalog, values = open_for_all(storage, agreement, part.request, options, counters)
         job = LoadJob(catalog, layout, part.request, part.live.device, options, stays_here=True)
         shard = load_rank(job, agreement, counters=counters, values=values, storage=storage, check_plan=check_plan)

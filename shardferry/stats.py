@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,6 +94,8 @@ class Counters:
         self.num_requests = 0
         self.bytes_requested = 0
         self.bytes_done = 0  # wanted bytes that have reached their destination
+        self.num_retries = 0  # of requests
+        self.phase = ""  # the current one
         self.peak_buffer_bytes = 0  # held at once, beside the arena
         self.file_bytes: dict[str, int] = {}  # asked for, by path
         self.requests = RequestLog(requests_kept)
@@ -125,6 +127,19 @@ class Counters:
         if self._total is not None:
             self._total.add_completed(nbytes)
 
+    def add_retry(self) -> None:
+        """Count another attempt of a request."""
+        with self._lock:
+            self.num_retries += 1
+        if self._total is not None:
+            self._total.add_retry()
+
+    def enter(self, phase: str) -> None:
+        """Note which phase begins."""
+        self.phase = phase
+        if self._total is not None:
+            self._total.enter(phase)
+
     def update_peak(self, buffer_bytes: int) -> None:
         """Note how many bytes of buffers were held at once."""
         with self._lock:
@@ -132,15 +147,21 @@ class Counters:
 
 
 class PhaseClock:
-    """Seconds by phase. Time in a phase inside another one counts to the inner one only."""
+    """Seconds by phase. Time in a phase inside another one counts to the inner one only.
 
-    def __init__(self) -> None:
+    Args:
+        on_phase: called with the name of each phase that begins.
+    """
+
+    def __init__(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+        self._on_phase = on_phase
         self.seconds: dict[str, float] = {}
         self._inner_s = 0.0  # of the phases inside the current one
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the ``with`` to a phase."""
+        self._on_phase(name)
         start, outer_inner_s, self._inner_s = time.perf_counter(), self._inner_s, 0.0
         try:
             yield

@@ -85,7 +85,8 @@ def _summary(report: StageReport) -> dict[str, str]:
         "rate of the storage": human_rate(rate) if rate else "not known",
         "needed once": human_bytes(report.unique_bytes_needed),
         "read": f"{human_bytes(report.storage_bytes_read)} ({report.read_amplification:.3f} x)",
-        "requests": f"{report.num_requests:,}",
+        "requests": f"{report.num_requests:,}"
+        + (f", {report.num_retries:,} tried again" if report.num_retries else ""),
         "strategy": f"{report.strategy}: {report.strategy_reason}",
         "nodes": str(len({rank.node for rank in report.ranks})),
         "transport": ", ".join(sorted({rank.transport for rank in report.ranks})),

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 from shardferry.config import ReadOptions
@@ -39,6 +39,7 @@ class RetryPolicy:
     first_wait_s: float = 0.2  # limit of the first wait; the limit of each later wait is twice the one before
     max_wait_s: float = 10.0  # limit of any wait
     max_elapsed_s: float = 120.0  # from the start of the first attempt to the start of the last one
+    on_retry: Callable[[], None] = field(default=lambda: None, compare=False)  # called before each further attempt
 
     def longest_wait_s(self, attempt: int) -> float:
         """Limit of the wait after ``attempt`` failed attempts."""
@@ -118,6 +119,7 @@ class RetryingReader(RangeReader):
                     raise StorageError(f"{error}; {self._tried(attempt, elapsed_s)}") from error
                 logger.info("%s; trying again in %.2f s (attempt %d failed)", error, wait_s, attempt)
             self._clock.sleep(wait_s)
+            self._policy.on_retry()
             attempt += 1
 
     def _tried(self, attempts: int, elapsed_s: float) -> str:

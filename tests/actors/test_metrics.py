@@ -62,6 +62,14 @@ def test_a_head_exports_them(saved_by: dict[int, Path]) -> None:
     assert sum(told("bytes_read_total").values()) >= needed
     assert all(count >= 1 for count in told("requests_total").values())
     assert all(seconds > 0 for seconds in told("ready_seconds").values())
+    phases = {
+        part
+        for line in lines
+        if line.startswith("ray_shardferry_phase{") and line.endswith(" 1.0")
+        for part in line.split('"')
+        if part == "done"
+    }
+    assert phases == {"done"}
     assert all('stage="' in line and 'node="' in line for line in lines)
     logged = [
         json.loads(line[line.index("{") :])

@@ -18,6 +18,7 @@ from shardferry.schemas import StageConfig
 from shardferry.storage.base import RangeReader
 from shardferry.storage.open import open_storage
 from shardferry.storage.retry import RetryingReader
+from tests.support.range_server import Fault, served
 from tests.support.s3_server import BUCKET, S3Server
 from tests.support.small_net import Net, adamw, check, fill, save
 
@@ -86,3 +87,15 @@ def test_metadata_that_is_written_again_meanwhile(tmp_path: Path, s3: S3Server, 
 def test_options_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound):
         shardferry.open_checkpoint("memory://nowhere/ckpt")
+
+
+def test_attempts_are_those_of_the_call(tmp_path: Path) -> None:
+    model = Net()
+    save(tmp_path / "ckpt", *fill(model, adamw(model)))
+    other = Net()
+    optimizer = adamw(other)
+    with served(tmp_path / "ckpt", faults=[Fault.BUSY]) as server:
+        with pytest.raises(StorageError, match=r"tried 1 time in .* \(read\.max_attempts is 1\)"):
+            shardferry.load_optimizer_state(other, optimizer, server.url, model_key="model", max_attempts=1)
+        shardferry.load_optimizer_state(other, optimizer, server.url, model_key="model", max_attempts=1)
+    check(other, optimizer)

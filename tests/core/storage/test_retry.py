@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shardferry.errors import CheckpointNotFound, MissingFile, StorageError
+from shardferry.stats import Counters
 from shardferry.storage.base import OBJECT_STORE, RangeReader, StorageTraits
 from shardferry.storage.obstore import open_location
 from shardferry.storage.retry import Clock, RetryingReader, RetryPolicy, TransientStorageError, is_transient
@@ -199,8 +200,11 @@ def directory(tmp_path: Path) -> Path:
 def test_the_server_is_asked_again(directory: Path, fault: Fault) -> None:
     time = Time()
     with served(directory, faults=[fault, fault]) as server:
-        storage = RetryingReader(opened(server.url, {}), None, time.clock())
+        counters = Counters()
+        policy = RetryPolicy(on_retry=counters.add_retry)
+        storage = RetryingReader(opened(server.url, {}), policy, time.clock())
         assert read(storage, 1_000, 500_000) == DATA[1_000:500_000]
+        assert counters.num_retries == 2
     assert server.ranges == [("data", 1_000, 500_000)] * 3
     assert [asked.fault for asked in server.log] == [fault, fault, None]
     assert time.slept == [0.2, 0.4]
