@@ -13,6 +13,7 @@ NUMBERS = (
     "bytes_received",
     "bytes_forwarded",
     "num_requests",
+    "num_retries",
     "arena_bytes",
 )
 
@@ -26,6 +27,8 @@ def test_a_span_is_around_the_phases_of_the_load() -> None:
         strategy_reason="",
         busy={},
         seconds={"plan": 1.0, "read": 2.0},
+        file_bytes={},
+        requests=(),
         missing=(),
         unexpected=(),
     )

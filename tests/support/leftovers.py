@@ -25,7 +25,7 @@ def nothing_left() -> Iterator[None]:
     processes = _running()
     with no_shared_files_left():
         yield
-        _wait_while(lambda: _running() - processes)
+        wait_while(lambda: _running() - processes)
         left = [_describe(pid) for pid in _running() - processes]
         assert not left, f"processes left running: {left}"
 
@@ -36,7 +36,7 @@ def nothing_held() -> Iterator[None]:
     holders, free = arena_holders(), ray.available_resources()
     with no_shared_files_left():
         yield
-        _wait_while(lambda: _taken(free) or arena_holders() - holders)
+        wait_while(lambda: _taken(free) or arena_holders() - holders)
         assert not _taken(free), f"still taken of the cluster: {_taken(free)}"
         left = [_describe(pid) for pid in arena_holders() - holders]
         assert not left, f"these processes have arenas: {left}"
@@ -47,12 +47,12 @@ def no_shared_files_left() -> Iterator[None]:
     """Fails where files in /dev/shm are there afterwards that were not there before."""
     before = _names_in_shared_memory()
     yield
-    _wait_while(lambda: _new_shared_files(before))
+    wait_while(lambda: _new_shared_files(before))
     left = _new_shared_files(before)
     assert not left, f"left in shared memory: {sorted(left)}"
 
 
-def _wait_while(is_left: Callable[[], object]) -> None:
+def wait_while(is_left: Callable[[], object]) -> None:
     """Return once nothing is left, or patience has ended."""
     deadline = time.monotonic() + _PATIENCE_S
     while is_left() and time.monotonic() < deadline:

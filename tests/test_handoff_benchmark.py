@@ -1,0 +1,43 @@
+"""benchmarks.handoff on a Ray of its own, in small: every way is measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.handoff import ARRAY, CHUNKS, DICT, SHARED, STORE
+from tests.support.commands import REPOSITORY
+
+
+@pytest.mark.slow
+def test_hand_over_is_measured(tmp_path: Path) -> None:
+    """In small. Bytes that are not what was sent would have failed it."""
+    file = tmp_path / "handoff.json"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.forked_workers",
+        "run",
+        "benchmarks.handoff",
+        "--megabytes",
+        "1,4",
+        "--rounds",
+        "1",
+        "--json",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert {size: set(ways) for size, ways in results["passages"].items()} == {
+        str(size): {SHARED, STORE, ARRAY, CHUNKS, DICT} for size in (2**20, 2**22)
+    }
+    assert all(one["total_ms"] > 0 for ways in results["passages"].values() for one in ways.values())
+    copied, loaded = results["in_process_bytes"]
+    assert (copied, loaded) == (0, 2**22), "the state is where it was read to"
+    assert [limit["what"] for limit in results["limits"]][-1] == "stage of 2 ranks over 2 bare actors, s"
+    assert "Against the limits" in done.stdout
