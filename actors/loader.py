@@ -75,6 +75,7 @@ class LoaderSettings:
     trainer: TrainerProcess | None  # the process that the shard is for; None: not known
     start_timeout_s: float
     load_timeout_s: float
+    memory_fraction: float = 1.0  # of the node's available memory that all its arenas may take
 
 
 class Loader:
@@ -149,7 +150,8 @@ class Loader:
         try:
             with self._span("load"), metrics.told():
                 for layout, request in _parts_of(target, requests, self._settings.world_rank):
-                    job = LoadJob(catalog, layout, request, self._device, read)
+                    fraction = self._settings.memory_fraction
+                    job = LoadJob(catalog, layout, request, self._device, read, memory_fraction=fraction)
                     self._loaded.append(self._load_part(job, metrics, trainer))
         except BaseException as error:
             log_fault(**who, error=error)

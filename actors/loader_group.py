@@ -54,7 +54,7 @@ def start_loaders(
         receptions: of the trainers, by rank; empty without trainers.
         detached: the loaders outlive this process.
     """
-    one_node = sum(node["Alive"] for node in ray.nodes()) == 1
+    one_node, keep = sum(node["Alive"] for node in ray.nodes()) == 1, config.handoff.keep
     loaders = [
         _start(
             stage,
@@ -70,6 +70,7 @@ def start_loaders(
                 trainer=receptions[rank].process if receptions else None,
                 start_timeout_s=config.timeouts.start_s,
                 load_timeout_s=config.timeouts.load_s,
+                memory_fraction=1.0 if keep is None else keep.memory_fraction,
             ),
         )
         for rank in range(placement.world_size)

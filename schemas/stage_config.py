@@ -368,6 +368,12 @@ class KeepSpec(Spec):
     replace: bool = Field(
         False, description="a name that is taken is given to the new state, once that is complete; false: an error"
     )
+    memory_fraction: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="most of a node's available memory that the state may take; more is refused before anything is read",
+    )
 
 
 class HandoffSpec(Spec):

@@ -17,7 +17,7 @@ import torch
 import shardferry
 from shardferry.actors.guard import NAMESPACE, loader_name
 from shardferry.actors.resident.kept import drop, find
-from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
+from shardferry.errors import ArenaError, CheckpointNotFound, HandoffError, SpecError, StorageError
 from shardferry.pipeline import OptimizerLoadStage
 from shardferry.schemas import StageConfig
 from tests.support.commands import REPOSITORY, Command
@@ -97,6 +97,14 @@ def test_what_can_not_be_attached_to(gpus_of_loaders: str) -> None:
 def test_the_name_is_taken(gpus_of_loaders: str, saved_by: dict[int, Path]) -> None:
     with pytest.raises(SpecError, match=rf"handoff.keep.name: '{NAME}' is taken"):
         stage(saved_by[4], 1).submit(keep=NAME)
+
+
+def test_more_than_the_nodes_memory_is_refused(saved_by: dict[int, Path]) -> None:
+    keep = {"name": "large", "memory_fraction": 1e-9}
+    with nothing_held():
+        with pytest.raises(ArenaError, match=r"2 arena\(s\) .* handoff.keep.memory_fraction = 1e-09 allows \d+: "):
+            stage(saved_by[4], 2, handoff={"keep": keep}).run()
+        assert kept_as("large") is None
 
 
 @pytest.mark.parametrize("world_size", [3])
