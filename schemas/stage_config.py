@@ -386,6 +386,12 @@ class HandoffSpec(Spec):
         description="auto: shared memory on the loader's node, else the object store; in_process: no loaders, each trainer loads; "
         "see docs/handoff.md",
     )
+    retries: int = Field(
+        1,
+        ge=0,
+        le=100,
+        description="how often `attach` reads the part of a loader that has died again from the checkpoint; 0: an error",
+    )
 
 
 class TimeoutsSpec(Spec):

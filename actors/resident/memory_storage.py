@@ -5,13 +5,15 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from shardferry.actors.guard import KeptRecord
-from shardferry.actors.resident.kept import find, loader_of, lost
+from shardferry.actors.resident.kept import find, loader_of
 from shardferry.actors.resident.live_source import SERVED
+from shardferry.actors.resident.reread import lost
 from shardferry.arena import host_identity
 from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
 from shardferry.handoff.loader_file import LoaderFile
@@ -31,10 +33,11 @@ def open_location(location: str, options: Mapping[str, Any]) -> RangeReader:
         raise SpecError(f"storage_options: {SCHEME} takes none (found {', '.join(options)})")
     name = location.removeprefix(SCHEME).strip("/")
     try:
-        record, _ = find(name)
-    except HandoffError as error:
+        record, guard = find(name)
+        files = ray.get(guard.files.remote(), timeout=_ANSWER_S)
+    except (HandoffError, ray.exceptions.RayActorError) as error:
         raise CheckpointNotFound(f"{location}: {error}") from None
-    return MemoryReader(location, record)
+    return MemoryReader(location, replace(record, files=files))
 
 
 class MemoryReader(RangeReader):
