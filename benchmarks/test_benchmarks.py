@@ -20,6 +20,8 @@ from benchmarks.limits import verdicts
 from benchmarks.load import main, write_results
 from benchmarks.models import fill_box, state_bytes
 from benchmarks.record import Record
+from benchmarks.resident import KEPT, THROTTLED, WARM
+from benchmarks.resident import limits as limits_of_kept_state
 from benchmarks.run import Figures
 from benchmarks.stock import StockShardedLoad
 from benchmarks.stores import Store, StoreKind, drop_page_cache, files_of, resident_share, warm_page_cache
@@ -251,4 +253,35 @@ def test_hand_over_is_measured(tmp_path: Path) -> None:
     copied, loaded = results["in_process_bytes"]
     assert (copied, loaded) == (0, 2**22), "the state is where it was read to"
     assert [limit["what"] for limit in results["limits"]][-1] == "stage of 2 ranks over 2 bare actors, s"
+    assert "Against the limits" in done.stdout
+
+
+def test_limits_of_kept_state() -> None:
+    results = {
+        "attach": {"64": {"attach_ms": 2.0, "open_ms": 3.0}, "1024": {"attach_ms": 2.0, "open_ms": 5.5}},
+        "reshard_s": {"4 -> 3": {KEPT: 1.0, WARM: 1.6}, "rows -> columns": {KEPT: 1.0, WARM: 1.4}},
+        "storage_bytes": 1,
+    }
+    assert [(found, met) for _, _, found, met in limits_of_kept_state(results)] == [
+        ("3.00", True),
+        ("5.50", False),
+        ("2.50", False),
+        ("1.60", True),
+        ("1.40", False),
+        ("1", False),
+    ]
+
+
+@pytest.mark.slow
+def test_kept_state_is_measured(tmp_path: Path) -> None:
+    """In small. State that is not what was saved would have failed it."""
+    file = tmp_path / "resident.json"
+    command = [sys.executable, "-m", "benchmarks.resident", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert len(results["attach"]) == 2
+    assert set(results["restart_s"]) == {KEPT, WARM, THROTTLED}
+    assert [set(seconds) for seconds in results["reshard_s"].values()] == [{KEPT, WARM}] * 2
+    assert results["storage_bytes"] == 0
     assert "Against the limits" in done.stdout
