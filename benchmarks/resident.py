@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--directory", help="for the checkpoints, on a disk; default: one with room")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args(arguments)
-    sizes = [2, 8] if options.quick else [int(size) for size in options.megabytes.split(",")]
+    sizes = [8, 32] if options.quick else [int(size) for size in options.megabytes.split(",")]
     results = measure(sizes, 1 if options.quick else options.rounds, options.directory)
     results["limits"] = [
         {"what": what, "wanted": wanted, "found": found, "met": met} for what, wanted, found, met in limits(results)

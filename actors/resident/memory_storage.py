@@ -17,12 +17,18 @@ from shardferry.actors.resident.reread import lost
 from shardferry.arena import host_identity
 from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
 from shardferry.handoff.loader_file import LoaderFile
-from shardferry.storage.base import RangeReader, StorageTraits, copy_bytes, cut_answer, missing_file, spread
+from shardferry.storage.base import KIB, MIB, RangeReader, StorageTraits, copy_bytes, cut_answer, missing_file, spread
 
 SCHEME = "shardferry+memory://"
 RECORD = "record"  # the storage option that has the record of what live trainers hold
 _ANSWER_S = 60.0  # of a loader
-_TRAITS = StorageTraits(max_gap_bytes=0, max_over_read=0.0, max_request_bytes=8 << 20, is_local=True)
+_MESSAGE_BYTES = 8 * MIB  # largest answer of a loader of another node
+# Of arenas of this node alone: strided boxes are copied out of the mapped arenas, and nothing else is looked at.
+_HERE = StorageTraits(
+    max_gap_bytes=0, max_over_read=0.0, max_request_bytes=_MESSAGE_BYTES, is_local=True, maps_files=True
+)
+# Of arenas of other nodes too: a question to a loader takes as long as some tens of KiB.
+_AWAY = StorageTraits(max_gap_bytes=64 * KIB, max_over_read=8.0, max_request_bytes=_MESSAGE_BYTES, is_local=True)
 
 
 def open_location(location: str, options: Mapping[str, Any]) -> RangeReader:
@@ -44,7 +50,8 @@ class MemoryReader(RangeReader):
     """Reads arenas: those of this node through a mapping, those of other nodes through their loaders."""
 
     def __init__(self, location: str, record: KeptRecord) -> None:
-        super().__init__(location, _TRAITS)
+        here = str(ray.util.get_node_ip_address())
+        super().__init__(location, _HERE if set(record.nodes) == {here} else _AWAY)
         self._record = record
         self._lock = threading.Lock()
         self._arenas: dict[str, tuple[memoryview | None, int]] = {}  # by file: mapped, if it is on this node; its bytes
@@ -72,6 +79,18 @@ class MemoryReader(RangeReader):
             copy_bytes(buffers[0], data)
         else:
             spread(data, buffers)
+
+    def mapped(self, path: str, start: int, stop: int) -> memoryview:
+        arena, size = self._arena(path)
+        if stop > size:
+            raise cut_answer(f"{self.location}/{path}", start, stop, num_bytes=size - start)
+        if arena is not None:
+            return arena[start:stop]
+        window = memoryview(bytearray(stop - start))  # it is on this node, but in another container
+        for at in range(start, stop, _MESSAGE_BYTES):
+            part = self._fetch(path, at, min(_MESSAGE_BYTES, stop - at))
+            copy_bytes(window[at - start : at - start + len(part)], part)
+        return window
 
     def close(self) -> None:
         self._arenas.clear()
