@@ -26,7 +26,7 @@ from shardferry.actors.loader_group import (
 from shardferry.actors.placement import Placement, UserBundles, check_room, free_places, place
 from shardferry.actors.resident.digest import digest_of
 from shardferry.actors.resident.kept import name_is_taken, others_of
-from shardferry.actors.resident.memory_storage import RECORD
+from shardferry.actors.resident.memory_storage import RECORD, is_live
 from shardferry.actors.sealed import Sealed
 from shardferry.actors.whereabouts import node_of_this_process
 from shardferry.checkpoint.catalog import Catalog
@@ -215,8 +215,7 @@ class Drive(threading.Thread):
         self._gather([loader.keep.remote() for loader in loaders], "keeping the loaded state", "handoff_s")
         manifests = self._gather([loader.manifests.remote() for loader in loaders], "listing what is kept", "handoff_s")
         (step,) = self._gather([loaders[0].step.remote()], "listing what is kept", "handoff_s")
-        digest, is_storage = digest_of(catalog), RECORD not in catalog.storage_options  # live trainers go on
-        retries = config.handoff.retries if is_storage else 0
+        digest, retries = digest_of(catalog), 0 if is_live(catalog.storage_options) else config.handoff.retries
         taken = others_of(keep.name, self._order.name)
         if taken and not keep.replace:
             raise name_is_taken(keep.name)
@@ -252,7 +251,9 @@ class Drive(threading.Thread):
                 Reread(
                     settings=settings,
                     location=catalog.location,
-                    storage_options=catalog.storage_options,
+                    storage_options={
+                        name: option for name, option in catalog.storage_options.items() if name != RECORD
+                    },
                     cache=config.checkpoint.cache,
                     digest=digest,
                     target=target,
