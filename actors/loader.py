@@ -29,7 +29,7 @@ from shardferry.actors.logs import log_fault, log_phases, show_logs
 from shardferry.actors.metrics import LoadMetrics
 from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
-from shardferry.actors.rank_report import measures_of_this_process, rank_report
+from shardferry.actors.rank_report import measures_of_this_process, rank_report, requests_kept
 from shardferry.actors.resident.digest import digest_of
 from shardferry.arena import HostArena, gpu_identity, host_identity
 from shardferry.checkpoint.catalog import Catalog
@@ -108,7 +108,7 @@ class Loader:
         self._settings = settings
         self._store: dist.TCPStore | None = None
         self._agreement = Agreement(None)
-        self._counters = Counters()
+        self._counters = Counters()  # of all parts
         self._bytes_total = 0
         self._loaded: list[LoadedShard] = []
         self._spans: list[Span] = []
@@ -192,7 +192,7 @@ class Loader:
         return load_rank(
             job,
             self._agreement,
-            counters=self._counters if not self._loaded else None,
+            counters=Counters(self._counters, requests_kept=requests_kept(self._settings.world_size)),
             announce=announce,
             check_plan=lambda plan: self._ask(trainer, plan),
         )

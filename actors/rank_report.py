@@ -14,6 +14,13 @@ import torch
 from shardferry.load import LoadFigures
 from shardferry.schemas.stage_report import RankReport, Span
 
+_REQUESTS_KEPT = 10_000  # of all ranks, one by one, for the trace
+
+
+def requests_kept(world_size: int) -> int:
+    """How many requests of one rank's load are kept for the trace."""
+    return max(16, _REQUESTS_KEPT // world_size)
+
 
 def measures_of_this_process(device: str) -> dict[str, Any]:
     """The fields of a `RankReport` that the process itself knows.
@@ -52,6 +59,7 @@ def rank_report(
     for name, seconds in figures.seconds.items():
         spans.append(Span(name=name, start=start, end=start + seconds))
         start += seconds
+    spans.append(Span(name="load", start=load_start, end=start))  # around its phases
     return RankReport(
         **counted,
         **measures,

@@ -242,7 +242,19 @@ def test_limits_of_the_hand_over() -> None:
 def test_hand_over_is_measured(tmp_path: Path) -> None:
     """In small. Bytes that are not what was sent would have failed it."""
     file = tmp_path / "handoff.json"
-    command = [sys.executable, "-m", "benchmarks.handoff", "--megabytes", "1,4", "--rounds", "1", "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.forked_workers",
+        "run",
+        "benchmarks.handoff",
+        "--megabytes",
+        "1,4",
+        "--rounds",
+        "1",
+        "--json",
+        str(file),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -23,8 +23,12 @@ _MAX_RANKS_SHOWN = 32  # a longer table is replaced by least, median and most
 class ByteProgress(Protocol):
     """Shows how many bytes of how many are done."""
 
-    def show(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes are done; a ``total`` of 0 is not known yet."""
+    def show(self, done: int, total: int, note: str = "") -> None:
+        """Show that ``done`` of ``total`` bytes are done; a ``total`` of 0 is not known yet.
+
+        Args:
+            note: more, for a line of a log.
+        """
         ...
 
 
@@ -37,7 +41,7 @@ class _Lines:
         self._first: tuple[float, int] | None = None  # when the first bytes were seen, and how many they were
         self._finished = False
 
-    def show(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if done and self._first is None:
             self._first = now, done
@@ -51,7 +55,7 @@ class _Lines:
         line = f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}"
         if rate := self._rate(now, done):
             line += f", {human_rate(rate)}" + ("" if finished else f", {(total - done) / rate:.0f} s left")
-        print(line, file=sys.stderr)
+        print(line + ("" if finished or not note else f"; {note}"), file=sys.stderr)
 
     def _rate(self, now: float, done: int) -> float | None:
         """Bytes per second since the first bytes were seen: the actors' start doesn't count. None before there is one."""
@@ -62,8 +66,8 @@ class _Lines:
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[ByteProgress]:
-    """A bar with bytes, rate and time left on a terminal; plain lines elsewhere. Both on stderr."""
-    if not sys.stderr.isatty():
+    """A bar with bytes, rate and time left on a terminal and in a notebook; plain lines elsewhere. Both on stderr."""
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
         yield _Lines(title)
         return
     from shardferry.pipeline.progress_bar import byte_bar
@@ -75,7 +79,25 @@ def byte_progress(title: str) -> Iterator[ByteProgress]:
 def show_ranks(bar: ByteProgress, ranks: Sequence[Progress]) -> None:
     """Show the sum of the ranks' progress."""
     known = all(rank.bytes_total for rank in ranks)
-    bar.show(sum(r.bytes_done for r in ranks), sum(r.bytes_total for r in ranks) if known else 0)
+    bar.show(sum(r.bytes_done for r in ranks), sum(r.bytes_total for r in ranks) if known else 0, _slowest(ranks))
+
+
+def _slowest(ranks: Sequence[Progress]) -> str:
+    """The rank that has the least part of its bytes, in words; nothing for one rank."""
+    if len(ranks) < 2 or not all(rank.bytes_total for rank in ranks):
+        return ""
+    parts = [rank.bytes_done / rank.bytes_total for rank in ranks]
+    return f"slowest is rank {parts.index(min(parts))} at {min(parts):.0%}"
+
+
+@contextmanager
+def progress(title: str = "loading") -> Iterator[Callable[[Sequence[Progress]], None]]:
+    """Show the progress of a load: ``with progress() as shown: stage.run(trainers, on_progress=shown)``.
+
+    A bar on a terminal and in a notebook; elsewhere a line every 5 s, with bytes, rate and the slowest rank. Both on stderr.
+    """
+    with byte_progress(title) as bar:
+        yield lambda ranks: show_ranks(bar, ranks)
 
 
 def human_bytes(count: float) -> str:

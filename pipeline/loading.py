@@ -69,9 +69,10 @@ class Loading:
     def beside(self, rank: int) -> Any:
         """The scheduling strategy of an actor that is to run where a rank's loader runs; waits until the loaders have started.
 
-        ::
+        ```python
+        Trainer.options(num_gpus=0.5, scheduling_strategy=loading.beside(rank)).remote(loading.refs[rank])
+        ```
 
-            Trainer.options(num_gpus=0.5, scheduling_strategy=loading.beside(rank)).remote(loading.refs[rank])
         """
         started = self.started()
         return started.placement.beside(rank, started.joined[rank].node_id)

@@ -17,7 +17,7 @@ class ByteBar:
         self._task = progress.add_task(title, total=None, start=False)
         self._is_started = False
 
-    def show(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int, note: str = "") -> None:
         """Move the bar to ``done`` of ``total`` bytes. While ``total`` is 0, the bar pulses.
 
         Rate and time left count from the first bytes: the actors' start doesn't count.

@@ -35,11 +35,11 @@ Topology = TopologySpec | dict[str, Any] | ray.ObjectRef[Any]
 class OptimizerLoadStage:
     """Loads an optimizer's state from a checkpoint, in the topology of the next trainers.
 
-    ::
-
-        stage = OptimizerLoadStage(StageConfig.from_file("stage.yaml"))
-        result = stage.run(trainers)            # actors whose class mixes in shardferry.OptimizerReceiver
-        print(result.report.read_amplification)
+    ```python
+    stage = OptimizerLoadStage(StageConfig.from_file("stage.yaml"))
+    result = stage.run(trainers)            # actors whose class mixes in shardferry.OptimizerReceiver
+    print(result.report.read_amplification)
+    ```
 
     A stage keeps no state between runs, and can run many times.
 

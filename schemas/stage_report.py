@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from shardferry.stats import StorageRequest
 
 
 class Span(BaseModel):
@@ -44,6 +46,10 @@ class RankReport(BaseModel):
     phases: dict[str, float]  # seconds; phases don't overlap
     busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; kinds overlap
     spans: list[Span]
+    file_bytes: dict[str, int] = {}  # asked of the storage, by file
+    requests: tuple[StorageRequest, ...] = Field(
+        (), exclude=True
+    )  # for the trace; some of them where there are very many
 
 
 def what_is_loaded(optimizer_key: str | None) -> str:
@@ -96,6 +102,9 @@ class RankProgress(BaseModel):
     rank: int
     bytes_done: int
     bytes_needed: int  # 0: the rank had not planned yet
+    idle_s: float | None = (
+        None  # at the failure: seconds since the rank's last byte, or since the first look; None: it had all
+    )
 
 
 class FailedStage(BaseModel):

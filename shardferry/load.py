@@ -32,7 +32,7 @@ from shardferry.plan.planner import plan_load, plan_tensors, value_keys
 from shardferry.read.execute import read_objects, read_plan
 from shardferry.read.objects import ForeignClass, allowed_classes
 from shardferry.state_dicts import EXTRA_STATE, LeftLive
-from shardferry.stats import Counters, PhaseClock
+from shardferry.stats import Counters, PhaseClock, StorageRequest
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import RetryPolicy
 
@@ -53,6 +53,8 @@ class LoadFigures:
     strategy_reason: str
     busy: Mapping[str, float]  # seconds by kind of work; kinds overlap
     seconds: Mapping[str, float]  # by phase; phases don't overlap
+    file_bytes: Mapping[str, int]  # asked of the storage, by file
+    requests: tuple[StorageRequest, ...]  # some of them where there are very many
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
@@ -67,7 +69,7 @@ def combined(loads: Sequence[LoadFigures]) -> LoadFigures:
         if isinstance(values[0], str):
             return "; ".join(dict.fromkeys(values))
         if isinstance(values[0], Mapping):
-            return {key: sum(value.get(key, 0.0) for value in values) for value in values for key in value}
+            return {key: sum(value.get(key, 0) for value in values) for value in values for key in value}
         return sum(values, start=type(values[0])())
 
     return LoadFigures(**{entry.name: of(entry.name) for entry in fields(LoadFigures)})
@@ -101,6 +103,8 @@ class LoadedShard:
             strategy_reason=self.strategy.reason,
             busy=dict(self.counters.busy.seconds),
             seconds=self.seconds,
+            file_bytes=dict(self.counters.file_bytes),
+            requests=self.counters.requests.kept(),
             missing=self.plan.missing,
             unexpected=self.unexpected,
         )

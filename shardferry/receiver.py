@@ -188,13 +188,13 @@ def receive(handle: ShardHandle | Any, model: Models, optimizer: Optimizers) -> 
 class OptimizerReceiver:
     """Mix into a trainer's actor class that has the attributes ``model`` and ``optimizer``.
 
-    ::
+    ```python
+    @ray.remote(num_gpus=1)
+    class Trainer(shardferry.OptimizerReceiver):
+        def __init__(self): self.model, self.optimizer = ...
 
-        @ray.remote(num_gpus=1)
-        class Trainer(shardferry.OptimizerReceiver):
-            def __init__(self): self.model, self.optimizer = ...
-
-        stage.run(trainers)
+    stage.run(trainers)
+    ```
 
     Where the attributes have other names, override `shardferry_target`.
     """

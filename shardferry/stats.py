@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class BusyTimes:
@@ -43,27 +44,86 @@ class BusyTimes:
             return dict(self._seconds)
 
 
-class Counters:
-    """What a rank has requested of storage so far; read by progress displays while it grows."""
+@dataclass(frozen=True, slots=True)
+class StorageRequest:
+    """One request to the storage."""
 
-    def __init__(self) -> None:
+    path: str
+    nbytes: int
+    start: float  # seconds since the epoch
+    seconds: float
+
+
+class RequestLog:
+    """The requests of a load: all of them, else every second, every fourth, ... of them.
+
+    Args:
+        most: how many are kept at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._stride, self._count = 1, 0
+        self._kept: list[StorageRequest] = []
+
+    def add(self, request: StorageRequest) -> None:
+        """Keep a request, if it is its turn."""
+        if self._count % self._stride == 0:
+            if len(self._kept) == self._most:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            if self._count % self._stride == 0:
+                self._kept.append(request)
+        self._count += 1
+
+    def kept(self) -> tuple[StorageRequest, ...]:
+        """The requests that are kept, in the order in which they ended."""
+        return tuple(self._kept)
+
+
+class Counters:
+    """What a rank has requested of storage so far; read by progress displays while it grows.
+
+    Args:
+        total: counters of several loads, which grow with these.
+        requests_kept: how many requests are kept one by one, at most.
+    """
+
+    def __init__(self, total: Counters | None = None, *, requests_kept: int = 10_000) -> None:
         self._lock = threading.Lock()
+        self._total = total
         self.num_requests = 0
         self.bytes_requested = 0
         self.bytes_done = 0  # wanted bytes that have reached their destination
         self.peak_buffer_bytes = 0  # held at once, beside the arena
+        self.file_bytes: dict[str, int] = {}  # asked for, by path
+        self.requests = RequestLog(requests_kept)
         self.busy = BusyTimes()  # kinds: storage, deliver, exchange, device copy
 
-    def add_requests(self, *, num_requests: int, nbytes: int) -> None:
-        """Count requests to the storage, and the bytes that they ask for."""
+    @contextmanager
+    def request(self, path: str, nbytes: int) -> Iterator[None]:
+        """Count a request to the storage, and clock it."""
+        self._add_request(path, nbytes)
+        start, begun = time.time(), time.perf_counter()
+        with self.busy.at("storage"):
+            yield
+        request = StorageRequest(path, nbytes, start, time.perf_counter() - begun)
         with self._lock:
-            self.num_requests += num_requests
+            self.requests.add(request)
+
+    def _add_request(self, path: str, nbytes: int) -> None:
+        with self._lock:
+            self.num_requests += 1
             self.bytes_requested += nbytes
+            self.file_bytes[path] = self.file_bytes.get(path, 0) + nbytes
+        if self._total is not None:
+            self._total._add_request(path, nbytes)
 
     def add_completed(self, nbytes: int) -> None:
         """Count wanted bytes that have reached their destination."""
         with self._lock:
             self.bytes_done += nbytes
+        if self._total is not None:
+            self._total.add_completed(nbytes)
 
     def update_peak(self, buffer_bytes: int) -> None:
         """Note how many bytes of buffers were held at once."""

@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 import ray
 
+from tests.support.forked_workers import forked_workers
 from tests.support.leftovers import MARK
 from tests.support.models import save_fsdp2
 from tests.support.ranks import RankPool
@@ -65,7 +66,14 @@ def saved_by(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def quick_workers() -> Iterator[None]:
+    """The raylets that this process starts fork their workers from a process that has imported torch."""
+    with forked_workers():
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(quick_workers: None) -> Iterator[None]:
     """A real Ray of this process's own, with 4 logical GPUs.
 
     Its workers inherit PYTHONPATH: with a runtime environment in its place, Ray starts each of them twice.

@@ -1,4 +1,4 @@
-"""Links in the documents lead to files and headings that exist, code in them is code, and docs/index.md lists every page."""
+"""Links in the documents lead to files and headings that exist, code in them is code, and every page, name and error class has its place."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import shardferry
+from shardferry import errors, pipeline, schemas
 from tests.support.commands import REPOSITORY
 
 PAGES = sorted(
-    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("benchmarks/**/*.md")],
+    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("benchmarks/**/*.md")],
     key=str,
 )
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -54,10 +56,41 @@ def test_code_is_code(page: Path) -> None:
             compile(textwrap.dedent(block), str(page), "exec")
 
 
-def test_the_index_lists_every_page() -> None:
-    index = REPOSITORY / "docs" / "index.md"
-    listed = set(links(index.read_text(encoding="utf-8")))
-    assert {page.name for page in (REPOSITORY / "docs").glob("*.md")} - {"index.md"} <= listed
+def test_the_index_and_the_site_list_every_page() -> None:
+    docs = REPOSITORY / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.glob("**/*.md")} - {"index.md"}
+    assert pages <= set(links((docs / "index.md").read_text(encoding="utf-8")))
+    assert pages <= set(
+        re.findall(r": (\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+def test_excerpts_are_from_the_programs() -> None:
+    """A block that begins with ``# examples/x.py`` has lines of that program alone; ``...`` stands for others, and spaces don't count."""
+    lacking = []
+    for page in PAGES:
+        for _, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+            first, *rest = block.splitlines() or [""]
+            if re.fullmatch(r"# examples/\w+\.py", first):
+                program = "".join((REPOSITORY / first[2:]).read_text(encoding="utf-8").split())
+                lacking += [
+                    (page.name, line) for line in rest if line.strip() != "..." and "".join(line.split()) not in program
+                ]
+    assert not lacking
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    public = {f"{module.__name__}.{name}" for module in (shardferry, pipeline, schemas) for name in module.__all__}
+    assert "shardferry.errors" in shown
+    assert public - {f"shardferry.{name}" for name in vars(errors)} <= shown
+
+
+def test_each_error_class_has_a_section() -> None:
+    text = (REPOSITORY / "docs" / "errors.md").read_text(encoding="utf-8")
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert set(re.findall(r"^## `(\w+)`$", text, re.MULTILINE)) == classes - {"ShardferryError"}
 
 
 def test_symbols_that_the_architecture_names_exist() -> None:

@@ -56,5 +56,10 @@ def test_the_spec_is_one() -> None:
     assert (spec.checkpoint.keys, spec.checkpoint.dtype) == (default.checkpoint.keys, default.checkpoint.dtype)
 
 
+def test_it_is_short_and_has_one_picture() -> None:
+    assert README.count("\n") <= 150
+    assert len(re.findall(r"!\[", README)) == 1
+
+
 def test_no_number_is_missing() -> None:
     assert "@@" not in README

@@ -129,6 +129,7 @@ class _Run:
         self._layout = layout
         self._started_s = time.monotonic()
         self._seen: list[Progress] = []
+        self._moved_s: list[float] = []  # by rank: when its bytes were last seen to grow
 
     def to_the_end(self, location: str | None, *, address: str | None, num_gpus: int | None) -> StageReport:
         """Check, start, load, and take all down."""
@@ -139,7 +140,7 @@ class _Run:
         with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
 
             def on_progress(ranks: list[Progress]) -> None:
-                self._seen = ranks
+                self._look(ranks)
                 show_ranks(bar, ranks)
 
             result = OptimizerLoadStage(config).run(location=catalog.location, on_progress=on_progress)
@@ -147,6 +148,16 @@ class _Run:
             show_ranks(bar, result.final_progress())
             result.close()
         return done
+
+    def _look(self, ranks: list[Progress]) -> None:
+        now, before = time.monotonic(), self._seen
+        moved = self._moved_s or [now] * len(ranks)
+        if before:
+            moved = [
+                now if new.bytes_done > old.bytes_done else then
+                for new, old, then in zip(ranks, before, moved, strict=True)
+            ]
+        self._seen, self._moved_s = ranks, moved
 
     def failed(self, error: Exception, location: str, command: str) -> FailedStage:
         """The report of a failure."""
@@ -161,8 +172,13 @@ class _Run:
             total_s=time.monotonic() - self._started_s,
             command=command,
             ranks=[
-                RankProgress(rank=rank, bytes_done=seen.bytes_done, bytes_needed=seen.bytes_total)
-                for rank, seen in enumerate(self._seen)
+                RankProgress(
+                    rank=rank,
+                    bytes_done=seen.bytes_done,
+                    bytes_needed=seen.bytes_total,
+                    idle_s=None if 0 < seen.bytes_total <= seen.bytes_done else time.monotonic() - moved_s,
+                )
+                for rank, (seen, moved_s) in enumerate(zip(self._seen, self._moved_s, strict=True))
             ],
             **fields,
         )

@@ -5,6 +5,7 @@ More ranks than `MAX_ROWS` share rows, so that the charts of thousands of ranks 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -106,6 +107,34 @@ def bytes_chart(ranks: Sequence[RankReport] | Sequence[RankPlan]) -> str:
     return _byte_bars([rank.rank for rank in ranks], shown, colours)
 
 
+def files_chart(ranks: Sequence[RankReport]) -> str:
+    """A heat map of the bytes that each rank asked of each file; many ranks, and many files, share rows and columns."""
+    paths = sorted({path for rank in ranks for path in rank.file_bytes}, key=_with_numbers)
+    if not paths:
+        return ""
+    rows, columns = list(_rows([rank.rank for rank in ranks], MAX_ROWS)), bins(len(paths), MAX_ROWS)
+    column_of = {paths[i]: place for place, together in enumerate(columns) for i in together}
+    counts = [[0] * len(columns) for _ in rows]
+    for row, (_, together) in enumerate(rows):
+        for index in together:
+            for path, nbytes in ranks[index].file_bytes.items():
+                counts[row][column_of[path]] += nbytes
+    names = [paths[c[0]] if len(c) == 1 else f"{paths[c[0]]} to {paths[c[-1]]}" for c in columns]
+    figure = go.Figure(
+        go.Heatmap(
+            z=counts,
+            x=names,
+            y=[name for name, _ in rows],
+            customdata=[[human_bytes(nbytes) for nbytes in row] for row in counts],
+            colorscale="Viridis",
+            colorbar={"title": {"text": "bytes"}, "tickformat": "~s"},
+            hovertemplate="%{y}<br>%{x}<br>%{customdata}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(showticklabels=len(names) <= 16)
+    return _html(figure, [name for name, _ in rows], row_px=20)
+
+
 def progress_chart(ranks: Sequence[RankProgress]) -> str:
     """Bars of the bytes that each rank had, of those that it needed, when the stage failed."""
     columns = {
@@ -150,6 +179,11 @@ def _rows(numbers: Sequence[int], most: int) -> Iterator[tuple[str, range]]:
     for together in bins(len(numbers), most):
         first, last = numbers[together[0]], numbers[together[-1]]
         yield f"rank {first}" if len(together) == 1 else f"ranks {first}–{last}", together
+
+
+def _with_numbers(path: str) -> list[tuple[int, str]]:
+    """For sorting: ``__2_0.distcp`` comes before ``__10_0.distcp``."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path)]
 
 
 def _end(row: Row) -> float:

@@ -31,6 +31,7 @@ def _sections(report: StageReport) -> Iterator[tuple[str, str]]:
     yield "Phases", charts.timeline_chart(timeline(report))
     yield "Seconds by rank and phase", charts.seconds_chart(report.ranks)
     yield "Bytes by rank", charts.bytes_chart(report.ranks)
+    yield "Bytes by rank and file", charts.files_chart(report.ranks)
     yield "Lower bound", _lower_bound(report)
     yield "Keys", _keys(report)
     yield "Made by", _cards(_made_by(report))
@@ -44,6 +45,12 @@ def _failed_sections(failed: FailedStage) -> Iterator[tuple[str, str]]:
     if failed.ranks:
         done, needed = (sum(getattr(r, name) for r in failed.ranks) for name in ("bytes_done", "bytes_needed"))
         facts["done"] = f"{human_bytes(done)} of {human_bytes(needed)}" if needed else human_bytes(done)
+        waiting = [rank for rank in failed.ranks if rank.idle_s is not None]
+        if waiting:
+            stalled = max(waiting, key=lambda rank: rank.idle_s or 0.0)
+            facts["longest without a byte"] = (
+                f"rank {stalled.rank}, {stalled.idle_s:.1f} s, at {human_bytes(stalled.bytes_done)}"
+            )
     yield "Summary", _cards(facts)
     if failed.ranks:
         yield "How far each rank came", charts.progress_chart(failed.ranks)

@@ -26,15 +26,19 @@ class Row:
 
 def timeline(report: StageReport) -> list[Row]:
     """The driver's row, if it has phases, and a row for each rank."""
-    driver = _driver_spans(report)
-    spans = [*driver, *(span for rank in report.ranks for span in rank.spans)]
-    origin = min((span.start for span in spans), default=0.0)
+    driver, origin = _driver_spans(report), first_start(report)
 
     def shifted(spans: list[Span]) -> tuple[Span, ...]:
         return tuple(Span(name=s.name, start=s.start - origin, end=s.end - origin) for s in spans)
 
     rows = [Row("driver", None, shifted(driver))] if driver else []
     return rows + [Row(rank.node, rank.rank, shifted(rank.spans)) for rank in report.ranks]
+
+
+def first_start(report: StageReport) -> float:
+    """When the stage began: seconds since the epoch."""
+    spans = [*_driver_spans(report), *(span for rank in report.ranks for span in rank.spans)]
+    return min((span.start for span in spans), default=0.0)
 
 
 def total_s(report: StageReport) -> float:

@@ -244,14 +244,12 @@ class _CountedStorage:
         self._counters = counters
 
     def read_into(self, path: str, byte_offset: int, *buffers: memoryview) -> None:
-        self._counters.add_requests(num_requests=1, nbytes=sum(map(len, buffers)))
-        with self._counters.busy.at("storage"):
+        with self._counters.request(path, sum(map(len, buffers))):
             self._storage.read_into(path, byte_offset, *buffers)
 
     @contextmanager
     def mapped(self, path: str, start: int, stop: int, *, looked_at: int) -> Iterator[memoryview]:
-        self._counters.add_requests(num_requests=1, nbytes=looked_at)
-        with self._counters.busy.at("storage"):  # pages are read where they are looked at
+        with self._counters.request(path, looked_at):  # pages are read where they are looked at
             yield self._storage.mapped(path, start, stop)
 
 

@@ -10,11 +10,19 @@ from examples.task import make_optimizer, network, train_step
 from tests.support.commands import run_process
 from tests.support.leftovers import nothing_left
 
+SHORT = """
+from examples.ray_train import main
+from tests.support.forked_workers import forked_workers
+
+with forked_workers():
+    main(is_short=True)
+"""
+
 
 @pytest.mark.slow
-def test_goes_on_with_the_worker_that_is_left() -> None:
+def test_goes_on_with_the_worker_that_is_left(quick_workers: None) -> None:
     with nothing_left():
-        done = run_process("from examples.ray_train import main; main(is_short=True)", python=("-c",), timeout_s=500)
+        done = run_process(SHORT, python=("-c",), timeout_s=500)
     assert done.status == 0, done.stderr
     printed = re.findall(r"^step +(\d+) loss (\S+) on (\d) workers$", done.stdout, re.MULTILINE)
     assert [int(step) for step, _, _ in printed] == list(range(1, 11))

@@ -31,14 +31,18 @@ SHORT_DEMO = f"""
 import sys
 from shardferry.pipeline.cli import main
 from shardferry.pipeline.demo import story
+from tests.support.forked_workers import forked_workers
 
 story.PRETRAINED_STEPS, story.FURTHER_STEPS = 4, {FURTHER_STEPS}
-sys.exit(main())
+with forked_workers():
+    sys.exit(main())
 """
+
+pytestmark = pytest.mark.usefixtures("quick_workers")
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+def told(quick_workers: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     """The demo in fewer steps, run once, in a process of its own: its output, and the checkpoint it kept."""
     directory = tmp_path_factory.mktemp("demo")
     with nothing_left():

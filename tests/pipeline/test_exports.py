@@ -20,8 +20,9 @@ from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.pipeline.reports import lower_bound_terms, storage_rate
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import FailedStage, StageReport
+from shardferry.stats import RequestLog, StorageRequest
 from tests.support.commands import Command
-from tests.support.stage_reports import failed_stage, rank_report, stage_report
+from tests.support.stage_reports import STARTED, failed_stage, rank_report, stage_report
 
 
 def test_the_driver_s_phases_stand_before_and_after_those_of_the_ranks() -> None:
@@ -46,8 +47,8 @@ def test_the_trace_names_processes_and_threads() -> None:
         (1, 0, "driver"),
         (2, 0, "node 10.0.0.0"),
         (3, 0, "node 10.0.0.1"),
-        *((2, rank, f"rank {rank}") for rank in range(8)),
-        (3, 8, "rank 8"),
+        *((2, 1_000 * rank, f"rank {rank}") for rank in range(8)),
+        (3, 8_000, "rank 8"),
     }
     slices = [event for event in events if event["ph"] == "X"]
     assert Counter(event["name"] for event in slices) == {
@@ -57,6 +58,34 @@ def test_the_trace_names_processes_and_threads() -> None:
     }
     [start] = (event for event in slices if event["name"] == "start")
     assert (start["pid"], start["ts"], start["dur"]) == (1, 0.0, 2e6)
+
+
+def test_the_trace_has_the_requests() -> None:
+    """Requests that overlap are on threads of their own; the counters add up to all bytes."""
+    at = [(STARTED + 4 + start, seconds) for start, seconds in ((0.0, 2.0), (1.0, 2.0), (2.0, 1.0))]
+    requests = tuple(StorageRequest(f"f{i}", 10**6, start, seconds) for i, (start, seconds) in enumerate(at))
+    # The second rank made twice as many requests as it kept.
+    ranks = [rank_report(0, requests=requests, num_requests=3), rank_report(1, requests=requests, num_requests=6)]
+    events = json.loads(chrome_trace(stage_report(2, ranks=ranks)))["traceEvents"]
+    slices = {(e["tid"], e["name"]): (e["ts"], e["dur"], e["args"]) for e in events if "bytes" in e.get("args", {})}
+    assert set(slices) == {
+        (1_000 * rank + 1 + lane, f"f{i}, 1,000,000 bytes") for rank in (0, 1) for i, lane in ((0, 0), (1, 1), (2, 0))
+    }
+    assert slices[1_002, "f1, 1,000,000 bytes"] == (5e6, 2e6, {"file": "f1", "bytes": 10**6})
+    counters = [event for event in events if event["ph"] == "C"]
+    step_s = 3.0 / 200
+    rates = [event["args"]["bytes/s"] for event in counters if event["name"] == "bytes per second"]
+    assert sum(rates) * step_s == pytest.approx(9e6, rel=1e-3)
+    in_flight = [event["args"]["requests"] for event in counters if event["name"] == "requests in flight"]
+    assert max(in_flight) == 6
+    assert sum(in_flight) * step_s == pytest.approx(15.0, rel=1e-3)
+
+
+def test_a_log_of_very_many_requests_is_thinned_evenly() -> None:
+    log = RequestLog(8)
+    for number in range(100):
+        log.add(StorageRequest(str(number), 1, float(number), 1.0))
+    assert [int(request.path) for request in log.kept()] == list(range(0, 100, 16))
 
 
 def test_the_rate_of_the_storage_is_the_one_that_the_load_saw() -> None:
@@ -149,7 +178,7 @@ def test_a_browser_shows_the_page(tmp_path: Path, name: str, dark: bool) -> None
     assert found["label_px"] >= 10
     assert not any(found["overlaps"])
     # Each chart names its rows; many ranks share them.
-    assert found["rows"] == {"4 ranks": [5, 4, 4], "1,024 ranks": [65, 64, 32], "failed": [8]}[name]
+    assert found["rows"] == {"4 ranks": [5, 4, 4, 4], "1,024 ranks": [65, 64, 32, 64], "failed": [8]}[name]
     assert found["bars"] > (8 if isinstance(report, FailedStage) else 4 * 8)
 
 
@@ -172,6 +201,7 @@ def test_the_page_s_words() -> None:
     failed = html_page(failed_stage(8))
     assert "<b>RankError</b> loading: the process of rank 3 died: &lt;b&gt;out of memory&lt;/b&gt;" in failed
     assert "3.3 GiB of 7.5 GiB" in failed
+    assert "rank 3, 9.5 s, at 0 B" in failed
 
 
 def test_a_dry_run_s_page(shardferry: Command, saved_by: dict[int, Path], tmp_path: Path) -> None:

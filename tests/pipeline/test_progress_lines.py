@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shardferry.pipeline import display
+from shardferry.actors.progress import Progress
+from shardferry.pipeline import display, progress
 
 
 def test_the_start_of_the_actors_does_not_count(
@@ -32,3 +33,12 @@ def test_the_start_of_the_actors_does_not_count(
         "loading:  75% 2.9 MiB of 3.8 MiB, 200 kB/s, 5 s left",
         "loading: 100% 3.8 MiB of 3.8 MiB, 200 kB/s",
     ]
+
+
+def test_a_line_names_the_slowest_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    with progress() as shown:
+        now[0] = 6.0
+        shown([Progress(500_000, 1_000_000), Progress(250_000, 1_000_000)])
+    assert capsys.readouterr().err == "loading:  38% 732.4 KiB of 1.9 MiB; slowest is rank 1 at 25%\n"

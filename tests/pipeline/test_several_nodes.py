@@ -19,11 +19,13 @@ NUM_ELEMENTS = sum(torch.Size(shape).numel() for shape in SHAPES.values())
 
 
 @pytest.fixture(scope="module")
-def told(saved_by: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(quick_workers: None, saved_by: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each situation told. No process and no shared file is left."""
     command = [
         sys.executable,
         "-m",
+        "tests.support.forked_workers",
+        "run",
         "tests.pipeline.several_nodes",
         str(saved_by[4]),
         str(tmp_path_factory.mktemp("nodes")),

@@ -189,7 +189,7 @@ def test_a_loader_dies_and_another_state_takes_the_name(saved_by: dict[int, Path
         wait_until(lambda: kept_as("short").lost_ranks == (1,))
         assert 0 < compared(shardferry.attach("short", 0)) < NUM_ELEMENTS
 
-        stage(saved_by[4], 1, handoff={"keep": {**keep, "ttl_s": 20}}).run()
+        stage(saved_by[4], 1, handoff={"keep": {**keep, "ttl_s": 8}}).run()
         after, _ = find("short")
         assert after.stage != before.stage
         assert compared(shardferry.attach("short", 0)) == NUM_ELEMENTS

@@ -38,6 +38,7 @@ def rank_report(rank: int, **changes: Any) -> RankReport:
         "phases": {"join": 0.5, **phases},
         "busy": {"storage": 6.0},
         "spans": spans,
+        "file_bytes": {f"__{rank // 2}_0.distcp": 1_000_000_000, f"__{rank // 2 + 1}_0.distcp": 500_000_000},
     }
     return RankReport(**{**fields, **changes})
 
@@ -82,7 +83,13 @@ def failed_stage(world_size: int) -> FailedStage:
         failed_ranks=[3],
         total_s=12.3,
         ranks=[
-            RankProgress(rank=r, bytes_done=0 if r == 3 else 500_000_000, bytes_needed=10**9) for r in range(world_size)
+            RankProgress(
+                rank=r,
+                bytes_done=0 if r == 3 else 500_000_000,
+                bytes_needed=10**9,
+                idle_s=9.5 if r == 3 else 0.5,
+            )
+            for r in range(world_size)
         ],
     )
 
