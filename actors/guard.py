@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.actor import exit_actor
 from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardferry.actors.sealed import Sealed
 from shardferry.errors import LoadCancelled
@@ -60,10 +61,17 @@ class KeptRecord:
     location: str  # of the checkpoint
     optimizer_key: str | None
     topology: str  # in words
-    nodes: Sequence[str]  # address, by rank
+    nodes: list[str]  # address, by rank
     nbytes: Sequence[int]  # of the arenas, by rank
     files: Mapping[str, bytes] = field(repr=False)  # see `shardferry.checkpoint.kept`
     holders: Sequence[Any] | None = None  # handles of live trainers that hold the arenas; None: the stage's loaders do
+    digest: str = ""  # of the checkpoint, see `shardferry.actors.resident.digest`
+    model_key: str | Mapping[str, str] | None = None
+    selection: Mapping[str, Any] = field(default_factory=dict)  # rename, include and exclude, where the spec has them
+    step: float | None = None  # of the optimizer; None: its state doesn't tell
+    start_s: float = 120.0  # deadline for a loader to start and to answer
+    retries: int = 0  # how often an attach reads a lost rank's part again
+    rereads: Sequence[Sealed] = field(default=(), repr=False)  # by rank: a `shardferry.actors.loader.Reread`
     created: float = 0.0  # seconds since the epoch
     used: float = 0.0  # when somebody attached last
 
@@ -151,8 +159,27 @@ class Guard:
         self._record = record
 
     async def record(self) -> KeptRecord | None:
-        """What is kept; None before it is complete."""
-        return self._record
+        """What is kept, without what is large: `files` and `reread` have that. None before it is complete."""
+        return None if self._record is None else replace(self._record, files={}, rereads=())
+
+    async def files(self) -> Mapping[str, bytes]:
+        """Of the record."""
+        assert self._record is not None
+        return self._record.files
+
+    async def reread(self, rank: int) -> Any:
+        """What another loader needs to read a rank's part again."""
+        assert self._record is not None
+        return self._record.rereads[rank].opened_on_arrival()
+
+    async def moved(self, rank: int, node: str) -> None:
+        """Another loader has a rank's part now.
+
+        Args:
+            node: its address.
+        """
+        if self._record is not None:
+            self._record.nodes[rank] = node
 
     async def touch(self) -> None:
         """Somebody attaches: the time to live begins again."""
@@ -205,10 +232,13 @@ class Guard:
     def _watch(self, never: list[ray.ObjectRef[Any]]) -> None:
         while self._is_needed(never):
             with suppress(ray.exceptions.RayError):
-                if self._is_done and not loaders_of(self._stage):
+                if self._is_done and not self._can_be_read_again() and not loaders_of(self._stage):
                     time.sleep(_POLL_S)  # results that were returned just now are on their way
                     break
         self._end()
+
+    def _can_be_read_again(self) -> bool:
+        return self._record is not None and self._record.retries > 0
 
     def _is_needed(self, never: list[ray.ObjectRef[Any]]) -> bool:
         record = self._record
@@ -219,13 +249,20 @@ class Guard:
 
 
 def start_guard(stage: str, kept: str | None = None) -> Any:
-    """Start the guard of a stage that this process submits, and let it watch over this process.
+    """Start the guard of a stage that this process submits, on its node, and let it watch over this process.
 
     Args:
         kept: the name under which the loaded state is to be kept.
     """
     remote: Any = ray.remote(Guard)
-    options = {"num_cpus": 0, "name": guard_name(stage, kept), "namespace": NAMESPACE, "lifetime": "detached"}
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "name": guard_name(stage, kept),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+    }
+    here = ray.get_runtime_context().get_node_id()  # what is kept outlives the nodes of loaders
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
     guard: Any = remote.options(**options, max_concurrency=_MAX_WAITING).remote(stage)
     guard.watch.remote([guard.never.remote()])
     return guard

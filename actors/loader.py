@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -26,14 +26,16 @@ from ray.actor import ActorHandle
 
 from shardferry.actors.guard import NAMESPACE
 from shardferry.actors.logs import log_fault, log_phases, show_logs
-from shardferry.actors.metrics import LoadMetrics
+from shardferry.actors.metrics import LoadMetrics, Who, tell_kept
 from shardferry.actors.process_group import Rendezvous, join_process_group, open_rendezvous, use_interface_of
 from shardferry.actors.progress import Progress
 from shardferry.actors.rank_report import measures_of_this_process, rank_report, requests_kept
+from shardferry.actors.resident.digest import digest_of
 from shardferry.arena import HostArena, gpu_identity, host_identity
 from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.open import open_checkpoint
 from shardferry.config import LoadRequest, PartRequests, ReadOptions
-from shardferry.errors import RankError
+from shardferry.errors import HandoffError, RankError
 from shardferry.exchange.agreement import Agreement
 from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.handoff.loader_file import LoaderFile
@@ -75,6 +77,24 @@ class LoaderSettings:
     trainer: TrainerProcess | None  # the process that the shard is for; None: not known
     start_timeout_s: float
     load_timeout_s: float
+    memory_fraction: float = 1.0  # of the node's available memory that all its arenas may take
+    guard: str | None = (
+        None  # the name of the guard of kept state, with which this loader ends; None: it ends with its last user
+    )
+
+
+@dataclass(frozen=True)
+class Reread:
+    """What a loader needs to load one rank's part of kept state again."""
+
+    settings: LoaderSettings
+    location: str
+    storage_options: Mapping[str, Any] = field(repr=False)  # may hold credentials
+    cache: str | None
+    digest: str  # of the checkpoint
+    target: SpecLayout | Reception
+    requests: PartRequests
+    read: ReadOptions
 
 
 class Loader:
@@ -93,7 +113,10 @@ class Loader:
         self._loaded: list[LoadedShard] = []
         self._spans: list[Span] = []
         self._thread = 0
+        self._is_kept = False
         show_logs(settings.log)
+        if settings.guard is not None:
+            threading.Thread(target=_end_with, args=(settings.guard,), daemon=True, name="shardferry-kept").start()
         self._device = self._choose_device()
 
     def open_rendezvous(self, generation: str) -> Rendezvous:
@@ -143,13 +166,13 @@ class Loader:
             ShardferryError: as `load_rank` does, or as the trainer does; the same failure is raised on all ranks.
         """
         self._thread = threading.get_ident()
-        node, start = ray.util.get_node_ip_address(), time.monotonic()
-        who = {"stage": self._settings.stage, "rank": self._settings.world_rank, "node": node}
+        start, who = time.monotonic(), self._who()
         metrics = LoadMetrics(self._counters, **who)
         try:
             with self._span("load"), metrics.told():
                 for layout, request in _parts_of(target, requests, self._settings.world_rank):
-                    job = LoadJob(catalog, layout, request, self._device, read)
+                    fraction = self._settings.memory_fraction
+                    job = LoadJob(catalog, layout, request, self._device, read, memory_fraction=fraction)
                     self._loaded.append(self._load_part(job, metrics, trainer))
         except BaseException as error:
             log_fault(**who, error=error)
@@ -159,6 +182,9 @@ class Loader:
         report = self._report(combined([loaded.figures() for loaded in self._loaded]), transport.name)
         log_phases(**who, phases=report.phases, nbytes=report.bytes_needed)
         return report
+
+    def _who(self) -> Who:
+        return Who(stage=self._settings.stage, rank=self._settings.world_rank, node=ray.util.get_node_ip_address())
 
     def _load_part(self, job: LoadJob, metrics: LoadMetrics, trainer: Any) -> LoadedShard:
         def announce(plan: LoadPlan) -> None:
@@ -212,23 +238,48 @@ class Loader:
         found = chunks_of(self._loaded[part].arena)
         return found[0] if len(found) == 1 else found
 
-    def keep(self, guard: str) -> None:
-        """Freeze the arenas, and live as long as the guard does.
-
-        Args:
-            guard: the name of its actor.
-        """
+    def keep(self) -> None:
+        """Freeze the arenas. From now on others attach."""
         for loaded in self._loaded:
             if isinstance(loaded.arena, HostArena):
                 loaded.arena.freeze()
-        threading.Thread(target=_end_with, args=(guard,), daemon=True, name="shardferry-kept").start()
+        self._is_kept = True
+        tell_kept(sum(loaded.arena.nbytes for loaded in self._loaded), **self._who())
 
-    def handle_for(self, host: str) -> ShardHandle:
-        """A handle of what is kept, see `chunks` where its bytes are not here.
+    def restore(self, reread: Reread) -> str:
+        """Load one rank's part of kept state again, without the other ranks, and keep it; nothing where that is done.
+
+        Returns:
+            The node's address.
+
+        Raises:
+            HandoffError: the checkpoint is not the same any more.
+            ShardferryError: as `load` does.
+        """
+        if not self._is_kept:
+            self._loaded = []
+            catalog = open_checkpoint(reread.location, storage_options=reread.storage_options, cache=reread.cache)
+            if (digest := digest_of(catalog)) != reread.digest:
+                raise HandoffError(
+                    f"the checkpoint was saved again: its digest is {digest[:12]}, that of the kept state is {reread.digest[:12]}"
+                )
+            request = reread.requests.request
+            alone = replace(request, keys=replace(request.keys, ignore_unexpected=True))  # what other ranks take
+            self.load(catalog, reread.target, replace(reread.requests, request=alone), reread.read)
+            for loaded in self._loaded:
+                asked = replace(loaded.manifest.request, keys=request.keys)
+                loaded.manifest = replace(loaded.manifest, request=asked)
+            self.keep()
+        return str(ray.util.get_node_ip_address())
+
+    def handle_for(self, host: str) -> ShardHandle | None:
+        """A handle of what is kept, see `chunks` where its bytes are not here. None: it is not there yet, see `restore`.
 
         Args:
             host: of the process that opens it, see `shardferry.arena.host_identity`.
         """
+        if not self._is_kept:
+            return None
         recipient = Recipient(same_host=host == host_identity())
         transport = choose_transport(AUTO, self._loaded[0].arena, recipient).name
         handles = [self._handle_of(loaded, transport, exclusive=False) for loaded in self._loaded]
@@ -237,6 +288,15 @@ class Loader:
     def manifests(self) -> list[Manifest]:
         """Of each part."""
         return [loaded.manifest for loaded in self._loaded]
+
+    def step(self) -> float | None:
+        """How many steps the optimizer has taken; None: no parameter of this rank tells."""
+        for loaded in self._loaded:
+            for entries in loaded.manifest.by_fqn.values():
+                if (entry := entries.get("step")) is not None:
+                    with suppress(TypeError, ValueError, RuntimeError):  # something else of this name
+                        return float(loaded.state().value_of(entry))
+        return None
 
     def memory_file(self, part: int) -> tuple[LoaderFile, int]:
         """Where a part's kept arena is, for processes of this node, and its bytes."""

@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardferry.actors.fetch import Fetch
-from shardferry.actors.guard import NAMESPACE, loader_name, loaders_of
+from shardferry.actors.guard import NAMESPACE, guard_name, loader_name, loaders_of
 from shardferry.actors.loader import Loader, LoaderSettings
 from shardferry.actors.logs import asked_format
 from shardferry.actors.placement import Placement
@@ -34,6 +35,7 @@ class LoaderGroup:
     """The loaders of one stage. They live until nothing refers to them: neither this, nor a handle of their shards."""
 
     loaders: list[ActorHandle[Any]]
+    settings: list[LoaderSettings]  # by rank
     joined: list[ray.ObjectRef[Any]]  # by rank: where it runs, once it has joined the process group
 
 
@@ -43,46 +45,52 @@ def start_loaders(
     placement: Placement,
     own_group: PlacementGroup | None,
     receptions: Sequence[Reception],
-    *,
-    detached: bool = False,
 ) -> LoaderGroup:
-    """Ask Ray to start the loaders, and return before they have started.
+    """Ask Ray to start the loaders, and return before they have started. Those of state that is kept outlive this process.
 
     Args:
         stage: the stage's name.
         own_group: the stage's own placement group, where `placement` needs one.
         receptions: of the trainers, by rank; empty without trainers.
-        detached: the loaders outlive this process.
     """
-    one_node = sum(node["Alive"] for node in ray.nodes()) == 1
-    loaders = [
-        _start(
-            stage,
-            placement.options(rank, own_group) | ({"lifetime": "detached"} if detached else {}),
-            LoaderSettings(
-                stage=stage,
-                log=asked_format(),
-                world_rank=rank,
-                world_size=placement.world_size,
-                device=config.actors.device,
-                transport=config.handoff.transport,
-                one_node=one_node,
-                trainer=receptions[rank].process if receptions else None,
-                start_timeout_s=config.timeouts.start_s,
-                load_timeout_s=config.timeouts.load_s,
-            ),
+    one_node, keep = sum(node["Alive"] for node in ray.nodes()) == 1, config.handoff.keep
+    settings = [
+        LoaderSettings(
+            stage=stage,
+            log=asked_format(),
+            world_rank=rank,
+            world_size=placement.world_size,
+            device=config.actors.device,
+            transport=config.handoff.transport,
+            one_node=one_node,
+            trainer=receptions[rank].process if receptions else None,
+            start_timeout_s=config.timeouts.start_s,
+            load_timeout_s=config.timeouts.load_s,
+            memory_fraction=1.0 if keep is None else keep.memory_fraction,
+            guard=None if keep is None else guard_name(stage, keep.name),
         )
         for rank in range(placement.world_size)
     ]
+    loaders = [_start(each, placement.options(each.world_rank, own_group)) for each in settings]
     rendezvous: Any = loaders[0].open_rendezvous.remote(uuid.uuid4().hex)
-    return LoaderGroup(loaders, [loader.join.remote(rendezvous) for loader in loaders])
+    return LoaderGroup(loaders, settings, [loader.join.remote(rendezvous) for loader in loaders])
 
 
-def _start(stage: str, options: dict[str, Any], settings: LoaderSettings) -> ActorHandle[Any]:
+def start_again(settings: LoaderSettings) -> ActorHandle[Any]:
+    """Start a loader of kept state in the place of one that has died: on this node, where it takes no CPU and no GPU.
+
+    Where another process has started it already, it is that one.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return _start(settings, {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": here, "get_if_exists": True})
+
+
+def _start(settings: LoaderSettings, options: dict[str, Any]) -> ActorHandle[Any]:
     remote: Any = ray.remote  # the stubs of ray.remote lack concurrency_groups
     actor = remote(concurrency_groups={PROGRESS: 1})(Loader)  # progress is answered while load runs
     handle: ActorHandle[Any] = actor.options(
-        name=loader_name(stage, settings.world_rank),
+        name=loader_name(settings.stage, settings.world_rank),
+        lifetime=None if settings.guard is None else "detached",
         namespace=NAMESPACE,
         max_restarts=0,  # a restarted rank has no process group: the other ranks' collectives would hang
         max_task_retries=0,

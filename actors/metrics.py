@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypedDict
 
 from ray.util.metrics import Counter, Gauge
 
@@ -15,6 +16,20 @@ from shardferry.stats import Counters
 
 _TAGS = ("stage", "rank", "node")
 _EVERY_S = 1.0
+
+
+class Who(TypedDict):
+    """The tags of a rank's metrics."""
+
+    stage: str
+    rank: int
+    node: str
+
+
+def tell_kept(nbytes: int, *, stage: str, rank: int, node: str) -> None:
+    """Tell how many bytes a loader keeps in memory; they end with it."""
+    gauge = Gauge("shardferry_kept_bytes", "Bytes of state that is kept in memory", _TAGS)
+    gauge.set(nbytes, {"stage": stage, "rank": str(rank), "node": node})
 
 
 class LoadMetrics:

@@ -18,6 +18,8 @@ from benchmarks.limits import verdicts
 from benchmarks.load import main, write_results
 from benchmarks.models import fill_box, state_bytes
 from benchmarks.record import Record
+from benchmarks.resident import KEPT, WARM
+from benchmarks.resident import limits as limits_of_kept_state
 from benchmarks.run import Figures
 from benchmarks.stock import StockShardedLoad
 from benchmarks.stores import Store, StoreKind, drop_page_cache, files_of, resident_share, warm_page_cache
@@ -231,4 +233,20 @@ def test_limits_of_the_hand_over() -> None:
         ("0.78", False),
         ("0", True),
         ("1.50", False),
+    ]
+
+
+def test_limits_of_kept_state() -> None:
+    results = {
+        "attach": {"64": {"attach_ms": 2.0, "open_ms": 3.0}, "1024": {"attach_ms": 2.0, "open_ms": 5.5}},
+        "reshard_s": {"4 -> 3": {KEPT: 1.0, WARM: 1.6}, "rows -> columns": {KEPT: 1.0, WARM: 1.4}},
+        "storage_bytes": 1,
+    }
+    assert [(found, met) for _, _, found, met in limits_of_kept_state(results)] == [
+        ("3.00", True),
+        ("5.50", False),
+        ("2.50", False),
+        ("1.60", True),
+        ("1.40", False),
+        ("1", False),
     ]

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from shardferry.actors.guard import KeptRecord, guard_name, kill_loaders
-from shardferry.actors.loader import Joined
+from shardferry.actors.guard import KeptRecord, kill_loaders
+from shardferry.actors.loader import Joined, Reread
 from shardferry.actors.loader_group import (
     PROGRESS,
     LoaderGroup,
@@ -24,7 +24,9 @@ from shardferry.actors.loader_group import (
     start_loaders,
 )
 from shardferry.actors.placement import Placement, UserBundles, check_room, free_places, place
+from shardferry.actors.resident.digest import digest_of
 from shardferry.actors.resident.kept import name_is_taken, others_of
+from shardferry.actors.resident.memory_storage import RECORD, is_live
 from shardferry.actors.sealed import Sealed
 from shardferry.actors.whereabouts import node_of_this_process
 from shardferry.checkpoint.catalog import Catalog
@@ -119,7 +121,8 @@ class Drive(threading.Thread):
         places = [joined.ip for joined in started.joined]
         reports = self._read(group, catalog, topology, receptions, places)
         if (keep := order.config.handoff.keep) is not None:
-            self._keep(keep, group, started, found, placement, reports)
+            targets = receptions if topology is None else [topology] * world_size
+            self._keep(keep, group, found, reports, targets)
         handles = self._gather(
             ask_for_handles(group, reports, exclusive=order.exclusive),
             "making the shards' handles",
@@ -161,8 +164,7 @@ class Drive(threading.Thread):
             (own,) = self._gather(
                 [reserved], "reserving the loaders' places", "start_s", hint=lambda _: free_places(placement)
             )
-        detached = order.config.handoff.keep is not None
-        group = start_loaders(order.config, order.name, placement, own, receptions, detached=detached)
+        group = start_loaders(order.config, order.name, placement, own, receptions)
         joined = self._gather(
             group.joined, "starting the loaders", "start_s", hint=lambda ranks: free_places(placement)
         )
@@ -203,16 +205,17 @@ class Drive(threading.Thread):
         self,
         keep: KeepSpec,
         group: LoaderGroup,
-        started: Started,
         catalog: Catalog,
-        placement: Placement,
         reports: Sequence[RankReport],
+        targets: Sequence[SpecLayout | Reception],
     ) -> None:
         """Let the loaders live without this process, and give the guard the index of what they hold. Raises ShardferryError."""
-        name = guard_name(self._order.name, keep.name)
-        loaders: list[Any] = group.loaders
-        self._gather([loader.keep.remote(name) for loader in loaders], "keeping the loaded state", "handoff_s")
+        config, loaders = self._order.config, group.loaders
+        joined = self._gather(group.joined, "keeping the loaded state", "handoff_s")
+        self._gather([loader.keep.remote() for loader in loaders], "keeping the loaded state", "handoff_s")
         manifests = self._gather([loader.manifests.remote() for loader in loaders], "listing what is kept", "handoff_s")
+        (step,) = self._gather([loaders[0].step.remote()], "listing what is kept", "handoff_s")
+        digest, retries = digest_of(catalog), 0 if is_live(catalog.storage_options) else config.handoff.retries
         taken = others_of(keep.name, self._order.name)
         if taken and not keep.replace:
             raise name_is_taken(keep.name)
@@ -221,15 +224,45 @@ class Drive(threading.Thread):
             stage=self._order.name,
             ttl_s=keep.ttl_s,
             location=catalog.location,
-            optimizer_key=self._order.config.checkpoint.optimizer_key,
-            topology=_topology_words(self._order, placement.world_size),
-            nodes=[joined.ip for joined in started.joined],
+            optimizer_key=config.checkpoint.optimizer_key,
+            topology=_topology_words(self._order, len(loaders)),
+            nodes=[there.ip for there in joined],
             nbytes=[report.arena_bytes for report in reports],
             files=index_of(manifests).files(),
+            digest=digest,
+            model_key=config.checkpoint.model_key,
+            selection=config.checkpoint.model_dump(include={"rename", "include", "exclude"}, exclude_defaults=True),
+            step=step,
+            start_s=config.timeouts.start_s,
+            retries=retries,
+            rereads=self._rereads(group, catalog, digest, targets) if retries else (),
         )
         self._gather([self._guard.keep.remote(record)], "keeping the loaded state", "handoff_s", who="guard")
         for other in taken:
             dismiss([other.drop.remote()])
+
+    def _rereads(
+        self, group: LoaderGroup, catalog: Catalog, digest: str, targets: Sequence[SpecLayout | Reception]
+    ) -> list[Sealed]:
+        """By rank: what another loader needs in the place of one that dies later."""
+        config = self._order.config
+        return [
+            Sealed.of(
+                Reread(
+                    settings=settings,
+                    location=catalog.location,
+                    storage_options={
+                        name: option for name, option in catalog.storage_options.items() if name != RECORD
+                    },
+                    cache=config.checkpoint.cache,
+                    digest=digest,
+                    target=target,
+                    requests=config.checkpoint.requests(),
+                    read=config.read.options(config.timeouts.load_s),
+                )
+            )
+            for settings, target in zip(group.settings, targets, strict=True)
+        ]
 
     def _wait_for_bytes(self, handles: Sequence[ShardHandle]) -> None:
         """Until the object store has all shards. Raises RankError."""

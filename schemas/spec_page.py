@@ -36,7 +36,9 @@ _UNITS = {  # of numbers that are neither sizes nor seconds
     "cpus_per_actor": "CPUs",
     "gpus_per_actor": "GPUs",
     "max_attempts": "attempts",
+    "memory_fraction": "of the memory",
     "mesh": "ranks",
+    "retries": "attempts",
 }
 _DOCUMENT = re.compile(r"docs/([a-z_]+\.md)")
 _BYTE_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))

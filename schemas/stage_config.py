@@ -368,6 +368,12 @@ class KeepSpec(Spec):
     replace: bool = Field(
         False, description="a name that is taken is given to the new state, once that is complete; false: an error"
     )
+    memory_fraction: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="most of a node's available memory that the state may take; more is refused before anything is read",
+    )
 
 
 class HandoffSpec(Spec):
@@ -379,6 +385,12 @@ class HandoffSpec(Spec):
         AUTO,
         description="auto: shared memory on the loader's node, else the object store; in_process: no loaders, each trainer loads; "
         "see docs/handoff.md",
+    )
+    retries: int = Field(
+        1,
+        ge=0,
+        le=100,
+        description="how often `attach` reads the part of a loader that has died again from the checkpoint; 0: an error",
     )
 
 

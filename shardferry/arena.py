@@ -56,13 +56,21 @@ def available_host_bytes() -> int:
     return max(0, min(free))
 
 
-def check_host_room(arenas_bytes: Sequence[int], *, available_bytes: int, host: str) -> None:
-    """Raise ArenaError, before any arena takes memory, if the host has less than all of them need."""
-    needed = sum(arenas_bytes)
-    if needed > available_bytes:
+def check_host_room(arenas_bytes: Sequence[int], *, available_bytes: int, host: str, fraction: float = 1.0) -> None:
+    """Raise ArenaError, before any arena takes memory, if the host has less than all of them need.
+
+    Args:
+        fraction: of what is available that they may take: ``handoff.keep.memory_fraction`` for arenas that stay.
+    """
+    needed, allowed = sum(arenas_bytes), int(fraction * available_bytes)
+    if needed > allowed:
+        limit, way_out = "", ""
+        if fraction < 1:
+            limit = f", of which handoff.keep.memory_fraction = {fraction:g} allows {allowed}"
+            way_out = ", or drop what is kept there, or set handoff.keep.memory_fraction higher"
         raise ArenaError(
-            f"host {host}: {len(arenas_bytes)} arena(s) need {needed} bytes, {available_bytes} are available: "
-            f"{needed - available_bytes} bytes are missing. Spread the ranks over more hosts or use more ranks."
+            f"host {host}: {len(arenas_bytes)} arena(s) need {needed} bytes, {available_bytes} are available{limit}: "
+            f"{needed - allowed} bytes are missing. Spread the ranks over more hosts or use more ranks{way_out}."
         )
 
 

@@ -127,6 +127,7 @@ class LoadJob:
     read: ReadOptions
     stays_here: bool = False  # no other process will open the shard
     messages: MessageLimits = field(default_factory=MessageLimits)  # between ranks that share no memory
+    memory_fraction: float = 1.0  # of its host's available memory that the arenas of a host may take
 
 
 def load_rank(
@@ -186,7 +187,7 @@ def load_rank(
             plan = ready[0].plan
             unexpected = _check_unexpected(plan, job, ranks)
             announce(plan)
-            check_room(ranks)
+            check_room(ranks, job.memory_fraction)
             strategy = _choose_strategy(job, ready[0], ranks, agreement)
         with clock.phase("read"):
             agreement.all_or_raise(

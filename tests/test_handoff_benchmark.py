@@ -1,4 +1,4 @@
-"""benchmarks.handoff on a Ray of its own, in small: every way is measured."""
+"""benchmarks.handoff and benchmarks.resident on a Ray of their own, in small: every way is measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.handoff import ARRAY, CHUNKS, DICT, SHARED, STORE
+from benchmarks.resident import KEPT, THROTTLED, WARM
 from tests.support.commands import REPOSITORY
 
 
@@ -40,4 +41,28 @@ def test_hand_over_is_measured(tmp_path: Path) -> None:
     copied, loaded = results["in_process_bytes"]
     assert (copied, loaded) == (0, 2**22), "the state is where it was read to"
     assert [limit["what"] for limit in results["limits"]][-1] == "stage of 2 ranks over 2 bare actors, s"
+    assert "Against the limits" in done.stdout
+
+
+@pytest.mark.slow
+def test_kept_state_is_measured(tmp_path: Path) -> None:
+    """In small. State that is not what was saved would have failed it."""
+    file = tmp_path / "resident.json"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.forked_workers",
+        "run",
+        "benchmarks.resident",
+        "--quick",
+        "--json",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert len(results["attach"]) == 2
+    assert set(results["restart_s"]) == {KEPT, WARM, THROTTLED}
+    assert [set(seconds) for seconds in results["reshard_s"].values()] == [{KEPT, WARM}] * 2
+    assert results["storage_bytes"] == 0
     assert "Against the limits" in done.stdout

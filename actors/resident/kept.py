@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import ray
 
 from shardferry.actors.guard import NAMESPACE, KeptRecord, guard_name, kept_prefix, loader_name
 from shardferry.actors.loader_group import completed
-from shardferry.arena import host_identity
+from shardferry.actors.resident.reread import handle_of, lost
 from shardferry.errors import HandoffError, SpecError
 from shardferry.handoff.handle import ShardHandle
 
@@ -31,6 +32,10 @@ class KeptState:
     age_s: float
     left_s: float  # until it is dropped, if nobody attaches
     lost_ranks: tuple[int, ...]  # whose loader has died
+    digest: str  # of the checkpoint: of its catalog and the versions of its files
+    model_key: str | Mapping[str, str] | None
+    selection: Mapping[str, Any]  # rename, include and exclude, where the spec has them
+    step: float | None  # that the optimizer has taken; None: its state doesn't tell
 
 
 def kept() -> list[KeptState]:
@@ -40,31 +45,43 @@ def kept() -> list[KeptState]:
     return sorted((_state_of(record) for record, _ in found), key=lambda state: state.name)
 
 
-def attach(name: str, rank: int, *, location: str | None = None, timeout_s: float = 600.0) -> ShardHandle:
-    """A handle of one rank's kept state. Nothing is read from storage.
+def attach(
+    name: str,
+    rank: int,
+    *,
+    location: str | None = None,
+    optimizer_key: str | None = None,
+    model_key: str | None = None,
+    timeout_s: float = 600.0,
+) -> ShardHandle:
+    """A handle of one rank's kept state. Nothing is read from storage, unless the rank's loader has died.
 
     On the loader's node the handle's memory is the loader's own, and each opener gets private pages where it writes. On
-    another node it holds a copy of the bytes, through Ray's object store.
+    another node it holds a copy of the bytes, through Ray's object store. Where the loader has died, another one reads that
+    rank's part again, on this node; see ``handoff.retries``.
 
     Args:
         name: under which the state is kept.
-        location: of the checkpoint that is expected; another one is an error.
+        location, optimizer_key, model_key: of the checkpoint that is expected; another one is an error. None: any.
         timeout_s: for the bytes to come from another node.
 
     Raises:
-        HandoffError: nothing is kept under the name, or the state of another checkpoint; or the rank's loader has died.
+        HandoffError: nothing is kept under the name, or the state of another checkpoint or key; or the rank's loader has died,
+            and its part can't be read again.
     """
     record, guard = find(name)
     if location is not None and location.rstrip("/") != record.location.rstrip("/"):
         raise HandoffError(f"{name!r} keeps the state of {record.location}, not of {location}")
+    for word, expected, there in (
+        ("optimizer_key", optimizer_key, record.optimizer_key),
+        ("model_key", model_key, record.model_key),
+    ):
+        if expected is not None and expected != there:
+            raise HandoffError(f"{name!r} keeps the state of {record.location} with {word} {there!r}, not {expected!r}")
     if not 0 <= rank < record.world_size:
         raise HandoffError(f"{name!r} keeps the state of {record.world_size} ranks; there is no rank {rank}")
-    ray.get(guard.touch.remote(), timeout=_ANSWER_S)
-    loader = loader_of(record, rank)
-    try:
-        handle: ShardHandle = ray.get(loader.handle_for.remote(host_identity()), timeout=_ANSWER_S)
-    except ray.exceptions.RayActorError as error:
-        raise lost(record, rank) from error
+    guard.touch.remote()
+    loader, handle = handle_of(record, guard, rank)
     return completed(handle, loader, record.nodes[rank], timeout_s)
 
 
@@ -144,6 +161,10 @@ def _state_of(record: KeptRecord) -> KeptState:
         age_s=now - record.created,
         left_s=max(0.0, record.used + record.ttl_s - now),
         lost_ranks=tuple(rank for rank in range(record.world_size) if not _lives(record, rank)),
+        digest=record.digest,
+        model_key=record.model_key,
+        selection=record.selection,
+        step=record.step,
     )
 
 
@@ -160,11 +181,3 @@ def loader_of(record: KeptRecord, rank: int) -> Any:
         return ray.get_actor(loader_name(record.stage, rank), NAMESPACE)
     except ValueError:
         raise lost(record, rank) from None
-
-
-def lost(record: KeptRecord, rank: int) -> HandoffError:
-    """The error for a rank whose loader has died."""
-    return HandoffError(
-        f"{record.name!r}: the loader of rank {rank} on {record.nodes[rank]} has died, and its part of the state with it; the "
-        f"others are there. Load that rank from {record.location}, or drop the name and load again"
-    )

@@ -39,6 +39,8 @@ def list_kept(dropped: str | None, address: str | None, *, as_json: bool) -> Non
         (
             state.name,
             state.location,
+            state.digest[:12],
+            "" if state.step is None else f"{state.step:g}",
             state.topology,
             human_bytes(sum(state.bytes_per_node.values())),
             len(state.bytes_per_node),
@@ -48,7 +50,9 @@ def list_kept(dropped: str | None, address: str | None, *, as_json: bool) -> Non
         )
         for state in states
     ]
-    print_table("kept", ("name", "checkpoint", "topology", "size", "nodes", "age", "left", "lost ranks"), rows)
+    print_table(
+        "kept", ("name", "checkpoint", "digest", "step", "topology", "size", "nodes", "age", "left", "lost ranks"), rows
+    )
 
 
 def _connect(address: str | None) -> None:

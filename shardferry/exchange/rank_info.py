@@ -87,8 +87,11 @@ def taken_by_any(ranks: Sequence[RankInfo], num_names: int) -> list[bool]:
     return np.unpackbits(bits, count=num_names).astype(bool).tolist()
 
 
-def check_room(ranks: Sequence[RankInfo]) -> None:
+def check_room(ranks: Sequence[RankInfo], fraction: float) -> None:
     """Refuse arenas that a host has no memory for. Every rank finds the same.
+
+    Args:
+        fraction: of the host's available memory that they may take.
 
     Raises:
         ArenaError: says how much is missing on which host.
@@ -99,4 +102,5 @@ def check_room(ranks: Sequence[RankInfo]) -> None:
             [rank.host_arena_bytes for rank in here if rank.host_arena_bytes],
             available_bytes=min(rank.available_bytes for rank in here),
             host=here[0].host,
+            fraction=fraction,
         )

@@ -61,7 +61,7 @@ def open_storage(
     else:
         opened = (open_location(path, options) for open_location in _KINDS)
         storage = next(found for found in opened if found is not None)
-    return RetryingReader(storage, retry, options=options)
+    return RetryingReader(storage, retry, options=storage.options or options)
 
 
 def _of_filesystem(filesystem: Any, location: str) -> RangeReader:

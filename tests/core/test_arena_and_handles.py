@@ -100,6 +100,12 @@ def test_no_room() -> None:
     ):
         check_host_room([300, 400], available_bytes=600, host="here")
     check_host_room([300, 400], available_bytes=700, host="here")
+    with pytest.raises(
+        ArenaError,
+        match=r"700 bytes, 800 are available, of which handoff.keep.memory_fraction = 0.5 allows 400: 300 bytes are missing",
+    ):
+        check_host_room([300, 400], available_bytes=800, host="here", fraction=0.5)
+    check_host_room([300, 400], available_bytes=1400, host="here", fraction=0.5)
 
 
 def test_what_a_host_has_is_what_its_kernel_says() -> None:

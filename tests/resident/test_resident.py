@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,14 @@ import ray
 import torch
 
 import shardferry
-from shardferry.actors.guard import NAMESPACE, loader_name
 from shardferry.actors.resident.kept import drop, find
-from shardferry.errors import CheckpointNotFound, HandoffError, SpecError, StorageError
+from shardferry.actors.resident.reread import handle_of
+from shardferry.errors import ArenaError, CheckpointNotFound, HandoffError, SpecError, StorageError
 from shardferry.pipeline import OptimizerLoadStage
 from shardferry.schemas import StageConfig
 from tests.support.commands import REPOSITORY, Command
 from tests.support.leftovers import nothing_held
-from tests.support.models import SHAPES, STATES
+from tests.support.models import SHAPES, STATES, STEP
 from tests.support.oracle import full_tensor
 from tests.support.trainers import never_stepped
 
@@ -81,6 +86,8 @@ def test_another_job_attaches(gpus_of_loaders: str, saved_by: dict[int, Path]) -
     assert (state.name, state.location, state.world_size, state.lost_ranks) == (NAME, str(saved_by[4]), 2, ())
     assert sum(state.bytes_per_node.values()) >= 4 * NUM_ELEMENTS
     assert 3000 < state.left_s <= 3600
+    assert (state.optimizer_key, state.model_key, state.selection, state.step) == ("optim", "model", {}, STEP)
+    assert len(bytes.fromhex(state.digest)) == 32
 
 
 def test_what_can_not_be_attached_to(gpus_of_loaders: str) -> None:
@@ -90,6 +97,10 @@ def test_what_can_not_be_attached_to(gpus_of_loaders: str) -> None:
         shardferry.attach(NAME, 2)
     with pytest.raises(HandoffError, match=r"keeps the state of .* not of s3://bucket/other"):
         shardferry.attach(NAME, 0, location="s3://bucket/other")
+    with pytest.raises(HandoffError, match=r"the state of .* with optimizer_key 'optim', not 'optimizer'"):
+        shardferry.attach(NAME, 0, optimizer_key="optimizer")
+    with pytest.raises(HandoffError, match=r"the state of .* with model_key 'model', not 'ema'"):
+        shardferry.attach(NAME, 0, optimizer_key="optim", model_key="ema")
     with pytest.raises(CheckpointNotFound, match="nothing is kept under 'run-8'"):
         shardferry.open_checkpoint("shardferry+memory://run-8")
 
@@ -97,6 +108,14 @@ def test_what_can_not_be_attached_to(gpus_of_loaders: str) -> None:
 def test_the_name_is_taken(gpus_of_loaders: str, saved_by: dict[int, Path]) -> None:
     with pytest.raises(SpecError, match=rf"handoff.keep.name: '{NAME}' is taken"):
         stage(saved_by[4], 1).submit(keep=NAME)
+
+
+def test_more_than_the_nodes_memory_is_refused(saved_by: dict[int, Path]) -> None:
+    keep = {"name": "large", "memory_fraction": 1e-9}
+    with nothing_held():
+        with pytest.raises(ArenaError, match=r"2 arena\(s\) .* handoff.keep.memory_fraction = 1e-09 allows \d+: "):
+            stage(saved_by[4], 2, handoff={"keep": keep}).run()
+        assert kept_as("large") is None
 
 
 @pytest.mark.parametrize("world_size", [3])
@@ -119,6 +138,8 @@ def test_trainers_in_another_topology_from_memory(
 def test_commands_work_with_it(gpus_of_loaders: str, shardferry: Command) -> None:
     listed = json.loads(shardferry("kept", "--json").stdout)
     assert [state["name"] for state in listed["kept"]] == [NAME]
+    table = shardferry("kept").stdout
+    assert listed["kept"][0]["digest"][:12] in table
     inspected = json.loads(shardferry("inspect", f"shardferry+memory://{NAME}", "--json").stdout)
     assert {tensor["fqn"] for tensor in inspected["tensors"]} >= {f"optim.state.{fqn}.exp_avg" for fqn in SHAPES}
     assert inspected["problems"] == []
@@ -128,27 +149,55 @@ def kept_as(name: str) -> Any:
     return next((state for state in shardferry.kept() if state.name == name), None)
 
 
-def test_a_loader_dies_and_another_state_takes_the_name(saved_by: dict[int, Path]) -> None:
-    keep = {"name": "short", "ttl_s": 600, "replace": True}
+def kill(handle: shardferry.ShardHandle) -> None:
+    """Kill the process of its loader."""
+    source: Any = handle.source
+    os.kill(source.file.pid, signal.SIGKILL)
+
+
+def test_a_loader_dies_and_another_state_takes_the_name(saved_by: dict[int, Path], tmp_path: Path) -> None:
+    keep, location = {"name": "short", "ttl_s": 600, "replace": True}, tmp_path / "ckpt"
+    shutil.copytree(saved_by[4], location)
     with nothing_held():
-        stage(saved_by[4], 2, handoff={"keep": keep}).run()
-        before, _ = find("short")
-        ray.kill(ray.get_actor(loader_name(before.stage, 1), NAMESPACE))
-        state = kept_as("short")
-        assert state is not None
-        assert state.lost_ranks == (1,)
-        with pytest.raises(
-            HandoffError, match=r"the loader of rank 1 on .* has died, and its part of the state with it"
-        ):
-            shardferry.attach("short", 1)
-        assert 0 < compared(shardferry.attach("short", 0)) < NUM_ELEMENTS
-        with pytest.raises(StorageError, match=r"the loader of rank 1 on .* has died"):
+        stage(location, 2, handoff={"keep": keep}).run()
+        before, guard = find("short")
+        kill(shardferry.attach("short", 1))
+        wait_until(lambda: kept_as("short").lost_ranks == (1,))
+        words = r"the loader of rank 1 on .* has died, and its part of the state with it"
+        with pytest.raises(HandoffError, match=rf"{words}.*Load that rank from {location}"):
+            handle_of(dataclasses.replace(before, retries=0), guard, 1)
+        with pytest.raises(StorageError, match=rf"{words}.*attach\('short', 1\)` reads it again"):
             stage("shardferry+memory://short", 1).run()
+
+        with ThreadPoolExecutor(2) as pool:  # both wait for one loader, which reads it again
+            two = list(pool.map(lambda _: shardferry.attach("short", 1), range(2)))
+        assert two[0].source == two[1].source
+        assert two[0].manifest.request == shardferry.attach("short", 0).manifest.request
+        assert compared(two[0]) + compared(shardferry.attach("short", 0)) == NUM_ELEMENTS
+        assert kept_as("short").lost_ranks == ()
+        with stage("shardferry+memory://short", 1).run() as result:
+            assert sum(map(compared, result.handles)) == NUM_ELEMENTS
+
+        for path in (location / ".metadata", *location.glob("*.distcp")):
+            path.touch()
+        kill(two[0])
+        with pytest.raises(HandoffError, match=r"its part can't be read again from .*: the checkpoint was saved again"):
+            shardferry.attach("short", 1)
+        shutil.rmtree(location)
+        with pytest.raises(HandoffError, match=r"its part can't be read again from .*: .*no such directory"):
+            shardferry.attach("short", 1)
+        wait_until(lambda: kept_as("short").lost_ranks == (1,))
+        assert 0 < compared(shardferry.attach("short", 0)) < NUM_ELEMENTS
+
         stage(saved_by[4], 1, handoff={"keep": {**keep, "ttl_s": 8}}).run()
         after, _ = find("short")
         assert after.stage != before.stage
         assert compared(shardferry.attach("short", 0)) == NUM_ELEMENTS
-        deadline = time.monotonic() + 90
-        while kept_as("short") and time.monotonic() < deadline:  # nobody attaches
-            time.sleep(0.5)
-        assert kept_as("short") is None
+        wait_until(lambda: kept_as("short") is None)  # nobody attaches
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
