@@ -95,6 +95,7 @@ def _serve(path: str) -> None:
 
 def _be_worker(connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # as Ray does with the workers that it starts
     connection.settimeout(None)
     length, files, _, _ = socket.recv_fds(connection, 8, 3)
     for descriptor, file in enumerate(files):
