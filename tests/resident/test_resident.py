@@ -135,7 +135,7 @@ def test_trainers_in_another_topology_from_memory(
         assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS
 
 
-def test_commands_work_with_it(gpus_of_loaders: str, shardferry: Command) -> None:
+def test_commands_work_with_it(gpus_of_loaders: str, shardferry: Command, saved_by: dict[int, Path]) -> None:
     listed = json.loads(shardferry("kept", "--json").stdout)
     assert [state["name"] for state in listed["kept"]] == [NAME]
     table = shardferry("kept").stdout
@@ -143,6 +143,11 @@ def test_commands_work_with_it(gpus_of_loaders: str, shardferry: Command) -> Non
     inspected = json.loads(shardferry("inspect", f"shardferry+memory://{NAME}", "--json").stdout)
     assert {tensor["fqn"] for tensor in inspected["tensors"]} >= {f"optim.state.{fqn}.exp_avg" for fqn in SHAPES}
     assert inspected["problems"] == []
+    found = json.loads(shardferry("diff", saved_by[4], f"shardferry+memory://{NAME}", "--values", "--json").stdout)
+    assert found["num_compared"] >= len(SHAPES) * len(STATES)
+    # The weights were not asked for, and the param groups are kept as one value.
+    assert (found["tensors"], found["only_in_second"]) == ([], ["optim.param_groups"])
+    assert all(key.startswith(("model.", "optim.param_groups.")) for key in found["only_in_first"])
 
 
 def kept_as(name: str) -> Any:
