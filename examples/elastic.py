@@ -136,8 +136,10 @@ def main() -> None:
         head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": temporary, "_system_config": NODE_CHECKS}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            nodes = [cluster.add_node(num_cpus=0, resources=TRAINER) for _ in range(2)]
+            # While the head is the only node: else this process may belong to one that is killed.
             ray.init(address=cluster.address, log_to_driver=False)
+            nodes = [cluster.add_node(num_cpus=0, resources=TRAINER) for _ in range(2)]
+            cluster.wait_for_nodes()
             save(directory / "ckpt")
             keep(directory / "ckpt")
             with ThreadPoolExecutor(1) as thread:

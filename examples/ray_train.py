@@ -115,8 +115,10 @@ def main(*, is_short: bool = False) -> None:
         head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": temporary, "_system_config": NODE_CHECKS}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            node = cluster.add_node(num_cpus=1)
+            # While the head is the only node: else this process may belong to one that is killed.
             ray.init(address=cluster.address, log_to_driver=False)
+            node = cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
             killer = kill_after(3, Path(storage), cluster, node)
             elastic = fit(Path(storage), "elastic", workers=(1, 2), until=10)
             show(elastic)

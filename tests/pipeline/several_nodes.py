@@ -149,12 +149,13 @@ def main() -> None:
         initialize_head=True,
         head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 128 << 20},
     )
+    # While the head is the only node: else this process may belong to one that is killed.
+    ray.init(address=cluster.address, log_to_driver=False)
     workers = [
         cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=128 << 20, labels={"disk": kind})
         for kind in ("fast", "slow")
     ]
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
     scenarios = Scenarios(cluster, checkpoint, directory, workers)
     told: dict[str, Any] = {}
     for name in [name for name in vars(Scenarios) if not name.startswith("_")]:
