@@ -28,8 +28,13 @@ def test_goes_on_with_fewer_and_with_more_workers(quick_workers: None) -> None:
     assert done.status == 0, done.stderr
     printed = re.findall(r"^step (\d+) loss (\S+) on (\d) workers$", done.stdout, re.MULTILINE)
     some, all_of_them = [SAVED_AT + 1 + step for step in range(SHOWN)], list(range(SAVED_AT + 1, UNTIL + 1))
-    groups = {workers: [int(step) for step, _, _ in lines] for workers, lines in groupby(printed, lambda line: line[2])}
-    assert groups == {"2": some, "1": some, "3": all_of_them}  # each begins where the kept state is
+    groups = [
+        (workers, [int(step) for step, _, _ in lines]) for workers, lines in groupby(printed, lambda line: line[2])
+    ]
+    # Each begins where the kept state is. Of the two nodes that are added, Ray Train may take one before the other.
+    assert groups[:2] == [("2", some), ("1", some)]
+    assert groups[-1] == ("3", all_of_them)
+    assert groups[2:-1] in ([], *([("2", some[:count])] for count in (1, 2)))
 
     model = network()
     optimizer = make_optimizer(model)
