@@ -7,7 +7,6 @@ figure is the median of the rounds. Figures with a limit are ratios in one run, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -31,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 import shardferry
 from benchmarks.checkpoint import file_system
 from benchmarks.machine import describe
-from benchmarks.table import Table, plain
+from benchmarks.table import Table, tell
 from shardferry.actors.loader import Loader, LoaderSettings
 from shardferry.actors.loader_group import completed
 from shardferry.arena import HostArena
@@ -385,14 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = [16 * 2**20, 64 * 2**20] if options.quick else [int(size) * 2**20 for size in options.megabytes.split(",")]
     rounds = 2 if options.quick else options.rounds
     results = measure(sizes, rounds)
-    results["limits"] = [
-        {"what": what, "wanted": wanted, "found": found, "met": met} for what, wanted, found, met in limits(results)
-    ]
-    print(", ".join(f"{what} {value}" for what, value in results["machine"].items()))
-    for table in tables(results, rounds):
-        print(plain(table))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1))
+    tell(results, limits(results), lambda results: tables(results, rounds), options.json)
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import tempfile
@@ -32,7 +31,7 @@ from benchmarks.machine import describe
 from benchmarks.models import STATES, Shapes, fill_box, gpt_of, state_bytes
 from benchmarks.ranks import RankPool
 from benchmarks.stores import Store, StoreKind, object_store, warm_page_cache
-from benchmarks.table import Table, plain
+from benchmarks.table import Table, tell
 from shardferry.actors.resident.kept import drop
 from shardferry.config import LoadRequest, ReadOptions
 from shardferry.exchange.agreement import Agreement
@@ -322,14 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     sizes = [8, 32] if options.quick else [int(size) for size in options.megabytes.split(",")]
     results = measure(sizes, 1 if options.quick else options.rounds, options.directory)
-    results["limits"] = [
-        {"what": what, "wanted": wanted, "found": found, "met": met} for what, wanted, found, met in limits(results)
-    ]
-    print(", ".join(f"{what} {value}" for what, value in results["machine"].items()))
-    for table in tables(results):
-        print(plain(table))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1))
+    tell(results, limits(results), tables, options.json)
     return 0
 
 

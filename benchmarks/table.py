@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS
@@ -202,3 +205,24 @@ def _draw(table: Table) -> None:
         style = "red" if any(cell.endswith(" missed") for cell in row) else None
         drawn.add_row(*row, style=style)
     Console().print(drawn)
+
+
+def tell(
+    results: dict[str, Any],
+    limits: Iterable[tuple[str, str, str, bool]],
+    tables: Callable[[dict[str, Any]], Iterable[Table]],
+    file: Path | None,
+) -> None:
+    """Add the limits to the figures, print the machine and the tables, and write all as JSON.
+
+    Args:
+        limits: what is limited, the limit, the figure, and whether it is met.
+    """
+    results["limits"] = [
+        {"what": what, "wanted": wanted, "found": found, "met": met} for what, wanted, found, met in limits
+    ]
+    print(", ".join(f"{what} {value}" for what, value in results["machine"].items()))
+    for table in tables(results):
+        print(plain(table))
+    if file is not None:
+        file.write_text(json.dumps(results, indent=1))
