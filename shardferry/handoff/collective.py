@@ -115,6 +115,7 @@ class Collective(Transport):
             "loader": self.route.node,
             "left_s": _left_s(deadline),
             "nccl": memory.is_cuda,
+            "message_bytes": _MESSAGE_BYTES,  # gloo ends a process that gets a message of another size
         }
         _tell(asking, ask)
         asking.settimeout(_left_s(deadline))
@@ -184,7 +185,7 @@ def _send(ask: dict[str, Any], asking: socket.socket, arena: Arena | None) -> No
     )
     pair = _Pair(store, 0, ask["loader"], device, deadline)
     try:
-        for message in memory.split(_MESSAGE_BYTES):
+        for message in memory.split(ask["message_bytes"]):
             pair.wait(pair.group.send([message.to(device)], 1, 0), asking)
         asking.settimeout(_left_s(deadline))
         asking.recv(1)  # until the trainer has everything, and closes
@@ -220,7 +221,7 @@ class _Pair:
             nccl._timeout = left
             self.group: Any = _without_watchdog(lambda: dist.ProcessGroupNCCL(store, rank, 2, nccl))
         else:
-            gloo: Any = dist.ProcessGroupGloo._Options()
+            gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
             gloo._timeout = left
             self.group = dist.ProcessGroupGloo(store, rank, 2, gloo)

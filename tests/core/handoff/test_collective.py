@@ -43,7 +43,7 @@ def filled() -> HostArena:
 
 @pytest.fixture
 def small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, and in those that it forks."""
+    """Where this process opens: the opener says how large messages are."""
     monkeypatch.setattr(collective, "_MESSAGE_BYTES", content(1).numel() // NUM_MESSAGES)
 
 
