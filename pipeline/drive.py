@@ -359,7 +359,7 @@ def opened(config: StageConfig, location: Any) -> Catalog:
     """Open the checkpoint. Raises CatalogError, StorageError."""
     spec = config.checkpoint
     where = os.fspath(location) if isinstance(location, Path) else location
-    return open_checkpoint(where, storage_options=spec.storage_options, cache=spec.cache)
+    return open_checkpoint(where, storage_options=spec.options_for(where), cache=spec.cache)
 
 
 def check_load(config: StageConfig, catalog: Catalog, target: SpecLayout | Sequence[Reception]) -> None:

@@ -27,7 +27,8 @@ def open_checkpoint_of(config: StageConfig, location: str | None) -> Catalog:
     where = location or config.checkpoint.location
     if where is None:
         raise SpecError("checkpoint.location: missing; give it in the spec or with --location")
-    return open_checkpoint(where, storage_options=config.checkpoint.storage_options, cache=config.checkpoint.cache)
+    spec = config.checkpoint
+    return open_checkpoint(where, storage_options=spec.options_for(where), cache=spec.cache)
 
 
 def target_layout(config: StageConfig) -> SpecLayout:

@@ -47,7 +47,7 @@ def run_in_process(config: StageConfig, trainers: Sequence[ActorHandle[Any]] | N
     load_start, read = time.time(), config.read.options(timeouts.load_s)
     receipts = gather(
         [
-            trainer.__ray_call__.remote(load_in_trainer, location, spec.requests(), spec.storage_options, read)
+            trainer.__ray_call__.remote(load_in_trainer, location, spec.requests(), spec.options_for(location), read)
             for trainer in trainers
         ],
         Wait("loading in the trainers", timeouts.load_s, "timeouts.load_s", "trainer"),
