@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -70,3 +73,33 @@ def test_errors_name_the_other_directory(apart: tuple[Path, Path, Net]) -> None:
         PlanError, match=f"{weights}: nothing is saved under model_key 'net'; top-level keys are 'model'"
     ):
         OptimizerLoadStage(config(optimizer, weights, model_key="net")).submit()
+
+
+def unfilled() -> tuple[Net, torch.optim.Optimizer]:
+    """A model whose weights are all wrong."""
+    model = Net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(-2.0)
+    return model, adamw(model)
+
+
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    model, optimizer = trainer.shardferry_target()
+    assert len(optimizer.state) == len(list(model.parameters()))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("transport", ["in_process", "shared_memory", "object_store"])
+def test_trainers_get_both(
+    apart: tuple[Path, Path, Net], trainers_with: Callable[..., list[Any]], transport: str
+) -> None:
+    optimizer, weights, model = apart
+    checkpoint = {"location": str(optimizer), "model_key": "model", "model_location": str(weights)}
+    values = {"checkpoint": checkpoint, "handoff": {"transport": transport}}
+    trainers = trainers_with(unfilled)
+    result = OptimizerLoadStage(StageConfig.from_values(values, source="test")).run(trainers)
+    assert result.report.model_location == str(weights)
+    for found in ray.get([trainer.do.remote(weights_of) for trainer in trainers]):
+        for name, weight in model.named_parameters():
+            assert torch.equal(found[name], weight), name
