@@ -12,7 +12,8 @@ from ray.actor import ActorHandle
 from shardferry.actors.in_trainer import load_in_trainer
 from shardferry.actors.rank_report import rank_report
 from shardferry.errors import SpecError
-from shardferry.pipeline.drive import check_load, opened
+from shardferry.pipeline.drive import check_load
+from shardferry.pipeline.preflight import opened
 from shardferry.pipeline.result import Outcome, StageResult
 from shardferry.pipeline.trainers.delivery import check_receivers
 from shardferry.pipeline.waiting import Wait, gather
