@@ -1,6 +1,6 @@
 """A loader: the process that loads one rank's shard and keeps it until its trainer has it.
 
-`Loader` is a plain class; `actors/loader_group.py` starts it as a Ray actor.
+`Loader` is a plain class; `actors/loader_actor.py` is its actor, which `actors/loader_group.py` starts.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardferry.actors.fetch import Fetch
 from shardferry.actors.guard import NAMESPACE, guard_name, loader_name, loaders_of
-from shardferry.actors.loader import Loader, LoaderSettings
+from shardferry.actors.loader import LoaderSettings
+from shardferry.actors.loader_actor import LoaderActor
 from shardferry.actors.logs import asked_format
 from shardferry.actors.placement import Placement
 from shardferry.actors.progress import Progress
@@ -88,7 +89,7 @@ def start_again(settings: LoaderSettings) -> ActorHandle[Any]:
 
 def _start(settings: LoaderSettings, options: dict[str, Any]) -> ActorHandle[Any]:
     remote: Any = ray.remote  # the stubs of ray.remote lack concurrency_groups
-    actor = remote(concurrency_groups={PROGRESS: 1})(Loader)  # progress is answered while load runs
+    actor = remote(concurrency_groups={PROGRESS: 1})(LoaderActor)  # progress is answered while load runs
     handle: ActorHandle[Any] = actor.options(
         name=loader_name(settings.stage, settings.world_rank),
         lifetime=None if settings.guard is None else "detached",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,13 +28,12 @@ from shardferry.actors.resident.memory_storage import RECORD, is_live
 from shardferry.actors.sealed import Sealed
 from shardferry.actors.whereabouts import node_of_this_process
 from shardferry.checkpoint.catalog import Catalog
-from shardferry.checkpoint.open import open_checkpoint
 from shardferry.errors import RankError, SpecError
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.object_store import ObjectStore
 from shardferry.handoff.transports import transport_named
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.preflight import check_checkpoint, check_topology
+from shardferry.pipeline.preflight import check_checkpoint, check_topology, opened
 from shardferry.pipeline.result import Outcome
 from shardferry.pipeline.waiting import Wait, cause_of, dismiss, gather
 from shardferry.plan.kept import index_of
@@ -353,13 +350,6 @@ def as_layout(topology: Any) -> SpecLayout:
     config = StageConfig.from_values({"topology": topology}, source="topology")
     assert config.topology is not None
     return config.topology.layout()
-
-
-def opened(config: StageConfig, location: Any) -> Catalog:
-    """Open the checkpoint. Raises CatalogError, StorageError."""
-    spec = config.checkpoint
-    where = os.fspath(location) if isinstance(location, Path) else location
-    return open_checkpoint(where, storage_options=spec.storage_options, cache=spec.cache)
 
 
 def check_load(config: StageConfig, catalog: Catalog, target: SpecLayout | Sequence[Reception]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import open_checkpoint, opened_storage
 from shardferry.checkpoint.optimizer_state import index_optimizer
@@ -27,7 +31,14 @@ def open_checkpoint_of(config: StageConfig, location: str | None) -> Catalog:
     where = location or config.checkpoint.location
     if where is None:
         raise SpecError("checkpoint.location: missing; give it in the spec or with --location")
-    return open_checkpoint(where, storage_options=config.checkpoint.storage_options, cache=config.checkpoint.cache)
+    return opened(config, where)
+
+
+def opened(config: StageConfig, location: Any) -> Catalog:
+    """Open a checkpoint with the spec's options. Raises CatalogError, StorageError."""
+    spec = config.checkpoint
+    where = os.fspath(location) if isinstance(location, Path) else location
+    return open_checkpoint(where, storage_options=spec.options_for(where), cache=spec.cache)
 
 
 def target_layout(config: StageConfig) -> SpecLayout:

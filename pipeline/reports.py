@@ -49,6 +49,7 @@ def build_report(
     reached = planning + sum(phases.get(name, 0.0) for name in ("allocate", "agree", "read"))
     report = StageReport(
         location=catalog.location,
+        model_location=catalog.model_location or None,
         optimizer_key=config.checkpoint.optimizer_key,
         world_size=len(ranks),
         strategy=", ".join(sorted({rank.strategy for rank in ranks})),

@@ -18,9 +18,9 @@ from shardferry.actors.placement import UserBundles, captured_group, check_room,
 from shardferry.actors.resident.kept import name_is_taken, others_of
 from shardferry.errors import SpecError
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.drive import Drive, Order, as_layout, check_load, opened
+from shardferry.pipeline.drive import Drive, Order, as_layout, check_load
 from shardferry.pipeline.loading import Loading, ProgressCallback
-from shardferry.pipeline.preflight import target_layout
+from shardferry.pipeline.preflight import opened, target_layout
 from shardferry.pipeline.result import StageResult
 from shardferry.pipeline.trainers.delivery import check_receivers, deliver
 from shardferry.pipeline.trainers.in_process import run_in_process

@@ -37,6 +37,7 @@ class PlanReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     location: str
+    model_location: str | None = None  # of the weights, where that is another checkpoint
     optimizer_key: str | None
     world_size: int
     mesh: dict[str, int]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -44,6 +45,7 @@ from shardferry.errors import LayoutError, SpecError
 from shardferry.handoff.transports import AUTO, needs_host_arena, stage_transport_names
 from shardferry.layout.mesh import Mesh, parse_placement
 from shardferry.layout.spec import HeldBy, Rule, SpecLayout
+from shardferry.storage.joined import with_weights_from
 
 KeyPolicyName = Literal["strict", "allow_missing", "ignore_unexpected"]
 _MAX_RANKS = 1 << 20
@@ -79,6 +81,11 @@ class CheckpointSpec(Spec):
         _REQUEST.model_key,
         description="key of the model in the saved state dict; '': weights on the top level; null: weights are not loaded; optimizer "
         "key to model key, where trainers have several optimizers under keys of their own",
+    )
+    model_location: str | None = Field(
+        None,
+        description="directory or URL of the checkpoint that has the weights; null: `location` has them. `storage_options` "
+        "are for both where both are of one kind",
     )
     rename: dict[str, str | tuple[str, ...]] = Field(
         {},
@@ -136,8 +143,14 @@ class CheckpointSpec(Spec):
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
+        if self.model_location is not None and self.model_key is None:
+            raise ValueError("model_location is given without model_key, the key of the weights there")
         self.request()
         return self
+
+    def options_for(self, location: Any) -> Mapping[str, Any]:
+        """The storage options with which a location is opened, and the weights with it."""
+        return with_weights_from(self.storage_options, location, self.model_location)
 
     def request(self) -> LoadRequest:
         """The same as the core's `LoadRequest`. Raises ValueError: a renaming or a key policy that is not valid."""

@@ -64,6 +64,7 @@ class StageReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     location: str
+    model_location: str | None = None  # of the weights, where that is another checkpoint
     optimizer_key: str | None
     world_size: int
     strategy: str  # all of them, if nodes differ

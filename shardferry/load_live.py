@@ -36,6 +36,7 @@ from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.match_keys import KeyReport
 from shardferry.state_dicts import LeftLive
 from shardferry.stats import Counters
+from shardferry.storage.joined import with_weights_from
 from shardferry.storage.open import Location, open_storage
 
 Keys = str | Sequence[str] | Mapping[str, str]
@@ -77,8 +78,8 @@ def load_optimizer_state(
             optimizer where several were saved apart: a list beside a list, or a dict beside a dict of the same names.
         model_key: the model's key in the state dict that was saved, to load its weights and buffers too; a list or a dict
             beside those of the optimizers.
-        model_location: where the weights were saved, if in another directory.
-        storage_options: of a URL: credentials, an endpoint.
+        model_location: where the weights were saved, if in another directory; a location of any kind.
+        storage_options: of a URL: credentials, an endpoint. They are for ``model_location`` too where that is of the same kind.
         process_group: default: the whole job where torch.distributed is initialised, else this process alone.
         keys: ``strict``; or ``allow_missing``, which leaves live state that was not saved as it is; ``ignore_unexpected``,
             which leaves out saved state that no rank wants; or a list of both. Both are for parameters and for the
@@ -116,10 +117,12 @@ def load_optimizer_state(
             safe_globals=tuple(safe_globals),
             stale=one_of(StalePolicy, "stale", stale),
         )
-        found = _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=location)
-        return found if model_location is None else _with_weights_elsewhere(found, model_location)
+        if model_location is not None and model_key is None:
+            raise SpecError("model_location: is given without model_key, the key of the weights there")
+        return _parts_of(model, optimizer, optimizer_key, model_key, request=request, location=location)
 
-    return load_parts(parts, lambda: ReadOptions.of(read), storage_options, process_group)[0]
+    options = with_weights_from(storage_options or {}, location, model_location)
+    return load_parts(parts, lambda: ReadOptions.of(read), options, process_group)[0]
 
 
 def load_model_state(
@@ -223,18 +226,6 @@ def _by_name(option: str, given: Keys, optimizers: Mapping[Any, Any]) -> dict[An
             f"{option}: {given!r} has {len(given)} keys, the optimizers are {len(optimizers)}: {list(optimizers)}"
         )
     return found
-
-
-def _with_weights_elsewhere(parts: Sequence[LoadPart], location: Location) -> list[LoadPart]:
-    """The optimizers' parts, and one for each one's weights in another checkpoint. Raises SpecError."""
-    weights = [
-        LoadPart(LiveModel(part.live.modules, ()), replace(part.request, optimizer_key=None), location)
-        for part in parts
-        if part.request.model_key is not None
-    ]
-    if not weights:
-        raise SpecError("model_location: is given without model_key, the key of the weights there")
-    return [*(replace(part, request=replace(part.request, model_key=None)) for part in parts), *weights]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KeyPath = tuple[str | int, ...]  # of a value in nested dicts (by string) and lists (by integer)
+WEIGHTS = "<model_location>"  # before keys and file names of another checkpoint, which has the weights
 EXTRA_STATE = "_extra_state"  # as torch.nn.Module.state_dict names it
 ParamGroup = dict[str, Any]  # "params": [fqn, ...], and the hyperparameters by name
 

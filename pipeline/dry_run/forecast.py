@@ -79,6 +79,7 @@ def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: flo
     bandwidth = config.read.storage_bandwidth
     return PlanReport(
         location=catalog.location,
+        model_location=catalog.model_location or None,
         optimizer_key=request.optimizer_key,
         world_size=layout.world_size,
         mesh=dict(layout.mesh.axes),

@@ -12,7 +12,8 @@ from ray.actor import ActorHandle
 from shardferry.actors.in_trainer import load_in_trainer
 from shardferry.actors.rank_report import rank_report
 from shardferry.errors import SpecError
-from shardferry.pipeline.drive import check_load, opened
+from shardferry.pipeline.drive import check_load
+from shardferry.pipeline.preflight import opened
 from shardferry.pipeline.result import Outcome, StageResult
 from shardferry.pipeline.trainers.delivery import check_receivers
 from shardferry.pipeline.waiting import Wait, gather
@@ -47,7 +48,7 @@ def run_in_process(config: StageConfig, trainers: Sequence[ActorHandle[Any]] | N
     load_start, read = time.time(), config.read.options(timeouts.load_s)
     receipts = gather(
         [
-            trainer.__ray_call__.remote(load_in_trainer, location, spec.requests(), spec.storage_options, read)
+            trainer.__ray_call__.remote(load_in_trainer, location, spec.requests(), spec.options_for(location), read)
             for trainer in trainers
         ],
         Wait("loading in the trainers", timeouts.load_s, "timeouts.load_s", "trainer"),

@@ -10,6 +10,7 @@ from typing import Any
 from shardferry.actors.guard import KeptRecord
 from shardferry.actors.resident.live_source import hold_state, release
 from shardferry.actors.resident.memory_storage import RECORD, SCHEME
+from shardferry.errors import SpecError
 from shardferry.pipeline.trainers.delivery import check_receivers
 from shardferry.pipeline.waiting import Wait, dismiss, gather
 from shardferry.plan.kept import index_of
@@ -24,11 +25,16 @@ def held_by(trainers: Sequence[Any], config: StageConfig) -> Iterator[StageConfi
         trainers: the living ones, in any order: what they hold is found by what they say that it is.
 
     Raises:
-        SpecError: they are no `shardferry.OptimizerReceiver`.
+        SpecError: they are no `shardferry.OptimizerReceiver`; the config has weights elsewhere.
         ShardferryError: a trainer can't be a source.
         RankError: a trainer died, or was late.
     """
     check_receivers(trainers, "shardferry_target")
+    if config.checkpoint.model_location is not None:
+        raise SpecError(
+            f"checkpoint.model_location: {config.checkpoint.model_location} is given beside source, whose trainers hold the "
+            "weights; leave out one of them"
+        )
     stage, requests = uuid.uuid4().hex[:8], config.checkpoint.requests()
     asked: list[Any] = [
         trainer.__ray_call__.remote(hold_state, stage, rank, len(trainers), requests)

@@ -94,6 +94,7 @@ class Catalog:
     file_bytes: Mapping[str, int] = field(default_factory=dict)  # size by file name, where the storage told it
     file_versions: Mapping[str, str] = field(default_factory=dict)  # by file name; see RangeReader.versions
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
+    model_location: str = ""  # of the checkpoint that has the weights, where that is another one
     stale: str = ""  # why data files may be of a later save than the metadata, in words
     problems: tuple[str, ...] = field(default=())  # what is missing or can't be loaded, in words
 
@@ -101,6 +102,11 @@ class Catalog:
     def num_chunks(self) -> int:
         """Saved chunks of all tensors."""
         return len(self.chunk_file)
+
+    @property
+    def weights_location(self) -> str:
+        """Where the weights are."""
+        return self.model_location or self.location
 
     @property
     def total_bytes(self) -> int:

@@ -19,6 +19,7 @@ from shardferry._gc import paused_gc
 from shardferry.checkpoint.build import build_catalog
 from shardferry.checkpoint.cache import CatalogCache
 from shardferry.checkpoint.catalog import Catalog
+from shardferry.checkpoint.joined import join_catalogs
 from shardferry.checkpoint.kept import open_kept
 from shardferry.checkpoint.megatron import COMMON_FILE, with_common_values
 from shardferry.checkpoint.metadata import parse_metadata
@@ -26,6 +27,7 @@ from shardferry.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_safe
 from shardferry.checkpoint.stale import stale_metadata, stale_warning
 from shardferry.errors import CatalogError, CheckpointNotFound, MissingFile
 from shardferry.storage.base import RangeReader, read_file
+from shardferry.storage.joined import JoinedReader
 from shardferry.storage.open import Location, open_storage
 from shardferry.storage.retry import RetryPolicy
 
@@ -91,6 +93,10 @@ def read_catalog(storage: RangeReader, *, cache: CacheDirectory = None) -> Catal
     Raises:
         CheckpointNotFound, UnsafeMetadata, CatalogError, StorageError: as for `open_checkpoint`.
     """
+    if isinstance(storage, JoinedReader):
+        weights = read_catalog(storage.weights, cache=cache)
+        both = join_catalogs(read_catalog(storage.first, cache=cache), weights)
+        return dataclasses.replace(both, storage_options=storage.options)
     listing = storage.listing() if storage.traits.has_listing else _known_files(storage)
     versions = storage.versions()
     names, kept = list(listing), None if cache is None else CatalogCache(Path(cache).expanduser())

@@ -21,7 +21,7 @@ from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.megatron import BUFFERS, COMMON_FILE, megatron_entry
 from shardferry.config import LoadRequest
 from shardferry.errors import PlanError
-from shardferry.state_dicts import KeyPath, LeftLive, ParamGroup, nest
+from shardferry.state_dicts import WEIGHTS, KeyPath, LeftLive, ParamGroup, nest
 
 SCALAR_STATE = frozenset({"step"})  # state that never has its parameter's shape, whatever its size
 
@@ -175,16 +175,23 @@ def index_weights(catalog: Catalog, model_key: str) -> dict[str, str]:
     Raises:
         PlanError: nothing was saved under this key.
     """
-    keys = {".".join(map(str, tail)): key for key, tail in _below(catalog, model_key)}
+    wanted = ".".join(filter(None, (WEIGHTS, model_key))) if catalog.model_location else model_key
+    keys = {".".join(map(str, tail)): key for key, tail in _below(catalog, wanted)}
     if not keys:
-        raise _not_there(catalog, f"nothing is saved under model_key {model_key!r}")
+        raise _not_there(catalog, f"nothing is saved under model_key {model_key!r}", of_weights=True)
     return keys
 
 
-def top_level_keys(catalog: Catalog) -> list[str]:
-    """The keys of the state dict that was saved, sorted."""
-    paths = {key: catalog.path(key) for key in [*catalog.tensors, *catalog.objects]}
-    return sorted({key.partition(".")[0] if path == (key,) else str(path[0]) for key, path in paths.items()})
+def top_level_keys(catalog: Catalog, *, of_weights: bool = False) -> list[str]:
+    """The keys of the state dict that was saved, sorted.
+
+    Args:
+        of_weights: of the one that has the weights, where that is another checkpoint.
+    """
+    root = WEIGHTS if of_weights and catalog.model_location else ""
+    return sorted(
+        {str(tail[0]).partition(".")[0] if len(tail) == 1 else str(tail[0]) for _, tail in _below(catalog, root)}
+    )
 
 
 def parameter_shape(tensors: Mapping[str, SavedTensor]) -> tuple[int, ...] | None:
@@ -197,9 +204,10 @@ def parameter_shape(tensors: Mapping[str, SavedTensor]) -> tuple[int, ...] | Non
     return shapes.pop() if len(shapes) == 1 else None
 
 
-def _not_there(catalog: Catalog, what: str) -> PlanError:
-    keys = ", ".join(map(repr, top_level_keys(catalog)))
-    return PlanError(f"{catalog.location}: {what}; top-level keys are {keys or 'none'}")
+def _not_there(catalog: Catalog, what: str, *, of_weights: bool = False) -> PlanError:
+    keys = ", ".join(map(repr, top_level_keys(catalog, of_weights=of_weights)))
+    where = catalog.weights_location if of_weights else catalog.location
+    return PlanError(f"{where}: {what}; top-level keys are {keys or 'none'}")
 
 
 def _no_step(catalog: Catalog, lacking: Sequence[str], num_parameters: int) -> PlanError:
@@ -213,9 +221,13 @@ def _no_step(catalog: Catalog, lacking: Sequence[str], num_parameters: int) -> P
 
 
 def _below(catalog: Catalog, wanted: str) -> Iterator[tuple[str, KeyPath]]:
-    """Every key whose path begins with ``wanted`` (dots lead into nested dicts), and the rest of its path."""
+    """Every key whose path begins with ``wanted`` (dots lead into nested dicts), and the rest of its path.
+
+    Weights of another checkpoint are below `WEIGHTS` alone.
+    """
+    is_elsewhere = wanted.startswith(WEIGHTS)
     for key in chain(catalog.tensors, catalog.objects):
-        if (tail := _tail(catalog.path(key), wanted)) is not None:
+        if key.startswith(WEIGHTS) == is_elsewhere and (tail := _tail(catalog.path(key), wanted)) is not None:
             yield key, tail
 
 

@@ -88,7 +88,7 @@ def plan_load(
     weight_keys: dict[str, bool] = {}
     if request.model_key is not None:
         weights = saved_weights(catalog, request, index)
-        found_weights, missing_weights = find_weights(weights, layout, request, catalog.location)
+        found_weights, missing_weights = find_weights(weights, layout, request, catalog.weights_location)
         planner.add_weights(weights, found_weights)
         missing += missing_weights
         weight_keys = matched_keys(weights, found_weights)
@@ -169,8 +169,8 @@ def _weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> d
     weights = {fqn: key for fqn, key in found.items() if key not in of_optimizer}
     if not weights:
         raise PlanError(
-            f"{catalog.location}: under model_key {request.model_key!r} there is nothing but the optimizer's own state; "
-            f"top-level keys are {', '.join(map(repr, top_level_keys(catalog)))}"
+            f"{catalog.weights_location}: under model_key {request.model_key!r} there is nothing but the optimizer's own state; "
+            f"top-level keys are {', '.join(map(repr, top_level_keys(catalog, of_weights=True)))}"
         )
     return weights
 

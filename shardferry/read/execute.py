@@ -353,13 +353,13 @@ def _check_size(catalog: Catalog, storage: RangeReader, item: StoredItem) -> tup
         raise StorageError(f"{item.key}: {error}") from error
     if item.byte_stop > size:
         raise StorageError(
-            f"{item.key}: its item is bytes {item.byte_offset} to {item.byte_stop} of {storage.location}/{item.path}, "
+            f"{item.key}: its item is bytes {item.byte_offset} to {item.byte_stop} of {storage.where(item.path)}, "
             f"which has {size} bytes; the file is cut, or the metadata is not of this checkpoint"
         )
     before = catalog.file_bytes.get(item.path, size)
     if size != before:
         raise StorageError(
-            f"{item.key}: {storage.location}/{item.path} has {size} bytes, it had {before} when the catalog was read: it was "
+            f"{item.key}: {storage.where(item.path)} has {size} bytes, it had {before} when the catalog was read: it was "
             "written again since. Open the checkpoint again."
         )
     return ()

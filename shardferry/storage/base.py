@@ -102,6 +102,10 @@ class RangeReader(ByteReader):
         """From now on, reading a file of another version than the one given here raises StorageError."""
         self._expected = dict(versions)
 
+    def where(self, path: str) -> str:
+        """A file's full name, for messages."""
+        return f"{self.location}/{path}"
+
     @abstractmethod
     def size(self, path: str) -> int:
         """Size of a file in bytes.

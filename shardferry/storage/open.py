@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
 from shardferry.errors import SpecError
 from shardferry.storage import fsspec, local, obstore, pyarrow
 from shardferry.storage.base import RangeReader
+from shardferry.storage.joined import OPTION, JoinedReader, WeightsFrom
 from shardferry.storage.retry import RetryingReader, RetryPolicy
 
 # Each makes the storage of a location, or returns None where another kind reads it; fsspec takes every location.
@@ -46,14 +48,22 @@ def open_storage(
         location: a directory, as a path or a ``file://`` URL, the URL of an object store or a web server, any URL of fsspec, or
             a ``ray.train.Checkpoint``.
         storage_options: credentials, an endpoint, how local files are read: see docs/storage.md. ``filesystem`` is the
-            ``pyarrow.fs.FileSystem`` that the location is a directory of.
+            ``pyarrow.fs.FileSystem`` that the location is a directory of. See `with_weights_from` for weights elsewhere.
         retry: how often a request is tried where it fails with a transient error; default: `RetryPolicy`'s own numbers.
 
     Raises:
         CheckpointNotFound: there is no such directory, the kind of URL is unknown, or its package is not installed.
         SpecError: this kind of storage does not have one of the options, or the location is of another class.
     """
-    path, options = _path_and_options(location, storage_options or {})
+    given = dict(storage_options or {})
+    if isinstance(elsewhere := given.get(OPTION), WeightsFrom):
+        del given[OPTION]
+        with ExitStack() as stack:  # closes the first where the second can't be opened
+            first = stack.enter_context(closing(open_storage(location, given, retry=retry)))
+            joined = JoinedReader(first, open_storage(elsewhere.location, elsewhere.options, retry=retry))
+            stack.pop_all()
+        return joined
+    path, options = _path_and_options(location, given)
     if (filesystem := options.get("filesystem")) is not None:
         storage = _of_filesystem(filesystem, path)
     elif (home := next((_BEYOND_THE_CORE[s] for s in _BEYOND_THE_CORE if path.startswith(s)), None)) is not None:
