@@ -19,6 +19,7 @@ import secrets
 import socket
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -85,6 +86,7 @@ class Collective(Transport):
                 try:
                     self._receive(memory, asking, deadline)
                 except (OSError, RuntimeError) as error:
+                    traceback.clear_frames(error.__traceback__)  # they hold the store and the group, which listen
                     _raise_failure(asking, within_s=_GRACE_S)
                     raise ConnectionError(str(error)) from error
         except (OSError, EOFError) as error:
@@ -107,11 +109,21 @@ class Collective(Transport):
         store = dist.TCPStore(
             address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_form_s(deadline))
         )
+        self._ask(store.port, memory, asking, deadline)
+        pair = _Pair(store, 1, address, memory.device, deadline)
+        try:
+            for message in memory.split(_MESSAGE_BYTES):
+                pair.wait(pair.group.recv([message], 0, 0), asking)
+        finally:
+            pair.close()
+        _tell(asking, {})
+
+    def _ask(self, port: int, memory: torch.Tensor, asking: socket.socket, deadline: float) -> None:
         ask = {
             "token": self.token,
             "rank": self.route.world_rank,
-            "address": address,
-            "port": store.port,
+            "address": asking.getsockname()[0],
+            "port": port,
             "loader": self.route.node,
             "left_s": _left_s(deadline),
             "nccl": memory.is_cuda,
@@ -120,12 +132,6 @@ class Collective(Transport):
         _tell(asking, ask)
         asking.settimeout(_left_s(deadline))
         _hear(asking)
-        pair = _Pair(store, 1, address, memory.device, deadline)
-        try:
-            for message in memory.split(_MESSAGE_BYTES):
-                pair.wait(pair.group.recv([message], 0, 0), asking)
-        finally:
-            pair.close()
 
     def _failure(self, error: Exception, *, is_late: bool) -> HandoffError:
         if is_late:
@@ -170,9 +176,10 @@ def _answer(asking: socket.socket, token: str, arena: Callable[[], Arena | None]
         try:
             _send(ask, asking, arena())
         except Exception as error:
-            _LOG.warning("sending its shard to the trainer of rank %s on %s: %s", ask["rank"], ask["address"], error)
+            said = str(error)  # whoever keeps the record keeps no traceback, which would hold the store and the group
+            _LOG.warning("sending its shard to the trainer of rank %s on %s: %s", ask["rank"], ask["address"], said)
             with suppress(OSError):
-                _tell(asking, {"error": str(error)})
+                _tell(asking, {"error": said})
 
 
 def _send(ask: dict[str, Any], asking: socket.socket, arena: Arena | None) -> None:
@@ -188,7 +195,7 @@ def _send(ask: dict[str, Any], asking: socket.socket, arena: Arena | None) -> No
         for message in memory.split(ask["message_bytes"]):
             pair.wait(pair.group.send([message.to(device)], 1, 0), asking)
         asking.settimeout(_left_s(deadline))
-        asking.recv(1)  # until the trainer has everything, and closes
+        _hear(asking)  # that everything is there
     finally:
         pair.close()
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,7 @@ def test_nobody_gets_bytes_without_the_token(arena: HostArena) -> None:
     assert "has ended before" in refusal(replace(transport, token="0" * 32))
     with socket.create_connection(("127.0.0.1", transport.port), timeout=20) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert stranger.recv(1) == b""
+        with suppress(ConnectionResetError):  # what was not read of the request
+            assert stranger.recv(1) == b""
     assert transport.token not in repr(transport)
     assert is_content(transport.open(), 1)
