@@ -117,6 +117,8 @@ class Loader:
         show_logs(settings.log)
         if settings.guard is not None:
             threading.Thread(target=_end_with, args=(settings.guard,), daemon=True, name="shardferry-kept").start()
+        if settings.transport != AUTO:
+            transport_named(settings.transport).load().require()
         self._device = self._choose_device()
 
     def open_rendezvous(self, generation: str) -> Rendezvous:

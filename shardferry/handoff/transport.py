@@ -56,6 +56,10 @@ class Transport(ABC):
             HandoffError: this transport can't carry the arena.
         """
 
+    @classmethod
+    def require(cls) -> None:  # noqa: B027 - most need nothing
+        """Raise HandoffError where this process lacks an optional package; a loader asks before it reads."""
+
     def along(self, route: Route) -> Self:
         """The same, with what the stage knows of its way; transports that need nothing of it stay as they are."""
         return self

@@ -41,6 +41,7 @@ TRANSPORTS = (
     TransportEntry("object_store", "shardferry.handoff.object_store:ObjectStore", outlives_loader=True),
     # Below object_store, which carries every arena: ``auto`` never takes these.
     TransportEntry("collective", "shardferry.handoff.collective:Collective", keeps_on_device=True, asks_loader=True),
+    TransportEntry("nixl", "shardferry.handoff.nixl:Nixl", keeps_on_device=True, asks_loader=True),
 )
 
 
