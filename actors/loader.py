@@ -117,8 +117,6 @@ class Loader:
         show_logs(settings.log)
         if settings.guard is not None:
             threading.Thread(target=_end_with, args=(settings.guard,), daemon=True, name="shardferry-kept").start()
-        if settings.transport != AUTO:
-            transport_named(settings.transport).load().require()
         self._device = self._choose_device()
 
     def open_rendezvous(self, generation: str) -> Rendezvous:
@@ -133,7 +131,9 @@ class Loader:
         return rendezvous
 
     def join(self, rendezvous: Rendezvous) -> Joined:
-        """Join the process group."""
+        """Join the process group. Raises HandoffError: the spec's transport needs a package that is not here."""
+        if self._settings.transport != AUTO:
+            transport_named(self._settings.transport).load().require()
         with self._span("join"):
             use_interface_of(ray.util.get_node_ip_address())
             if self._device.type == "cuda":

@@ -21,7 +21,9 @@ from shardferry.errors import HandoffError
 from shardferry.handoff.transport import Recipient, Route, Transport
 
 _POLL_S = 0.0005
-_TRAINERS_SHARE = 0.9  # of the deadline: the trainer's error tells more than that of the stage, which waits for the trainer
+_TRAINERS_SHARE = (
+    0.9  # of the deadline: the trainer's error tells more than that of the stage, which waits for the trainer
+)
 _SERVING: dict[str, tuple[Any, torch.Tensor]] = {}  # by agent's name: what lives as long as the arena
 
 
@@ -113,7 +115,7 @@ def _package() -> Any:
     except ImportError as error:
         raise HandoffError(
             f"handoff.transport nixl needs the package nixl on loaders and trainers; process {os.getpid()} on "
-            f"{os.uname().nodename} has none ({error}): pip install 'nixl[cu12]', or choose another transport"
+            f"{os.uname().nodename} has none ({error}): pip install nixl, or choose another transport"
         ) from error
     return _api
 

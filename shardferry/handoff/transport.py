@@ -56,8 +56,8 @@ class Transport(ABC):
             HandoffError: this transport can't carry the arena.
         """
 
-    @classmethod
-    def require(cls) -> None:  # noqa: B027 - most need nothing
+    @classmethod  # noqa: B027 (most need nothing)
+    def require(cls) -> None:
         """Raise HandoffError where this process lacks an optional package; a loader asks before it reads."""
 
     def along(self, route: Route) -> Self:

@@ -78,7 +78,7 @@ def check_shard(handle: ShardHandle) -> int:
     return compared
 
 
-@pytest.mark.parametrize("transport", ["auto", "object_store", "collective"])
+@pytest.mark.parametrize("transport", ["auto", "object_store", "collective", "nixl"])
 def test_run_delivers_to_trainers(four_saved: Path, trainers_with: Callable[..., list[Any]], transport: str) -> None:
     trainers = trainers_with(never_stepped)
     stage = OptimizerLoadStage(

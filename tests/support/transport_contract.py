@@ -176,6 +176,14 @@ class TransportContract:
     device: torch.device
     context: BaseContext
 
+    @pytest.fixture(autouse=True)
+    def _installed(self, transport: TransportEntry) -> None:
+        """Its optional package is; scripts/gpu runs without any, the other tests have all."""
+        try:
+            transport.load().require()
+        except HandoffError as error:
+            pytest.skip(str(error))
+
     @pytest.fixture
     def loader(self) -> Iterator[Loader]:
         with _killed_at_last(Loader(self.context, self.device)) as loader:

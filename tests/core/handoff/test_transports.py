@@ -191,10 +191,18 @@ def test_names() -> None:
     names = [transport.name for transport in TRANSPORTS]
     assert len(set(names)) == len(names)
     assert AUTO not in names
-    assert stage_transport_names() == ("auto", "in_process", "shared_memory", "cuda_ipc", "object_store", "collective")
+    assert stage_transport_names() == (
+        "auto",
+        "in_process",
+        "shared_memory",
+        "cuda_ipc",
+        "object_store",
+        "collective",
+        "nixl",
+    )
     with pytest.raises(
         HandoffError,
-        match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc, object_store or collective",
+        match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc, object_store, collective or nixl",
     ):
         choose_transport("pigeon", filled("host"), SAME_HOST)
 
