@@ -87,7 +87,7 @@ def test_many_messages_and_nothing_is_left() -> None:
     del arena
     wait_while(lambda: threads() or listening() - before)
     assert not threads()
-    assert listening() == before
+    assert not listening() - before
     assert "has ended before" in refusal(transport)
 
 
@@ -140,7 +140,7 @@ def test_a_trainer_that_dies_meanwhile_is_named_and_hinders_nobody(
         trainer.call(transport)
     wait_while(lambda: threads() != {"shardferry-collective"})
     assert threads() == {"shardferry-collective"}
-    assert listening() == before
+    assert not listening() - before
     assert "sending its shard to the trainer of rank 3 on 127.0.0.1" in caplog.text
     assert is_content(transport.open(), 1)
 
@@ -167,7 +167,7 @@ def test_a_loader_that_dies_meanwhile_is_named() -> None:
         f"rank 3 on 127.0.0.1: the loader (process {loader.process.pid}) that held this shard has ended"
     )
     wait_while(lambda: listening() - before)
-    assert listening() == before
+    assert not listening() - before
 
 
 def test_a_loader_that_fails_says_why(arena: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
