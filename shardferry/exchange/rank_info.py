@@ -18,6 +18,7 @@ from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.rank_layouts import layouts_to_send
 
+ASKED_DIRECT = "read.strategy is direct"  # why a rank reads for itself
 MAX_LIVE_RANKS = 256  # whose layouts are exchanged; each rank receives every other's
 
 
@@ -71,7 +72,7 @@ def rank_info(
 
 def _direct_because(arena: Arena, layout: RankLayout, options: ReadOptions, agreement: Agreement) -> str:
     if options.strategy == "direct":
-        return "read.strategy is direct"
+        return ASKED_DIRECT
     if agreement.size < 2:
         return "there is no other rank"
     if arena.device.type != "cpu" and agreement.host_group is None:

@@ -49,7 +49,7 @@ def rank(node: str, lacking: str, needed: str, host: str = "") -> NodeFiles:
     ],
 )
 def test_the_error_of_all_ranks(ranks: list[NodeFiles], says: list[str]) -> None:
-    error = lacking_error("ckpt", ranks)
+    error = lacking_error("ckpt", ranks, "read.strategy is direct")
     assert (error is not None) == bool(says)
     assert all(part in str(error) for part in says)
 
@@ -84,7 +84,6 @@ def load(base: str, strategy: str) -> str:
     ("world_size", "strategy", "lacked"),
     [
         pytest.param(4, "direct", {1: "01"}, id="what two ranks need"),
-        pytest.param(3, "cooperative", {1: "1"}, id="what a reader needs"),
         pytest.param(3, "direct", {0: "23", 1: "01"}, id="values that rank 0 reads for all"),
     ],
 )
