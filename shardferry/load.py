@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -395,16 +395,7 @@ def open_for_all(
     Raises:
         CheckpointNotFound: rank 0 finds no checkpoint; on all ranks.
     """
-
-    def read() -> Catalog | CheckpointNotFound:
-        try:
-            return read_catalog(storage)
-        except CheckpointNotFound as error:
-            return error
-
-    catalog = agreement.from_rank0("opening the checkpoint", read)
-    if isinstance(catalog, CheckpointNotFound):
-        raise catalog
+    catalog = agreement.from_rank0("opening the checkpoint", lambda: read_catalog(storage), same=CheckpointNotFound)
     storage.expect(catalog.file_versions)
     return catalog, _values_for_all(catalog, request, storage, agreement, options=options, counters=counters)
 
@@ -423,24 +414,14 @@ def _values_for_all(
     Raises:
         MissingFile: no rank has a file, or ranks don't read for each other.
     """
-    step, read = (
-        "reading the param groups",
-        partial(read_values, catalog, request, storage, options=options, counters=counters),
-    )
-
-    def on_rank0() -> dict[str, Any] | MissingFile:
-        try:
-            return read()
-        except MissingFile as error:
-            return error
-
-    values = agreement.from_rank0(step, on_rank0)
-    if not isinstance(values, MissingFile):
-        return values
+    read = partial(read_values, catalog, request, storage, options=options, counters=counters)
+    with suppress(MissingFile):
+        return agreement.from_rank0("reading the param groups", read, same=MissingFile)
     ranks = gather_node_files(agreement, storage, catalog, None, node=options.node or host_identity())
     if options.strategy == "direct" and (error := lacking_error(storage.location, ranks, ASKED_DIRECT)) is not None:
         raise error
     keys = value_keys(catalog, request, index_optimizer(catalog, request.optimizer_key))
     readers = {key: first_to_have([item.path for item in items_of(catalog, key)], ranks) for key in keys}
     own = {key for key, reader in readers.items() if reader == agreement.rank}
-    return {key: value for part in agreement.gather(step, lambda: read(only=own)) for key, value in part.items()}
+    parts = agreement.gather("reading the param groups", lambda: read(only=own))
+    return {key: value for part in parts for key, value in part.items()}
