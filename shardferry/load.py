@@ -167,8 +167,10 @@ def load_rank(
     clock = PhaseClock(counters.enter)
     with ExitStack() as opened, paused_gc():
         if storage is None:
-            open_job = partial(_opened, job, counters)
-            storage = opened.enter_context(agreement.all_or_raise("opening the checkpoint", open_job))
+            with clock.phase("agree"):
+                storage = agreement.all_or_raise(
+                    "opening the checkpoint", lambda: opened.enter_context(_opened(job, counters))
+                )
         if values is None:
             with clock.phase("values"):
                 values = _values_for_all(

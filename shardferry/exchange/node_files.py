@@ -81,10 +81,10 @@ def with_asked(plan: LoadPlan, catalog: Catalog, ranks: Sequence[NodeFiles]) -> 
         ranks: by world rank.
     """
     tensors, reads, lacking = list(plan.tensors), list(plan.reads), ranks[plan.world_rank].lacking
-    rows = {(tensor.section, tensor.fqn, tensor.path): row for row, tensor in enumerate(tensors)}
+    rows = {tensor.key: row for row, tensor in enumerate(tensors)}
     for tensor, item in (asked for rank in ranks for asked in rank.asked):
         if _file(catalog, item.chunk) not in lacking:
-            row = rows.setdefault((tensor.section, tensor.fqn, tensor.path), len(tensors))
+            row = rows.setdefault(tensor.key, len(tensors))
             if row == len(tensors):
                 tensors.append(tensor)
             reads.append(replace(item, tensor=row))

@@ -144,7 +144,6 @@ class Scenarios:
             "elements": elements,
             "elements_of_trainers": checked,
             "unique": [report.unique_bytes_needed, live.unique_bytes_needed],
-            "read": [report.storage_bytes_read, live.storage_bytes_read],
         }
 
     def labels(self) -> Any:

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 import shardferry
 from shardferry.errors import ShardferryError
 from shardferry.exchange.node_files import NodeFiles, lacking_error
+from shardferry.layout.mesh import Mesh
+from shardferry.layout.spec import HeldBy, SpecLayout
 from tests.core.exchange.test_cooperative_reads import SHAPES, TOPOLOGIES, UNIQUE_BYTES, total
 from tests.core.exchange.test_cooperative_reads import load as load_spec
 from tests.support.models import save_fsdp2
@@ -213,3 +215,18 @@ def test_specs_read_each_byte_once_where_it_is(
     assert total(results, "done") == total(results, "needed")
     assert total(results, "sent") == total(results, "received")
     assert min(result["read"] for result in results) > 0, "ranks of a node take turns"
+
+
+def load_held_by_one(base: str, nodes: str) -> dict[str, int]:
+    """The last of four ranks holds everything, and no other holds anything."""
+    TOPOLOGIES["one"] = lambda n: SpecLayout(Mesh((("pp", n),)), (), {}, (HeldBy("*", {"pp": (n - 1,)}),))
+    return load_own_disk(base, "one", nodes)
+
+
+def test_ranks_that_hold_nothing_read_for_one_that_lacks_the_files(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(4, save_fsdp2, str(tmp_path / "ckpt"), SHAPES)
+    distribute(tmp_path / "ckpt", tmp_path, {"0": "012", "1": "3"})
+    results = ranks.run(4, load_held_by_one, str(tmp_path), "0011")
+    assert [result["compared"] for result in results] == [0, 0, 0, UNIQUE_BYTES]
+    assert total(results, "sent") == total(results, "received") > 0.7 * UNIQUE_BYTES
+    assert min(result["sent"] for result in results[:2]) > 0.2 * UNIQUE_BYTES
