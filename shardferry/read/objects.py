@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,10 +14,8 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardferry.errors import DecodeError, SpecError
+from shardferry.errors import DecodeError, SpecError, without_terminal_codes
 from shardferry.read.zip_header import first_record_start
-
-_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 # What the pickle of a NumPy scalar or array names: constructors that take a dtype and bytes. NumPy 1 wrote numpy.core.
 _NUMPY_DTYPES = [dtype for dtype in vars(np.dtypes).values() if isinstance(dtype, type)]
@@ -73,7 +70,7 @@ def decode_object(data: bytes) -> Any:
     except Exception as error:  # damaged items raise nearly any type
         if names := _foreign_names(data):
             raise ForeignClass(_foreign(names), names) from error
-        lines = _TERMINAL_CODES.sub("", str(error)).splitlines() or [type(error).__name__]
+        lines = without_terminal_codes(str(error)).splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
         raise DecodeError(f"the saved object of {len(data)} bytes is damaged ({reason})") from error
     if any(isinstance(leaf, DTensor | ShardedTensor) for leaf in _leaves(value)):

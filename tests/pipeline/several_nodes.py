@@ -156,6 +156,18 @@ class Scenarios:
         ray.kill(opener)
         return {"nodes": len(nodes), "beside": beside, "transports": transports}
 
+    def between_nodes(self) -> Any:
+        """Each shard is opened on the node of the other loader."""
+        told = {}
+        for transport in ("collective", "nixl"):
+            loading = self._stage(2, actors={"placement": "STRICT_SPREAD"}, handoff={"transport": transport}).submit()
+            openers = [Opener.options(scheduling_strategy=loading.beside(rank)).remote() for rank in (1, 0)]
+            told[transport] = [ray.get(o.elements.remote(r)) for o, r in zip(openers, loading.refs, strict=True)]
+            loading.close()
+            for opener in openers:
+                ray.kill(opener)
+        return told
+
     def no_room(self) -> Any:
         told = {}
         for placement, world_size in (("STRICT_PACK", 4), ("STRICT_SPREAD", 4), ("PACK", 9)):

@@ -74,6 +74,13 @@ def test_labels(told: dict[str, Any]) -> None:
     assert told["labels"] == {"nodes": 1, "beside": True, "transports": ["object_store"]}
 
 
+def test_transports_that_ask_the_loader_reach_another_node(told: dict[str, Any]) -> None:
+    assert {name: sum(elements) for name, elements in told["between_nodes"].items()} == {
+        "collective": NUM_ELEMENTS,
+        "nixl": NUM_ELEMENTS,
+    }
+
+
 def test_what_no_node_has_is_refused_at_once(told: dict[str, Any]) -> None:
     no_room = told["no_room"]
     assert [(name, at_once) for name, _, at_once in no_room.values()] == [("SpecError", True)] * 3
