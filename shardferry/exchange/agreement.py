@@ -57,14 +57,20 @@ class Agreement:
         _raise_failures(step, outcomes, error)
         return [cast(T, outcome.value) for outcome in outcomes]
 
-    def from_rank0(self, step: str, work: Callable[[], T]) -> T:
-        """Like `all_or_raise`, for a step that rank 0 does for all: every rank gets its result."""
+    def from_rank0(self, step: str, work: Callable[[], T], *, same: type[ShardferryError] | tuple[()] = ()) -> T:
+        """Like `all_or_raise`, for a step that rank 0 does for all: every rank gets its result.
+
+        Args:
+            same: an error of this class is raised on all ranks as it is.
+        """
         value, error = _attempt(work) if self.rank == 0 else (None, None)
-        outcome = _Outcome.of(value, error)
+        outcome = _Outcome(error, None) if isinstance(error, same) else _Outcome.of(value, error)
         if self._group is not None:
             outcomes = [outcome]
             dist.broadcast_object_list(outcomes, group=self._group, group_src=0)
             (outcome,) = outcomes
+        if isinstance(outcome.value, same):
+            raise outcome.value
         _raise_failures(step, [outcome], error)
         return cast(T, outcome.value)
 

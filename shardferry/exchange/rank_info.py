@@ -18,6 +18,7 @@ from shardferry.layout.tensor_layout import TensorLayout
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.rank_layouts import layouts_to_send
 
+ASKED_DIRECT = "read.strategy is direct"  # why a rank reads for itself
 MAX_LIVE_RANKS = 256  # whose layouts are exchanged; each rank receives every other's
 
 
@@ -54,7 +55,7 @@ def rank_info(
         lacks_files: its node doesn't see all files of the checkpoint.
     """
     node, on_host = options.node or host_identity(), isinstance(arena, HostArena)
-    because = _direct_because(arena, layout, options, agreement)
+    because = _direct_because(plan, arena, layout, options, agreement)
     return RankInfo(
         node=node,
         memory_group=node if on_host else f"{node}, rank {agreement.rank}",
@@ -69,15 +70,19 @@ def rank_info(
     )
 
 
-def _direct_because(arena: Arena, layout: RankLayout, options: ReadOptions, agreement: Agreement) -> str:
+def _direct_because(
+    plan: LoadPlan, arena: Arena, layout: RankLayout, options: ReadOptions, agreement: Agreement
+) -> str:
     if options.strategy == "direct":
-        return "read.strategy is direct"
+        return ASKED_DIRECT
     if agreement.size < 2:
         return "there is no other rank"
     if arena.device.type != "cpu" and agreement.host_group is None:
         return "arenas are on GPUs, and the process group carries no host memory: it has no gloo beside its NCCL"
     if spec_of(layout) is None and agreement.size > MAX_LIVE_RANKS:
         return f"with more than {MAX_LIVE_RANKS} live models, each rank knows only its own layout"
+    if len({tensor.key for tensor in plan.tensors}) < len(plan.tensors):  # ranks tell by its key where a tensor is
+        return "a saved tensor goes to several names, and other ranks know one place for it"
     return ""
 
 

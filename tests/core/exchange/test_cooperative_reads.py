@@ -20,6 +20,7 @@ from shardferry.handoff.handle import make_handle
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
+from shardferry.load_live import load_optimizer_state
 from shardferry.stats import Counters
 from shardferry.storage.open import open_storage
 from tests.support.damage import short_file
@@ -140,6 +141,23 @@ def test_small_messages_and_many_of_them(ranks: RankPool, saved: str, topology: 
 
 def load_with_small_messages(path: str, topology: str) -> dict[str, int]:
     return load(path, topology, "cooperative", ["a", "b", "c", "d"], messages=MessageLimits(message_bytes=4096))
+
+
+def load_to_two_names(path: str) -> list[bool]:
+    """One saved parameter for two live ones, as where it was tied; whether each has what was saved."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 48, bias=False) for name in ("one", "other")})
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = ["one.weight", "other.weight"]
+    load_optimizer_state(
+        model, optimizer, path, strategy="cooperative", rename={"w.weight": names}, keys="ignore_unexpected"
+    )
+    full = full_tensor("w.weight", "exp_avg", (48, 64))
+    return [torch.equal(optimizer.state[parameter]["exp_avg"], full) for parameter in model.parameters()]
+
+
+def test_a_saved_tensor_for_two_names_reaches_both(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_fsdp2, str(tmp_path / "ckpt"), {"w.weight": (48, 64)})
+    assert ranks.run(2, load_to_two_names, str(tmp_path / "ckpt")) == [[True, True]] * 2
 
 
 def load_damaged(path: str, nodes: list[str | None]) -> str:
