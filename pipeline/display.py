@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Protocol
 
 from shardferry.actors.progress import Progress
@@ -67,7 +68,10 @@ class _Lines:
 @contextmanager
 def byte_progress(title: str) -> Iterator[ByteProgress]:
     """A bar with bytes, rate and time left on a terminal and in a notebook; plain lines elsewhere. Both on stderr."""
-    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+    in_notebook = (
+        "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+    )  # rich shows nothing without widgets
+    if not (sys.stderr.isatty() or in_notebook):
         yield _Lines(title)
         return
     from shardferry.pipeline.progress_bar import byte_bar

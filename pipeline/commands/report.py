@@ -77,7 +77,14 @@ def print_comparison(first: StageReport, second: StageReport) -> None:
     rows: list[tuple[str, str, str, str]] = []
     for name, unit in _COMPARED.items():
         a, b = getattr(first, name), getattr(second, name)
-        rows.append((name.removesuffix("_s").replace("_", " "), unit(a), unit(b), _ratio(a, b)))
+        rows.append(
+            (
+                name.removesuffix("_s").removesuffix("_per").replace("_", " ") + " rate" * name.endswith("_per_s"),
+                unit(a),
+                unit(b),
+                _ratio(a, b),
+            )
+        )
     for phase in dict.fromkeys([*first.phases, *second.phases]):
         a, b = first.phases.get(phase), second.phases.get(phase)
         rows.append((f"phase {phase}", _seconds(a), _seconds(b), _ratio(a, b)))

@@ -62,7 +62,9 @@ def timeline_chart(rows: Sequence[Row]) -> str:
             hovertemplate=f"%{{y}}, {phase}: %{{x:.3f}} s<br>%{{customdata[1]:.3f}} to %{{customdata[2]:.3f}} s"
             "<br>%{customdata[0]}<extra></extra>",
         )
-    figure.update_xaxes(title="seconds", range=_shown_range(rows))
+    shown_from, shown_to = _shown_range(rows)
+    hidden = f"; {shown_from:.1f} s of the start are to the left, a double click shows them" if shown_from else ""
+    figure.update_xaxes(title=f"seconds{hidden}", range=[shown_from, shown_to])
     return _html(figure, [name for name, _ in shown], row_px=26)
 
 

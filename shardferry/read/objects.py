@@ -70,15 +70,19 @@ def decode_object(data: bytes) -> Any:
     except Exception as error:  # damaged items raise nearly any type
         if names := _foreign_names(data):
             raise ForeignClass(_foreign(names), names) from error
-        lines = without_terminal_codes(str(error)).splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise DecodeError(f"the saved object of {len(data)} bytes is damaged ({reason})") from error
+        raise DecodeError(f"the saved object of {len(data)} bytes is damaged ({_reason(error)})") from error
     if any(isinstance(leaf, DTensor | ShardedTensor) for leaf in _leaves(value)):
         raise DecodeError(
             "the saved object holds a sharded tensor, of which a Python object keeps one rank's part alone; the rest was not "
             "saved. Save it as an entry of its own, in a dict or a list"
         )
     return value
+
+
+def _reason(error: Exception) -> str:
+    """The words of torch's error that are of the bytes: around them, it asks for an issue and for trust."""
+    _, _, words = without_terminal_codes(str(error)).rpartition("WeightsUnpickler error:")
+    return next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
 
 
 def _foreign_names(data: bytes) -> tuple[str, ...]:
