@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from shardferry.checkpoint.open import opened_storage, read_catalog
 from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import LoadRequest, MessageLimits, ReadOptions
 from shardferry.errors import CheckpointNotFound, DecodeError, MissingFile
-from shardferry.exchange.agreement import Agreement
+from shardferry.exchange.agreement import Agreement, Balance
 from shardferry.exchange.delivery import open_delivery
 from shardferry.exchange.node_files import (
+    NodeFiles,
     first_to_have,
     gather_node_files,
     lacking_error,
@@ -199,10 +201,16 @@ def load_rank(
         with clock.phase("agree"):
             ranks = agreement.gather("planning", prepare)
             plan = ready[0].plan
-            unexpected = _check_unexpected(plan, job, ranks)
-            announce(plan)
-            check_room(ranks, job.memory_fraction)
-            strategy = _choose_strategy(job, ready[0], ranks, agreement)
+            taken = _taken_by_any(plan, ranks, agreement)
+            nodes = _node_files(job, ready[0], ranks, agreement)
+
+            def decide() -> tuple[tuple[str, ...], ChosenStrategy]:
+                unexpected = _check_unexpected(plan, job, taken)
+                announce(plan)
+                check_room(ranks, job.memory_fraction)
+                return unexpected, _choose_strategy(job, ready[0], ranks, nodes, agreement)
+
+            unexpected, strategy = agreement.all_or_raise("dividing the reads", decide, _READS_FIT)
         with clock.phase("read"):
             agreement.all_or_raise(
                 "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
@@ -228,13 +236,33 @@ class _Ready:
     storage: RangeReader
 
 
-def _choose_strategy(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> ChosenStrategy:
+def _reads_for_others(decided: tuple[tuple[str, ...], ChosenStrategy]) -> int:
+    shared = decided[1].plan
+    return 0 if shared is None else shared.balance
+
+
+# Else a rank would wait for what no other sends, or have zeros where no other writes.
+_READS_FIT = Balance(
+    _reads_for_others,
+    "dividing the reads: ranks don't agree on which of them reads what for which; nothing has been read. Give all ranks the same "
+    "strategy, max_request and max_gap, or set strategy: direct",
+)
+
+
+def _node_files(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> list[NodeFiles]:
+    """Which files each rank's node has, and what others ask of them in this rank's plan; empty where every node has all."""
+    if not any(rank.lacks_files for rank in ranks):
+        return []
+    nodes = gather_node_files(agreement, ready.storage, job.catalog, ready.plan, node=ranks[agreement.rank].node)
+    ready.plan = with_asked(ready.plan, job.catalog, nodes)
+    return nodes
+
+
+def _choose_strategy(
+    job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], nodes: Sequence[NodeFiles], agreement: Agreement
+) -> ChosenStrategy:
     """The same strategy on all ranks, with this rank's part. Raises MissingFile: a node lacks files that it would read."""
-    traits, nodes = ready.storage.traits, []
-    if any(rank.lacks_files for rank in ranks):
-        node = ranks[agreement.rank].node
-        nodes = gather_node_files(agreement, ready.storage, job.catalog, ready.plan, node=node)
-        ready.plan = with_asked(ready.plan, job.catalog, nodes)
+    traits = ready.storage.traits
     strategy = choose_strategy(
         ready.plan,
         job.catalog,
@@ -351,10 +379,19 @@ def read_values(
     return values | {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
-def _check_unexpected(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:
-    """Names that are saved and that no rank takes. Every rank finds the same; all raise if the request doesn't ignore them."""
+def _taken_by_any(plan: LoadPlan, ranks: Sequence[RankInfo], agreement: Agreement) -> list[bool]:
+    """Of each saved name, whether some rank takes it. Ranks that select or rename by themselves have names of their own."""
+    names = [*plan.state_keys.items(), *plan.weight_keys.items()]
+    if len({rank.names for rank in ranks}) == 1:
+        return taken_by_any(ranks, len(names))
+    taken = agreement.gather("matching the names", lambda: [name for name, is_taken in names if is_taken])
+    by_any = set(chain.from_iterable(taken))
+    return [name in by_any for name, _ in names]
+
+
+def _check_unexpected(plan: LoadPlan, job: LoadJob, taken: Sequence[bool]) -> tuple[str, ...]:
+    """Names that are saved and that no rank takes. Raises PlanError if the request doesn't ignore them."""
     state, weights = plan.state_keys, plan.weight_keys
-    taken = taken_by_any(ranks, len(state) + len(weights))
     num_state, location = len(state), job.catalog.location
     unexpected = unexpected_keys(state, taken[:num_state], job.request, location)
     return unexpected + unexpected_keys(weights, taken[num_state:], job.request, location)

@@ -8,9 +8,8 @@ from typing import Literal
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import SplitLimits, Strategy
-from shardferry.exchange.rank_info import RankInfo
+from shardferry.exchange.rank_info import RankInfo, spec_for_all
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.spec import spec_of
 from shardferry.plan.cooperative import CooperativePlan, RankLayouts, RanksOfFiles, assign_reads
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec
@@ -65,7 +64,7 @@ def choose_strategy(
         return ChosenStrategy("no other rank shares memory with this one, and the process group carries no host memory")
     num_groups = len(set(memory_groups.values()))
     where = "on this node share memory" if num_groups == 1 else f"in {num_groups} memory groups"
-    spec = spec_of(layout)
+    spec = spec_for_all(layout, plan.request)
     layouts: RankLayouts
     if spec is not None:
         layouts = LayoutsFromSpec(spec, members)

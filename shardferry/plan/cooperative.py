@@ -90,6 +90,8 @@ class CooperativePlan:
     forwarded: Mapping[int, tuple[ForwardedBox, ...]] = field(
         default_factory=dict
     )  # by the reader's world rank, in order
+    # Hashes of what it gives to other ranks, less those of what it expects of them: those of all ranks add up to zero.
+    balance: int = 0
 
     @property
     def relays(self) -> frozenset[int]:
@@ -190,6 +192,7 @@ class _Assignment:
     bytes_sent: int = 0
     bytes_received: int = 0
     bytes_forwarded: int = 0
+    balance: int = 0
 
     def result(self) -> CooperativePlan:
         chunks: dict[tuple[int, int], list[ReadItem]] = defaultdict(list)
@@ -209,6 +212,7 @@ class _Assignment:
             bytes_received=self.bytes_received,
             bytes_forwarded=self.bytes_forwarded,
             forwarded={reader: tuple(boxes) for reader, boxes in self.forwarded.items()},
+            balance=self.balance,
         )
 
     def _parts(self, item: ReadItem) -> tuple[int, list[_SharedPart]]:
@@ -264,18 +268,23 @@ class _Assignment:
     def _add(self, item: ReadItem, shared: _SharedPart, reader: int) -> None:
         """Note what this rank does for a part of an item's chunk: read it, relay it, or wait for it."""
         itemsize, own_group = self.plan.tensors[item.tensor].dtype.itemsize, self._memory_group_of(self.plan.world_rank)
-        here = shared.groups.get(own_group)
+        here, part = shared.groups.get(own_group), (item.chunk, shared.index, reader)
         if reader != self.plan.world_rank:
             self.bytes_received += itemsize * shared.numel_own
+            self.balance -= hash(part) * shared.numel_own
             is_from_outside = self._memory_group_of(reader) != own_group
             if here is not None and is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
                 box = ForwardedBox(item.tensor, item.chunk, here.box, itemsize, tuple(here.copies))
+                self.balance -= hash((*part, self.plan.world_rank, len(self.forwarded[reader])))
                 self.forwarded[reader].append(box)
         elif len(shared.own) == len(shared.part.copies):
             self.own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
         else:
             self.bytes_sent += itemsize * (shared.numel_wanted - shared.numel_own)
             others = [group for name, group in shared.groups.items() if name != own_group]
+            forwards = tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others)
+            self.balance += hash(part) * (shared.numel_wanted - shared.numel_own)
+            self.balance += sum(hash((*part, forward.relay, forward.index)) for forward in forwards)
             self.reads.append(
                 CooperativeRead(
                     tensor=item.tensor,
@@ -283,7 +292,7 @@ class _Assignment:
                     chunk_shape=item.chunk_shape,
                     region=shared.part.region,
                     copies=() if here is None else tuple(here.copies),
-                    forwards=tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others),
+                    forwards=forwards,
                     numel_wanted=shared.numel_wanted,
                 )
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,22 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import shardferry
+from shardferry.config import LoadRequest, ReadOptions, Selection
 from shardferry.errors import ShardferryError
+from shardferry.exchange.agreement import Agreement
 from shardferry.exchange.node_files import NodeFiles, lacking_error
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import HeldBy, SpecLayout
+from shardferry.load import LoadJob, load_rank, open_for_all
+from shardferry.stats import Counters
+from shardferry.storage.open import open_storage
 from tests.core.exchange.test_cooperative_reads import SHAPES, TOPOLOGIES, UNIQUE_BYTES, total
 from tests.core.exchange.test_cooperative_reads import load as load_spec
 from tests.support.models import save_fsdp2
+from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
 
 
@@ -230,3 +238,34 @@ def test_ranks_that_hold_nothing_read_for_one_that_lacks_the_files(ranks: RankPo
     assert [result["compared"] for result in results] == [0, 0, 0, UNIQUE_BYTES]
     assert total(results, "sent") == total(results, "received") > 0.7 * UNIQUE_BYTES
     assert min(result["sent"] for result in results[:2]) > 0.2 * UNIQUE_BYTES
+
+
+def save_emb(path: str) -> None:
+    state = {"emb": {"exp_avg": full_tensor("emb", "exp_avg", (8, 4))}}
+    dcp.save({"optim": {"state": state, "param_groups": [{"params": ["emb"]}]}}, checkpoint_id=path)
+
+
+def load_tied(base: str, nodes: str) -> list[str]:
+    """On two pipeline stages, each of which has its own name for what was saved once; the names here."""
+    stages = (HeldBy("emb", {"pp": (0,)}), HeldBy("head", {"pp": (1,)}))
+    spec = SpecLayout(Mesh((("pp", 2), ("dp", 2))), (), {"dp": Shard(0)}, stages)
+    world_rank, counters, agreement = dist.get_rank(), Counters(), Agreement(dist.group.WORLD)
+    disk = world_rank // 2
+    request = LoadRequest(selection=Selection.of({"emb": ["emb", "head"]}, None, None))
+    options = ReadOptions(load_s=30, node=nodes[world_rank])
+    with closing(open_storage(f"{base}/{disk}")) as storage:
+        catalog, values = open_for_all(storage, agreement, request, options, counters)
+        job = LoadJob(catalog, spec.rank(world_rank), request, torch.device("cpu"), options)
+        loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
+    for tensor in loaded.plan.tensors:
+        found = loaded.arena.tensor(tensor.arena_offset, tensor.layout.local_shape, tensor.dtype)
+        assert torch.equal(found, full_tensor("emb", "exp_avg", (8, 4)).chunk(2)[world_rank % 2])
+    return [tensor.fqn for tensor in loaded.plan.tensors]
+
+
+@pytest.mark.parametrize("nodes", ["0011", "0000"], ids=["messages", "shared memory"])
+def test_a_saved_tensor_that_stages_hold_under_their_own_names(nodes: str, ranks: RankPool, tmp_path: Path) -> None:
+    """Only the first stage's disk has it."""
+    ranks.run(1, save_emb, str(tmp_path / "0"))
+    (tmp_path / "1").mkdir()
+    assert ranks.run(4, load_tied, str(tmp_path), nodes) == [["emb"], ["emb"], ["head"], ["head"]]
