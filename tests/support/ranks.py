@@ -54,10 +54,12 @@ class RankPool:
             pipe.send((work, args, rank, world_size, str(rendezvous)))
         results: list[tuple[bool, Any]] = []
         for rank, (process, pipe) in enumerate(members):
-            if not wait([pipe, process.sentinel], timeout=self._deadline_s) or not pipe.poll(0):
+            wait([pipe, process.sentinel], timeout=self._deadline_s)
+            try:
+                results.append(_answer(pipe))
+            except (EOFError, ConnectionError, TimeoutError):
                 self._retire()  # the other ranks' answers, too, would be taken for those of the next run
                 pytest.fail(f"rank {rank} of {world_size} died or hung in {work.__name__}", pytrace=False)
-            results.append(pipe.recv())
         if any(_num_threads(process) > _TIRED_THREADS for process, _ in members):
             self._retire()
         return results
@@ -84,6 +86,14 @@ class RankPool:
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+
+
+def _answer(pipe: Connection) -> tuple[bool, Any]:
+    """What a rank has sent. Raises TimeoutError: it hangs; EOFError, ConnectionError: it has died."""
+    if not pipe.poll(0):
+        raise TimeoutError
+    answer: tuple[bool, Any] = pipe.recv()
+    return answer
 
 
 def _num_threads(process: BaseProcess) -> int:
