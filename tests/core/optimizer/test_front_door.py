@@ -500,6 +500,34 @@ def test_models_with_optimizers_of_their_own(tmp_path: Path) -> None:
     check_equal([o.state_dict() for o in again], [o.state_dict() for o in optimizers])
 
 
+@pytest.mark.parametrize(
+    ("selection", "names", "loaded"),
+    [({"rename": {"G.*": "net.*"}}, ["net", "D"], [2, 2]), ({"include": ["G.*"]}, ["G", "D"], [2, 0])],
+    ids=["rename", "include"],
+)
+def test_a_selection_that_is_about_one_of_several_optimizers(
+    selection: dict[str, Any], names: list[str], loaded: list[int], tmp_path: Path
+) -> None:
+    """And one that is about none of them is refused."""
+
+    def nets(*names: str) -> tuple[nn.ModuleDict, dict[str, torch.optim.Optimizer]]:
+        parts = nn.ModuleDict({name: nn.Linear(4, 3) for name in names})
+        return parts, {key: adamw(part) for key, part in zip("GD", parts.values(), strict=True)}
+
+    parts, optimizers = nets("G", "D")
+    for part, optimizer in zip(parts.values(), optimizers.values(), strict=True):
+        train(part, optimizer)
+    save_alone({key: get_optimizer_state_dict(parts, one) for key, one in optimizers.items()}, tmp_path / "ckpt")
+    others, fresh = nets(*names)
+    with pytest.raises(PlanError, match="fits none of the 4 saved names"):
+        shardferry.load_optimizer_state(others, fresh, tmp_path / "ckpt", rename={"Q.*": "net.*"})
+    shardferry.load_optimizer_state(others, fresh, tmp_path / "ckpt", **selection)
+    assert [len(one.state) for one in fresh.values()] == loaded
+    for one, saved_one in zip(fresh.values(), optimizers.values(), strict=True):
+        if one.state:
+            check_equal(list(one.state.values()), list(saved_one.state.values()))
+
+
 @pytest.mark.parametrize("with_weights", [True, False])
 def test_models_whose_parameters_of_one_name_have_other_shapes(tmp_path: Path, with_weights: bool) -> None:
     """The other model's weights don't tell a parameter's shape."""
