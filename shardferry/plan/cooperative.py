@@ -268,14 +268,14 @@ class _Assignment:
     def _add(self, item: ReadItem, shared: _SharedPart, reader: int) -> None:
         """Note what this rank does for a part of an item's chunk: read it, relay it, or wait for it."""
         itemsize, own_group = self.plan.tensors[item.tensor].dtype.itemsize, self._memory_group_of(self.plan.world_rank)
-        here, part = shared.groups.get(own_group), (item.chunk, shared.index, reader)
+        here, part = shared.groups.get(own_group), (item.chunk, shared.part.region, reader)
         if reader != self.plan.world_rank:
             self.bytes_received += itemsize * shared.numel_own
             self.balance -= hash(part) * shared.numel_own
             is_from_outside = self._memory_group_of(reader) != own_group
             if here is not None and is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
                 box = ForwardedBox(item.tensor, item.chunk, here.box, itemsize, tuple(here.copies))
-                self.balance -= hash((*part, self.plan.world_rank, len(self.forwarded[reader])))
+                self.balance -= hash((*part, Forward(self.plan.world_rank, here.box, len(self.forwarded[reader]))))
                 self.forwarded[reader].append(box)
         elif len(shared.own) == len(shared.part.copies):
             self.own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
@@ -284,7 +284,7 @@ class _Assignment:
             others = [group for name, group in shared.groups.items() if name != own_group]
             forwards = tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others)
             self.balance += hash(part) * (shared.numel_wanted - shared.numel_own)
-            self.balance += sum(hash((*part, forward.relay, forward.index)) for forward in forwards)
+            self.balance += sum(hash((*part, forward)) for forward in forwards)
             self.reads.append(
                 CooperativeRead(
                     tensor=item.tensor,

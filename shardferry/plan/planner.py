@@ -137,9 +137,17 @@ def _check_default(spec: SpecLayout, catalog: Catalog, plan: LoadPlan) -> None:
 
 
 def _names_beside(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> set[str]:
-    """The names of all other tensors below the model's key or their top-level key: parameters that never stepped, buffers."""
+    """The names of all other tensors below the model's key or their top-level key: parameters that never stepped, buffers.
+
+    Parameters of other optimizers too: several may be loaded with one selection.
+    """
     weights = () if request.model_key is None else _weights(catalog, request, index)
-    return {*weights, *(".".join(map(str, path[1:] or path)) for path, _ in tensors_beside(catalog, index))}
+    return {*weights, *(_name_beside(path) for path, _ in tensors_beside(catalog, index))}
+
+
+def _name_beside(path: KeyPath) -> str:
+    is_state = len(path) > 3 and path[1] == "state"
+    return str(path[2]) if is_state else ".".join(map(str, path[1:] or path))
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:

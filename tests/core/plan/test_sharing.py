@@ -163,6 +163,34 @@ def test_every_wanted_element_arrives_once(
         assert memory.tolist() == expected(layout).tolist()
     assert cluster.taken.max(initial=0) <= 1, "an element left storage twice"
     assert sum(s.bytes_sent for _, s in plans) == sum(s.bytes_received for _, s in plans)
+    assert sum(s.balance for _, s in plans) == 0
+
+
+@given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([4, 16, 1 << 20]), st.integers(1, 3), st.data())
+def test_plans_that_add_up_fit_each_other(
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SplitLimits],
+    min_part: int,
+    max_part: int,
+    num_groups: int,
+    data: st.DataObject,
+) -> None:
+    """Ranks with limits of their own: their plans don't add up, or every wanted element arrives all the same."""
+    shape, saved, wanted, limits = load
+    groups = {rank: f"group {rank % num_groups}" for rank in range(len(wanted))}
+    one, other = (
+        shared_plans(shape, saved, wanted, with_limits, groups)
+        for with_limits in (limits, replace(limits, min_part_bytes=min_part, max_part_bytes=max_part))
+    )
+    plans = [data.draw(st.sampled_from(pair)) for pair in zip(one, other, strict=True)]
+    if sum(shared.balance for _, shared in plans):
+        return
+    cluster = Cluster(shape, saved, wanted, groups)
+    for plan, shared in plans:
+        cluster.read(plan, shared)
+    for plan, shared in plans:
+        cluster.relay(plan, shared)
+    for memory, layout in zip(cluster.memory, wanted, strict=True):
+        assert memory.tolist() == expected(layout).tolist()
 
 
 @given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.integers(1, 4), st.data())
@@ -183,6 +211,7 @@ def test_every_wanted_element_is_read_once_where_its_file_is(
     for plan, shared in plans:
         for one in (*shared.own, *shared.reads):
             assert one.chunk % len(saved) in have[plan.world_rank], "read by a rank that lacks the file"
+    assert sum(s.balance for _, s in plans) == 0
     assert sum(s.bytes_sent for _, s in plans) == sum(s.bytes_received for _, s in plans)
     sent: dict[tuple[int, int], list[Region]] = {}
     for plan, shared in plans:
