@@ -38,6 +38,7 @@ from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.plan.match_keys import unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
+from shardferry.read.classes import with_classes
 from shardferry.read.execute import read_objects, read_plan
 from shardferry.read.items import items_of
 from shardferry.read.objects import ForeignClass, allowed_classes
@@ -183,6 +184,7 @@ def load_rank(
         def prepare() -> RankInfo:
             with clock.phase("plan"):
                 plan = plan_load(job.catalog, job.layout, job.request, values)
+                plan = with_classes(plan, job.catalog, storage, counters)
                 check_plan(plan)
             with clock.phase("allocate"):
                 to_fill = _allocate(job, plan, arena)

@@ -24,7 +24,7 @@ from shardferry.optimizer.hyperparameters import GroupValues, group_values, may_
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
 from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
-from shardferry.optimizer.replace import Replacement, is_expanded, shared_tensors
+from shardferry.optimizer.replace import Replacement, copied, is_expanded, shared_tensors
 from shardferry.optimizer.shadow import twins
 from shardferry.optimizer.trial import Entries, SavedParam, compare_entries, try_load
 from shardferry.optimizer.weights import CopyInPlace, LoadModule, SetExtraState, WeightStep
@@ -370,6 +370,8 @@ class _StateBuilder:
         _, first = found[0]
         expected = parameter.expected(name)
         if isinstance(first, PlannedValue):
+            if first.chunk is not None:
+                return self._of_class(parameter, name, copied(first.value))
             value = copy.deepcopy(first.value)
             return self._step(parameter, _converted(value, expected)) if name in SCALAR_STATE else value
         if name in SCALAR_STATE:
@@ -384,6 +386,14 @@ class _StateBuilder:
         if not first.sharded_like_param:
             return self._factor(parameter, first, self.source.local_tensor(first, device), expected)
         return self._moment(parameter, name, found, device)
+
+    def _of_class(self, parameter: LiveParameter, name: str, local: torch.Tensor) -> torch.Tensor:
+        """A tensor of a class of its own: a rank's part of a DTensor, where its parameter is one."""
+        expected = parameter.expected(name)
+        if not self.source.without_memory:
+            local = local.to(self._device(parameter, name))
+        wants_local = isinstance(expected, torch.Tensor) and not isinstance(expected, DTensor)
+        return local if wants_local else _like(local, parameter.tensor)
 
     def _step(self, parameter: LiveParameter, value: Any) -> Any:
         """``step`` is counted in float32, whatever it was saved as, and stays on the CPU where the optimizer wants it there."""

@@ -137,6 +137,21 @@ def _in_place(old: Any, new: Any, apart: Set[int]) -> Any:
     return old
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with memory of its own. torchao's classes have no ``clone``, but tell which tensors they consist of."""
+    if isinstance(tensor, DTensor):
+        local, stride = copied(tensor.to_local()), tensor.stride()
+        return DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=stride
+        )
+    if not hasattr(tensor, "__tensor_unflatten__"):
+        return tensor.detach().clone()
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner = {name: getattr(tensor, name).clone() for name in names}
+    found: torch.Tensor = tensor.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
+    return found
+
+
 def is_expanded(tensor: torch.Tensor) -> bool:
     """Whether several elements share one place in memory, so that they can't be filled."""
     local = _local(tensor)
@@ -163,7 +178,7 @@ class _Snapshot:
         self.leaves = {p: flat_entries(entries) for p, entries in optimizer.state.items()}
         tensors = {id(v): v for leaves in self.leaves.values() for v in leaves.values() if isinstance(v, torch.Tensor)}
         self._elements = (
-            [(tensor, tensor.detach().clone()) for tensor in tensors.values() if not is_expanded(tensor)]
+            [(tensor, copied(tensor)) for tensor in tensors.values() if not is_expanded(tensor)]
             if has_own_load(optimizer)
             else []
         )

@@ -27,8 +27,8 @@ from shardferry.layout.spec import HeldBy, SpecLayout
 from shardferry.load import LoadJob, load_rank, open_for_all
 from shardferry.stats import Counters
 from shardferry.storage.open import open_storage
-from tests.core.exchange.test_cooperative_reads import SHAPES, TOPOLOGIES, UNIQUE_BYTES, total
-from tests.core.exchange.test_cooperative_reads import load as load_spec
+from tests.support.cooperative import SHAPES, TOPOLOGIES, UNIQUE_BYTES, total
+from tests.support.cooperative import load as load_spec
 from tests.support.models import save_fsdp2
 from tests.support.oracle import full_tensor
 from tests.support.ranks import RankPool
