@@ -131,7 +131,9 @@ class Loader:
         return rendezvous
 
     def join(self, rendezvous: Rendezvous) -> Joined:
-        """Join the process group."""
+        """Join the process group. Raises HandoffError: the spec's transport needs a package that is not here."""
+        if self._settings.transport != AUTO:
+            transport_named(self._settings.transport).load().require()
         with self._span("join"):
             use_interface_of(ray.util.get_node_ip_address())
             if self._device.type == "cuda":

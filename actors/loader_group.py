@@ -22,6 +22,7 @@ from shardferry.actors.placement import Placement
 from shardferry.actors.progress import Progress
 from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.object_store import ObjectStore, num_chunks
+from shardferry.handoff.transport import Route
 from shardferry.handoff.transports import transport_named
 from shardferry.receiver import Reception
 from shardferry.schemas.stage_config import StageConfig
@@ -123,7 +124,8 @@ def completed(handle: ShardHandle, loader: Any, node: str, timeout_s: float) -> 
 
 def _completed(part: ShardHandle, place: int, loader: Any, fetch: Fetch) -> ShardHandle:
     if not transport_named(part.transport).outlives_loader:
-        return replace(part, held=loader)
+        route = Route(part.world_rank, fetch.node, fetch.timeout_s)
+        return replace(part, source=part.source.along(route), held=loader)
     source = part.source
     assert isinstance(source, ObjectStore), "the object store alone outlives its loader"
     count = num_chunks(source.nbytes)

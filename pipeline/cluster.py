@@ -51,6 +51,19 @@ def ray_for(config: StageConfig, world_size: int, *, address: str | None, num_gp
         ray.shutdown()
 
 
+def reads_on_other_nodes(config: StageConfig, address: str | None = None) -> bool:
+    """Whether loaders on other nodes than this one may read for each other what this node lacks.
+
+    Args:
+        address: of the cluster that will be connected to; default: ``RAY_ADDRESS``.
+    """
+    if config.read.strategy == "direct":
+        return False
+    if ray.is_initialized():
+        return len([node for node in ray.nodes() if node["Alive"]]) > 1
+    return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
 def check_reachable(address: str, timeout_s: float) -> None:
     """Raise SpecError if no process listens at the address. Ray itself retries silently."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -33,6 +33,7 @@ from shardferry.handoff.handle import ShardHandle
 from shardferry.handoff.object_store import ObjectStore
 from shardferry.handoff.transports import transport_named
 from shardferry.layout.spec import SpecLayout
+from shardferry.pipeline.cluster import reads_on_other_nodes
 from shardferry.pipeline.preflight import check_checkpoint, check_topology, opened
 from shardferry.pipeline.result import Outcome
 from shardferry.pipeline.waiting import Wait, cause_of, dismiss, gather
@@ -373,10 +374,11 @@ def check_load(config: StageConfig, catalog: Catalog, target: SpecLayout | Seque
         LayoutError: a placement that a tensor can't have.
         StorageError: a file is missing or short.
     """
-    requests = config.checkpoint.requests()
+    requests, on_other_nodes = config.checkpoint.requests(), reads_on_other_nodes(config)
     if isinstance(target, SpecLayout):
-        check_checkpoint(catalog, requests.request)
+        check_checkpoint(catalog, requests.request, on_other_nodes=on_other_nodes)
         check_topology(catalog, target, requests.request)
         return
     for part in target[0].parts:
-        check_checkpoint(catalog, requests.of(part.optimizer_key, with_weights=part.with_weights))
+        request = requests.of(part.optimizer_key, with_weights=part.with_weights)
+        check_checkpoint(catalog, request, on_other_nodes=on_other_nodes)

@@ -12,7 +12,7 @@ import ray
 from shardferry.actors.guard import kill_loaders
 from shardferry.actors.loader_group import ask_progress
 from shardferry.actors.progress import Progress
-from shardferry.errors import LoadCancelled, RankError
+from shardferry.errors import LoadCancelled, RankError, without_terminal_codes
 from shardferry.pipeline.drive import OUTCOME, STARTED, Started
 from shardferry.pipeline.result import Outcome, StageResult
 from shardferry.pipeline.waiting import cause_of, dismiss
@@ -134,7 +134,7 @@ def _get(ref: ray.ObjectRef[Any]) -> Any:
         return ray.get(ref)
     except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
         raise RankError(
-            f"the stage ended: its guard or the process that submitted it has died. Ray says: {error}"
+            f"the stage ended: its guard or the process that submitted it has died. Ray says: {without_terminal_codes(str(error))}"
         ) from error
     except ray.exceptions.TaskCancelledError:
         raise LoadCancelled("the load was cancelled") from None

@@ -52,8 +52,11 @@ def target_layout(config: StageConfig) -> SpecLayout:
     return config.topology.layout()
 
 
-def check_checkpoint(catalog: Catalog, request: LoadRequest) -> None:
+def check_checkpoint(catalog: Catalog, request: LoadRequest, *, on_other_nodes: bool) -> None:
     """Check that the requested optimizer is saved, and that its files are there with all their bytes.
+
+    Args:
+        on_other_nodes: files that this node lacks may be on disks of others, whose loaders look for them.
 
     Raises:
         PlanError: nothing is saved under the key.
@@ -61,7 +64,8 @@ def check_checkpoint(catalog: Catalog, request: LoadRequest) -> None:
     """
     keys = _requested_keys(catalog, request)
     with opened_storage(catalog) as storage:
-        check_files(catalog, keys, storage)
+        elsewhere = set(storage.lacking(catalog.files)) if on_other_nodes else set()
+        check_files(catalog, keys, storage, elsewhere=elsewhere)
 
 
 def check_topology(catalog: Catalog, layout: SpecLayout, request: LoadRequest) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
+from shardferry.errors import MissingFile
 from shardferry.layout.live import LiveLayout
 from shardferry.load import read_values
 from shardferry.pipeline.dry_run.demand import read_amplification, unique_bytes
@@ -109,9 +111,11 @@ def told_by_trainers(receipts: Sequence[Any]) -> dict[str, list[Any]]:
     return {name: sorted({entry for receipt in told for entry in receipt.get(name, ())}) for name in names}
 
 
-def _values(catalog: Catalog, request: LoadRequest) -> dict[str, Any]:
-    with opened_storage(catalog) as storage:
+def _values(catalog: Catalog, request: LoadRequest) -> dict[str, Any] | None:
+    """None where this node lacks a file that others have."""
+    with suppress(MissingFile), opened_storage(catalog) as storage:
         return read_values(catalog, request, storage)
+    return None
 
 
 def _longest(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from shardferry.errors import LoadCancelled, RankError, ShardferryError
+from shardferry.errors import LoadCancelled, RankError, ShardferryError, without_terminal_codes
 
 _GRACE_S = 2.0  # after the first failure: another rank may report its cause
 _POLL_S = 0.5
@@ -104,7 +104,7 @@ def error_of(failures: dict[int, RayError], wait: Wait) -> Exception:
     dead = {rank: error for rank, error in failures.items() if isinstance(error, RayActorError)}
     if dead:
         ranks = sorted(dead)
-        reason = " ".join(str(dead[ranks[0]]).split())
+        reason = " ".join(without_terminal_codes(str(dead[ranks[0]])).split())
         return RankError(f"{wait.doing}: {wait.names(ranks)} died. Ray says: {reason}", ranks)
     causes = {rank: cause_of(error) for rank, error in failures.items()}
     own = {r: c for r, c in causes.items() if isinstance(c, ShardferryError) and not isinstance(c, RankError)}

@@ -397,6 +397,7 @@ class HandoffSpec(Spec):
     transport: TransportName = Field(
         AUTO,
         description="auto: shared memory on the loader's node, else the object store; in_process: no loaders, each trainer loads; "
+        "collective: a process group of loader and trainer; nixl: through NIXL, where installed; "
         "see docs/handoff.md",
     )
     retries: int = Field(

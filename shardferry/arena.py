@@ -27,6 +27,7 @@ from shardferry.stats import BusyTimes
 
 _NOWHERE: np.ndarray = np.empty(0, dtype=np.int64)
 _NO_BYTES = torch.empty(0, dtype=torch.uint8)
+SEAL_FUTURE_WRITE = 0x0010  # F_SEAL_FUTURE_WRITE of linux/fcntl.h, which the fcntl module lacks
 NAME = "shardferry-arena"  # as /proc shows it: memfd:shardferry-arena
 _PINNED_BYTES = 8 * 1024 * 1024  # of a staging buffer for GPU arenas: one request
 _NUM_BUFFERS = 2  # of each reading thread: one is filled while the other is copied
@@ -136,22 +137,27 @@ class HostArena(_Bytes):
         return torch.frombuffer(pages, dtype=torch.uint8)
 
     def freeze(self) -> None:
-        """Make the bytes immutable for everybody: unmap them here and let the kernel refuse every later write."""
+        """Make the bytes immutable for everybody: the kernel refuses later writes and writable mappings, and this one goes."""
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self.detach()
-        with suppress(OSError):  # still mapped where somebody kept a view: then only promised, not enforced
-            fcntl.fcntl(
-                self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-            )
 
     def detach(self) -> None:
-        """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file."""
+        """Drop this object's own mapping; tensors made before keep theirs, and so does the memory file.
+
+        Another thread unmaps it, so that nobody waits: the kernel takes some 60 ms a GiB.
+        """
+        mapping = [self._bytes, self.memory, self.directory]
+        self._drop_mapping()
+        threading.Thread(target=mapping.clear, name="shardferry-unmap").start()
+
+    def _drop_mapping(self) -> None:
         self._bytes = _NO_BYTES
         self.memory = memoryview(b"")
         self.directory = _NOWHERE
 
     def close(self) -> None:
         """Give the memory back, unless a tensor or another process still uses it."""
-        self.detach()
+        self._drop_mapping()
         if getattr(self, "descriptor", -1) >= 0:  # -1: `__init__` has failed early
             os.close(self.descriptor)
             self.descriptor = -1

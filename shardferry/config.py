@@ -138,6 +138,11 @@ class Selection:
         """Whether all parameters are loaded under their saved FQNs."""
         return not (self.rename or self.include or self.exclude)
 
+    @property
+    def gives_several_names(self) -> bool:
+        """Whether a renaming gives one saved FQN to several: ranks may then hold one saved tensor under different names."""
+        return len({renaming.saved for renaming in self.rename}) < len(self.rename)
+
     def wanted_names(self, saved: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """The FQNs here of saved FQNs.
 

@@ -22,6 +22,7 @@ message, so that it survives pickling between processes; those with more fields 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -97,3 +98,8 @@ class RankError(ShardferryError, RuntimeError):
 
 class LoadCancelled(ShardferryError, RuntimeError):
     """The load was cancelled by its user."""
+
+
+def without_terminal_codes(text: str) -> str:
+    """The words of another program's error, for a message of ours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

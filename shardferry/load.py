@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,12 +18,19 @@ from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage, read_catalog
 from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import LoadRequest, MessageLimits, ReadOptions
-from shardferry.errors import DecodeError, MissingFile, RankError
-from shardferry.exchange.agreement import Agreement
+from shardferry.errors import CheckpointNotFound, DecodeError, MissingFile
+from shardferry.exchange.agreement import Agreement, Balance
 from shardferry.exchange.delivery import open_delivery
-from shardferry.exchange.node_files import check_node_files
+from shardferry.exchange.node_files import (
+    NodeFiles,
+    first_to_have,
+    gather_node_files,
+    lacking_error,
+    ranks_of_files,
+    with_asked,
+)
 from shardferry.exchange.point_to_point import Channel
-from shardferry.exchange.rank_info import RankInfo, check_room, rank_info, taken_by_any
+from shardferry.exchange.rank_info import ASKED_DIRECT, RankInfo, check_room, rank_info, taken_by_any
 from shardferry.exchange.strategy import ChosenStrategy, choose_strategy
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.layout.tensor_layout import replicated
@@ -29,7 +38,9 @@ from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.plan.match_keys import unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
+from shardferry.read.classes import with_classes
 from shardferry.read.execute import read_objects, read_plan
+from shardferry.read.items import items_of
 from shardferry.read.objects import ForeignClass, allowed_classes
 from shardferry.state_dicts import EXTRA_STATE, LeftLive
 from shardferry.stats import Counters, PhaseClock, StorageRequest, Work
@@ -159,21 +170,28 @@ def load_rank(
     """
     counters = counters or Counters()
     clock = PhaseClock(counters.enter)
-    if values is None:
-        with clock.phase("values"):
-            values = agreement.from_rank0("reading the param groups", lambda: _read_values(job, counters))
     with ExitStack() as opened, paused_gc():
+        if storage is None:
+            with clock.phase("agree"):
+                storage = agreement.all_or_raise(
+                    "opening the checkpoint", lambda: opened.enter_context(_opened(job, counters))
+                )
+        if values is None:
+            with clock.phase("values"):
+                values = _values_for_all(
+                    job.catalog, job.request, storage, agreement, options=job.read, counters=counters
+                )
         ready: list[_Ready] = []
 
         def prepare() -> RankInfo:
             with clock.phase("plan"):
                 plan = plan_load(job.catalog, job.layout, job.request, values)
+                plan = with_classes(plan, job.catalog, storage, counters)
                 check_plan(plan)
             with clock.phase("allocate"):
                 to_fill = _allocate(job, plan, arena)
-            files = storage or opened.enter_context(_opened(job, counters))
-            files.expect(job.catalog.file_versions)
-            ready.append(_Ready(plan, to_fill, arena is None, files))
+            storage.expect(job.catalog.file_versions)
+            ready.append(_Ready(plan, to_fill, arena is None, storage))
             return rank_info(
                 plan,
                 to_fill,
@@ -181,16 +199,22 @@ def load_rank(
                 job.read,
                 agreement,
                 is_new_arena=arena is None,
-                lacks_files=bool(files.lacking(job.catalog.files)),
+                lacks_files=bool(storage.lacking(job.catalog.files)),
             )
 
         with clock.phase("agree"):
             ranks = agreement.gather("planning", prepare)
             plan = ready[0].plan
-            unexpected = _check_unexpected(plan, job, ranks)
-            announce(plan)
-            check_room(ranks, job.memory_fraction)
-            strategy = _choose_strategy(job, ready[0], ranks, agreement)
+            taken = _taken_by_any(plan, ranks, agreement)
+            nodes = _node_files(job, ready[0], ranks, agreement)
+
+            def decide() -> tuple[tuple[str, ...], ChosenStrategy]:
+                unexpected = _check_unexpected(plan, job, taken)
+                announce(plan)
+                check_room(ranks, job.memory_fraction)
+                return unexpected, _choose_strategy(job, ready[0], ranks, nodes, agreement)
+
+            unexpected, strategy = agreement.all_or_raise("dividing the reads", decide, _READS_FIT)
         with clock.phase("read"):
             agreement.all_or_raise(
                 "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
@@ -210,13 +234,37 @@ def load_rank(
 class _Ready:
     """What a rank has prepared before anything is read."""
 
-    plan: LoadPlan
+    plan: LoadPlan  # with what other ranks ask of the files that this rank has
     arena: Arena
     is_new: bool  # the arena: nothing was written to it
     storage: RangeReader
 
 
-def _choose_strategy(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> ChosenStrategy:
+def _reads_for_others(decided: tuple[tuple[str, ...], ChosenStrategy]) -> int:
+    shared = decided[1].plan
+    return 0 if shared is None else shared.balance
+
+
+# Else a rank would wait for what no other sends, or have zeros where no other writes.
+_READS_FIT = Balance(
+    _reads_for_others,
+    "dividing the reads: ranks don't agree on which of them reads what for which; nothing has been read. Give all ranks the same "
+    "strategy, max_request and max_gap, or set strategy: direct",
+)
+
+
+def _node_files(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agreement: Agreement) -> list[NodeFiles]:
+    """Which files each rank's node has, and what others ask of them in this rank's plan; empty where every node has all."""
+    if not any(rank.lacks_files for rank in ranks):
+        return []
+    nodes = gather_node_files(agreement, ready.storage, job.catalog, ready.plan, node=ranks[agreement.rank].node)
+    ready.plan = with_asked(ready.plan, job.catalog, nodes)
+    return nodes
+
+
+def _choose_strategy(
+    job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], nodes: Sequence[NodeFiles], agreement: Agreement
+) -> ChosenStrategy:
     """The same strategy on all ranks, with this rank's part. Raises MissingFile: a node lacks files that it would read."""
     traits = ready.storage.traits
     strategy = choose_strategy(
@@ -228,19 +276,16 @@ def _choose_strategy(job: LoadJob, ready: _Ready, ranks: Sequence[RankInfo], agr
         is_local=traits.is_local,
         is_connected=agreement.host_group is not None,
         limits=traits.split_limits(traits.read_limits(job.read)),
+        ranks_of_files=ranks_of_files(job.catalog.files, nodes),
     )
-    if any(rank.lacks_files for rank in ranks):
-        needed, node = _files_to_read(job, ready.plan, strategy), ranks[agreement.rank].node
-        check_node_files(agreement, ready.storage, job.catalog.files, needed, node=node)
+    is_for_all = strategy.plan is not None and agreement.host_group is not None
+    if (
+        nodes
+        and not is_for_all
+        and (error := lacking_error(ready.storage.location, nodes, strategy.reason)) is not None
+    ):
+        raise error
     return strategy
-
-
-def _files_to_read(job: LoadJob, plan: LoadPlan, strategy: ChosenStrategy) -> list[str]:
-    """The files that this rank reads, for itself or for others."""
-    shared = strategy.plan
-    own = plan.reads if shared is None else shared.own
-    chunks = {read.chunk for read in own} | {read.chunk for read in (shared.reads if shared else ())}
-    return [job.catalog.files[file] for file in {int(job.catalog.chunk_file[chunk]) for chunk in chunks}]
 
 
 def _read(
@@ -293,22 +338,22 @@ def retries(options: ReadOptions, counters: Counters) -> RetryPolicy:
     return RetryPolicy(max_attempts=options.max_attempts, on_retry=counters.add_retry)
 
 
-def _read_values(job: LoadJob, counters: Counters) -> dict[str, Any]:
-    with _opened(job, counters) as storage:
-        return read_values(job.catalog, job.request, storage, job.read, counters)
-
-
 def read_values(
     catalog: Catalog,
     request: LoadRequest,
     storage: RangeReader,
     options: ReadOptions | None = None,
     counters: Counters | None = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that is not a sharded tensor, by key: one rank reads it for all.
 
     What can't be decoded is left out where the request allows that: a value of a class that is not plain data becomes a
     `LeftLive`. A module's extra state that torch has not pickled stays bytes, as torch gives it.
+
+    Args:
+        only: these keys; default: all.
 
     Raises:
         StorageError, DecodeError: a value can't be read.
@@ -326,6 +371,7 @@ def read_values(
     options, counters = options or ReadOptions(), counters or Counters()
     index = index_optimizer(catalog, request.optimizer_key)
     keys, beside = value_keys(catalog, request, index), set(index.extras().values())
+    keys = [key for key in keys if only is None or key in only]
     objects = [key for key in keys if key in catalog.objects]
     with torch.serialization.safe_globals(allowed_classes(request.safe_globals)):
         values = read_objects(objects, catalog, storage, options, counters, unread=unread)
@@ -337,10 +383,19 @@ def read_values(
     return values | {t.key: arena.tensor(t.arena_offset, t.layout.local_shape, t.dtype).clone() for t in plan.tensors}
 
 
-def _check_unexpected(plan: LoadPlan, job: LoadJob, ranks: Sequence[RankInfo]) -> tuple[str, ...]:
-    """Names that are saved and that no rank takes. Every rank finds the same; all raise if the request doesn't ignore them."""
+def _taken_by_any(plan: LoadPlan, ranks: Sequence[RankInfo], agreement: Agreement) -> list[bool]:
+    """Of each saved name, whether some rank takes it. Ranks that select or rename by themselves have names of their own."""
+    names = [*plan.state_keys.items(), *plan.weight_keys.items()]
+    if len({rank.names for rank in ranks}) == 1:
+        return taken_by_any(ranks, len(names))
+    taken = agreement.gather("matching the names", lambda: [name for name, is_taken in names if is_taken])
+    by_any = set(chain.from_iterable(taken))
+    return [name in by_any for name, _ in names]
+
+
+def _check_unexpected(plan: LoadPlan, job: LoadJob, taken: Sequence[bool]) -> tuple[str, ...]:
+    """Names that are saved and that no rank takes. Raises PlanError if the request doesn't ignore them."""
     state, weights = plan.state_keys, plan.weight_keys
-    taken = taken_by_any(ranks, len(state) + len(weights))
     num_state, location = len(state), job.catalog.location
     unexpected = unexpected_keys(state, taken[:num_state], job.request, location)
     return unexpected + unexpected_keys(weights, taken[num_state:], job.request, location)
@@ -375,29 +430,41 @@ def open_for_all(
     options: ReadOptions,
     counters: Counters,
 ) -> tuple[Catalog, dict[str, Any]]:
-    """Rank 0 reads the metadata and everything that is not a sharded tensor; one broadcast gives both to all ranks.
+    """Rank 0 reads the metadata and gives it to all ranks, and everything that is not a sharded tensor.
 
     Args:
         storage: of the checkpoint.
+
+    Raises:
+        CheckpointNotFound: rank 0 finds no checkpoint; on all ranks.
     """
-
-    def read() -> tuple[Catalog, dict[str, Any] | MissingFile]:
-        catalog = read_catalog(storage)
-        storage.expect(catalog.file_versions)
-        try:
-            return catalog, read_values(catalog, request, storage, options, counters)
-        except MissingFile as error:
-            return catalog, error
-
-    catalog, values = agreement.from_rank0("opening the checkpoint", read)
-    if isinstance(values, MissingFile):
-        raise _missing_on_rank0(values, storage, agreement, catalog, node=options.node or host_identity())
-    return catalog, values
+    catalog = agreement.from_rank0("opening the checkpoint", lambda: read_catalog(storage), same=CheckpointNotFound)
+    storage.expect(catalog.file_versions)
+    return catalog, _values_for_all(catalog, request, storage, agreement, options=options, counters=counters)
 
 
-def _missing_on_rank0(
-    error: MissingFile, storage: RangeReader, agreement: Agreement, catalog: Catalog, *, node: str
-) -> Exception:
-    """The error for values that rank 0 can't read: every rank tells what its node has. All ranks call it."""
-    check_node_files(agreement, storage, catalog.files, catalog.files, node=node)
-    return error if agreement.rank == 0 else RankError(f"opening the checkpoint failed on rank 0: {error}", [0])
+def _values_for_all(
+    catalog: Catalog,
+    request: LoadRequest,
+    storage: RangeReader,
+    agreement: Agreement,
+    *,
+    options: ReadOptions,
+    counters: Counters,
+) -> dict[str, Any]:
+    """Everything that is not a sharded tensor, on all ranks: rank 0 reads it; what it lacks, the lowest rank that has the files.
+
+    Raises:
+        MissingFile: no rank has a file, or ranks don't read for each other.
+    """
+    read = partial(read_values, catalog, request, storage, options=options, counters=counters)
+    with suppress(MissingFile):
+        return agreement.from_rank0("reading the param groups", read, same=MissingFile)
+    ranks = gather_node_files(agreement, storage, catalog, None, node=options.node or host_identity())
+    if options.strategy == "direct" and (error := lacking_error(storage.location, ranks, ASKED_DIRECT)) is not None:
+        raise error
+    keys = value_keys(catalog, request, index_optimizer(catalog, request.optimizer_key))
+    readers = {key: first_to_have([item.path for item in items_of(catalog, key)], ranks) for key in keys}
+    own = {key for key, reader in readers.items() if reader == agreement.rank}
+    parts = agreement.gather("reading the param groups", lambda: read(only=own))
+    return {key: value for part in parts for key, value in part.items()}

@@ -25,7 +25,7 @@ from shardferry.config import (
     one_of,
 )
 from shardferry.errors import SpecError
-from shardferry.exchange.agreement import Agreement
+from shardferry.exchange.agreement import Agreement, Balance
 from shardferry.layout.rank_layout import RankLayout
 from shardferry.load import LoadedShard, LoadFigures, LoadJob, combined, load_rank, open_for_all, retries
 from shardferry.optimizer.install import Checked, Installation, check, fit
@@ -238,6 +238,9 @@ class _LoadedPart:
     installation: Installation
 
 
+_Prepared = tuple[list[LoadPart], Sequence[RankLayout], ReadOptions]
+
+
 def load_parts(
     parts: Callable[[], list[LoadPart]],
     read: Callable[[], ReadOptions],
@@ -257,12 +260,17 @@ def load_parts(
         process_group = dist.group.WORLD
     agreement = Agreement(process_group)
 
-    def prepare() -> tuple[list[LoadPart], Sequence[RankLayout], ReadOptions]:
+    def prepare() -> _Prepared:
         found = parts()
         layouts = [live_layout(p.live, world_rank=agreement.rank, world_size=agreement.size) for p in found]
         return found, layouts, read()
 
-    found, layouts, options = agreement.all_or_raise("reading the model's layout", prepare)
+    same_keys: Balance[_Prepared] = agreement.same(
+        lambda prepared: [part.request.optimizer_key for part in prepared[0]],
+        "optimizer_key: ranks ask for different ones, or for the same in another order; give all ranks the same, or those "
+        "that ask alike a process_group of their own",
+    )
+    found, layouts, options = agreement.all_or_raise("reading the model's layout", prepare, same_keys)
     loaded = [
         _load_part(part, layout, agreement, options, storage_options)
         for part, layout in zip(found, layouts, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 from shardferry.actors.progress import Progress
 from shardferry.errors import LayoutError, RankError, ShardferryError, SpecError
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.cluster import ray_for
+from shardferry.pipeline.cluster import ray_for, reads_on_other_nodes
 from shardferry.pipeline.commands.outputs import Output, options_beside, page_output, write_all
 from shardferry.pipeline.display import byte_progress, print_stage, show_ranks
 from shardferry.pipeline.exports import page_of
@@ -135,7 +135,7 @@ class _Run:
         """Check, start, load, and take all down."""
         config, layout, request = self._config, self._layout, self._config.checkpoint.request()
         catalog = open_checkpoint_of(config, location)  # a wrong path is refused before a cluster is started
-        check_checkpoint(catalog, request)
+        check_checkpoint(catalog, request, on_other_nodes=reads_on_other_nodes(config, address))
         check_topology(catalog, layout, request)
         with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
 

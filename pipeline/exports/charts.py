@@ -87,11 +87,13 @@ def timeline_chart(rows: Sequence[Row]) -> str:
                 hovertemplate=f"%{{y}}, {kind}: busy for %{{customdata[0]:.3f}} s"
                 "<br>%{customdata[1]:.3f} to %{customdata[2]:.3f} s<extra></extra>",
             )
-    figure.update_xaxes(title="seconds", range=shown_range(rows))
+    shown_from, shown_to = _shown_range(rows)
+    hidden = f"; {shown_from:.1f} s of the start are to the left, a double click shows them" if shown_from else ""
+    figure.update_xaxes(title=f"seconds{hidden}", range=[shown_from, shown_to])
     return _html(figure, [name for name, _ in shown], row_px=26)
 
 
-def shown_range(rows: Sequence[Row]) -> list[float]:
+def _shown_range(rows: Sequence[Row]) -> list[float]:
     """The seconds that are seen at first: without most of a start that takes longer than all else."""
     end = max((_end(row) for row in rows), default=0.0)
     loads = [span.start for row in rows for span in row.spans if span.name == WHOLE_LOAD]

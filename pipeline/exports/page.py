@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from shardferry.pipeline.display import human_bytes, human_rate, human_seconds
+from shardferry.pipeline.display import human_bytes, human_rate
 from shardferry.pipeline.exports import charts
 from shardferry.pipeline.exports.comparison import HEADER, compared
 from shardferry.pipeline.exports.timeline import timeline
@@ -116,14 +116,12 @@ def _made_by(report: StageReport | FailedStage | PlanReport) -> dict[str, str]:
 
 
 def _timeline(report: StageReport) -> str:
-    """The chart, and what isn't seen of it at first."""
+    """The chart, and how to look at it."""
     rows = timeline(report)
-    begin_s, _ = charts.shown_range(rows)
-    cut = f"The first {human_seconds(begin_s)}, most of the start, are cut off. " if begin_s else ""
     shared = (
         "Of several ranks in a row, the one that ends last is shown. " if len(report.ranks) > charts.MAX_ROWS else ""
     )
-    return f"{charts.timeline_chart(rows)}<small>{cut}{shared}A drag zooms, a double click shows all.</small>"
+    return f"{charts.timeline_chart(rows)}<small>{shared}A drag zooms, a double click shows all.</small>"
 
 
 def _topology(saved_as: Mapping[str, int], mesh: str, sizes: Sequence[int]) -> str:

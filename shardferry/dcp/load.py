@@ -25,7 +25,7 @@ from shardferry.config import ReadOptions
 from shardferry.dcp.custom_reader import load_with_reader
 from shardferry.dcp.sharded_tensors import device_of, group_of_call
 from shardferry.dcp.targets import ResultPlan, plan_result
-from shardferry.errors import SpecError
+from shardferry.errors import CheckpointNotFound, SpecError
 from shardferry.exchange.agreement import Agreement
 from shardferry.plan.planner import plan_tensors
 from shardferry.read.execute import read_objects, read_plan
@@ -64,6 +64,7 @@ def load_sharded_optimizer_state_dict(
 
     Raises:
         SpecError: an argument has the wrong type, ranks disagree on one, or torch.distributed is not initialised.
+        CheckpointNotFound: rank 0 finds no checkpoint; on all ranks.
         PlanError: nothing is saved under the key, or an element is in no saved chunk or in two.
         LayoutError: a tensor of the model has a layout that is not supported.
         RankError: another rank failed, or the reader's or the planner's code did.
@@ -127,7 +128,7 @@ def _load_ranges(
 ) -> dict[str, Any]:
     storage = agreement.all_or_raise("opening the checkpoint", lambda: _storage_of(reader))
     try:
-        catalog = agreement.from_rank0("reading the metadata", lambda: read_catalog(storage))
+        catalog = agreement.from_rank0("reading the metadata", lambda: read_catalog(storage), same=CheckpointNotFound)
         storage.expect(catalog.file_versions)
         plan = agreement.all_or_raise("planning", lambda: plan_result(catalog, optimizer_key, model, group))
         values = agreement.all_or_raise("loading", lambda: _read(catalog, storage, plan, device_of(group), agreement))
@@ -137,7 +138,7 @@ def _load_ranges(
 
 
 def _storage_of(reader: StorageReader) -> RangeReader:
-    """The storage behind one of torch's own readers. Raises CheckpointNotFound."""
+    """The storage behind one of torch's own readers."""
     assert isinstance(reader, FileSystemReader)
     if _is_fsspec(reader):
         filesystem: Any = reader.fs  # wraps fsspec's own file system, which has the caller's options

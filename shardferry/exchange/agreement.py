@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from shardferry.errors import RankError, ShardferryError
+from shardferry.errors import RankError, ShardferryError, SpecError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Balance(Generic[T]):
+    """What the results of all ranks must have in common: the numbers of them add up to zero."""
+
+    number: Callable[[T], int]  # of a rank's result
+    message: str  # of the SpecError that all ranks raise where they don't
 
 
 class Agreement:
@@ -32,23 +41,37 @@ class Agreement:
         group = self._group
         return group if group is not None and _collective_device(group).type == "cpu" else None
 
-    def all_or_raise(self, step: str, work: Callable[[], T]) -> T:
+    def all_or_raise(self, step: str, work: Callable[[], T], balance: Balance[T] | None = None) -> T:
         """Do this rank's part of a step, and return only if every rank did its part.
+
+        Args:
+            balance: of the ranks' results: they must fit each other.
 
         Raises:
             ShardferryError: this rank failed; its own error.
+            SpecError: the results don't fit.
             RankError: another rank failed; names it and carries its message.
         """
         value, error = _attempt(work)
         if self._group is not None:
-            # One number per rank: a tenth of the cost of gathering objects. Messages are gathered only after a failure.
-            failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=_collective_device(self._group))
-            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
-            if failed.item():
+            # Two numbers per rank: a tenth of the cost of gathering objects. Messages are gathered only after a failure.
+            own = 0 if error is not None or balance is None else balance.number(cast(T, value))
+            figures = [int(error is not None), (own + 2**63) % 2**64 - 2**63]  # sums wrap around, as those of int64 do
+            total = torch.tensor(figures, dtype=torch.int64, device=_collective_device(self._group))
+            dist.all_reduce(total, group=self._group)
+            num_failed, left = total.tolist()
+            if num_failed:
                 _raise_failures(step, self._gather(_Outcome.of(None, error)), error)
+            if left and balance is not None:
+                raise SpecError(balance.message)
         if error is not None:
             raise error
         return cast(T, value)
+
+    def same(self, of: Callable[[T], object], message: str) -> Balance[T]:
+        """The balance of results that must be the same on all ranks in some respect, as ``repr`` writes it."""
+        weight = self.size - 1 if self.rank == 0 else -1
+        return Balance(lambda value: weight * zlib.crc32(repr(of(value)).encode()), message)
 
     def gather(self, step: str, work: Callable[[], T]) -> list[T]:
         """Like `all_or_raise`, and returns every rank's result, by rank; results should be small."""
@@ -57,14 +80,20 @@ class Agreement:
         _raise_failures(step, outcomes, error)
         return [cast(T, outcome.value) for outcome in outcomes]
 
-    def from_rank0(self, step: str, work: Callable[[], T]) -> T:
-        """Like `all_or_raise`, for a step that rank 0 does for all: every rank gets its result."""
+    def from_rank0(self, step: str, work: Callable[[], T], *, same: type[ShardferryError] | tuple[()] = ()) -> T:
+        """Like `all_or_raise`, for a step that rank 0 does for all: every rank gets its result.
+
+        Args:
+            same: an error of this class is raised on all ranks as it is.
+        """
         value, error = _attempt(work) if self.rank == 0 else (None, None)
-        outcome = _Outcome.of(value, error)
+        outcome = _Outcome(error, None) if isinstance(error, same) else _Outcome.of(value, error)
         if self._group is not None:
             outcomes = [outcome]
             dist.broadcast_object_list(outcomes, group=self._group, group_src=0)
             (outcome,) = outcomes
+        if isinstance(outcome.value, same):
+            raise outcome.value
         _raise_failures(step, [outcome], error)
         return cast(T, outcome.value)
 

@@ -8,10 +8,9 @@ from typing import Literal
 
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.config import SplitLimits, Strategy
-from shardferry.exchange.rank_info import RankInfo
+from shardferry.exchange.rank_info import RankInfo, spec_for_all
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.spec import spec_of
-from shardferry.plan.cooperative import CooperativePlan, RankLayouts, assign_reads
+from shardferry.plan.cooperative import CooperativePlan, RankLayouts, RanksOfFiles, assign_reads
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec
 
@@ -38,10 +37,11 @@ def choose_strategy(
     is_local: bool,
     is_connected: bool,
     limits: SplitLimits,
+    ranks_of_files: RanksOfFiles,
 ) -> ChosenStrategy:
     """The strategy of a load, with this rank's part of cooperative reads. Every rank computes its own, from the same facts.
 
-    ``auto`` reads directly where all ranks find local files on one node: the page cache gives to all of them what one has read.
+    ``auto`` reads directly where all ranks find all files on one node: the page cache gives to all of them what one has read.
     Everywhere else ranks that can reach each other read each byte once.
 
     Args:
@@ -49,9 +49,11 @@ def choose_strategy(
         is_local: the files are in a directory.
         is_connected: the process group carries host memory between memory groups.
         limits: of the parts into which chunks are split.
+        ranks_of_files: of the files that some ranks lack; then the plan has what others ask of this rank's files.
     """
     because = next((rank.direct_because for rank in ranks if rank.direct_because), "")
-    if not because and asked == "auto" and is_local and len({rank.node for rank in ranks}) == 1:
+    on_one_node = is_local and not ranks_of_files and len({rank.node for rank in ranks}) == 1
+    if not because and asked == "auto" and on_one_node:
         because = "all ranks read local files on one node, whose page cache serves every rank after the first read"
     if because:
         return ChosenStrategy(because)
@@ -62,13 +64,16 @@ def choose_strategy(
         return ChosenStrategy("no other rank shares memory with this one, and the process group carries no host memory")
     num_groups = len(set(memory_groups.values()))
     where = "on this node share memory" if num_groups == 1 else f"in {num_groups} memory groups"
-    spec = spec_of(layout)
+    spec = spec_for_all(layout, plan.request)
     layouts: RankLayouts
     if spec is not None:
         layouts = LayoutsFromSpec(spec, members)
     else:
         layouts = ExchangedLayouts({rank: ranks[rank].layouts or {} for rank in members})
-    return ChosenStrategy(
-        f"{len(members)} ranks {where}: each byte leaves storage once",
-        assign_reads(plan, catalog, layouts, limits=limits, memory_groups=memory_groups),
+    reason = f"{len(members)} ranks {where}: each byte leaves storage once"
+    if ranks_of_files:
+        reason += f"; {len(ranks_of_files)} files are not on all nodes, and are read by ranks that have them"
+    shared = assign_reads(
+        plan, catalog, layouts, limits=limits, memory_groups=memory_groups, ranks_of_files=ranks_of_files
     )
+    return ChosenStrategy(reason, shared)

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
-from shardferry.arena import HostArena, host_identity, open_memory_file
+from shardferry.arena import SEAL_FUTURE_WRITE, HostArena, host_identity, open_memory_file
 from shardferry.errors import HandoffError
 
-_F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; not in the fcntl module
 _TAKEN = "this shard was handed over already, and the trainer that has it may have changed it; load again"
 
 
@@ -50,7 +49,7 @@ class LoaderFile:
                 f"keep the stage's result until all trainers have opened their handles ({error})"
             ) from error
         try:
-            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE:
+            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL:  # see `take`
                 raise HandoffError(_TAKEN)
             yield descriptor
         except PermissionError:  # another process took it meanwhile
@@ -61,4 +60,4 @@ class LoaderFile:
 
 def take(descriptor: int) -> None:
     """Refuse an opened file to all who map it from now on. Raises PermissionError: another process has been quicker."""
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)

@@ -20,6 +20,15 @@ class Recipient:
     gpu: str | None = None  # of its model, see `shardferry.arena.gpu_identity`; None: none, or not known
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a stage knows of the way of one shard: for transports that ask the loader, and for their errors."""
+
+    world_rank: int | None = None
+    node: str = "127.0.0.1"  # address of the loader's node
+    timeout_s: float = 600.0  # timeouts.handoff_s
+
+
 class Transport(ABC):
     """One arena on its way to a trainer. It is pickled as a part of a `ShardHandle`.
 
@@ -46,6 +55,14 @@ class Transport(ABC):
         Raises:
             HandoffError: this transport can't carry the arena.
         """
+
+    @classmethod  # noqa: B027 (most need nothing)
+    def require(cls) -> None:
+        """Raise HandoffError where this process lacks an optional package; a loader asks before it reads."""
+
+    def along(self, route: Route) -> Self:
+        """The same, with what the stage knows of its way; transports that need nothing of it stay as they are."""
+        return self
 
     @abstractmethod
     def open(self) -> torch.Tensor:

@@ -22,6 +22,7 @@ class TransportEntry:
     needs_host_arena: bool = False
     keeps_on_device: bool = False  # an arena on a GPU reaches the trainer without a copy in host memory
     outlives_loader: bool = False  # the loader may end once the handle is made; else once it was opened
+    asks_loader: bool = False  # a loader that does not answer delays the opener, until timeouts.handoff_s
     lends_memory: bool = False  # the recipient of an exclusive arena needs the loader as long as it uses the memory
 
     def load(self) -> type[Transport]:
@@ -38,6 +39,9 @@ TRANSPORTS = (
     TransportEntry("shared_memory", "shardferry.handoff.shared_memory:SharedMemory", needs_host_arena=True),
     TransportEntry("cuda_ipc", "shardferry.handoff.cuda_ipc:CudaIpc", keeps_on_device=True, lends_memory=True),
     TransportEntry("object_store", "shardferry.handoff.object_store:ObjectStore", outlives_loader=True),
+    # Below object_store, which carries every arena: ``auto`` never takes these.
+    TransportEntry("collective", "shardferry.handoff.collective:Collective", keeps_on_device=True, asks_loader=True),
+    TransportEntry("nixl", "shardferry.handoff.nixl:Nixl", keeps_on_device=True, asks_loader=True),
 )
 
 

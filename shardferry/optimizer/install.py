@@ -24,7 +24,7 @@ from shardferry.optimizer.hyperparameters import GroupValues, group_values, may_
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
 from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
-from shardferry.optimizer.replace import Replacement
+from shardferry.optimizer.replace import Replacement, copied, is_expanded, shared_tensors
 from shardferry.optimizer.shadow import twins
 from shardferry.optimizer.trial import Entries, SavedParam, compare_entries, try_load
 from shardferry.optimizer.weights import CopyInPlace, LoadModule, SetExtraState, WeightStep
@@ -82,8 +82,12 @@ class Installation:
     def finish(self) -> None:
         """Fill state and weights in place."""
         with torch.no_grad():
+            apart = shared_tensors(step for step in self.steps if isinstance(step, Replacement))
             for step in self.steps:
-                step.finish()
+                if isinstance(step, Replacement):
+                    step.finish(apart)
+                else:
+                    step.finish()
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,8 @@ class _StateBuilder:
         _, first = found[0]
         expected = parameter.expected(name)
         if isinstance(first, PlannedValue):
+            if first.chunk is not None:
+                return self._of_class(parameter, name, copied(first.value))
             value = copy.deepcopy(first.value)
             return self._step(parameter, _converted(value, expected)) if name in SCALAR_STATE else value
         if name in SCALAR_STATE:
@@ -380,6 +386,14 @@ class _StateBuilder:
         if not first.sharded_like_param:
             return self._factor(parameter, first, self.source.local_tensor(first, device), expected)
         return self._moment(parameter, name, found, device)
+
+    def _of_class(self, parameter: LiveParameter, name: str, local: torch.Tensor) -> torch.Tensor:
+        """A tensor of a class of its own: a rank's part of a DTensor, where its parameter is one."""
+        expected = parameter.expected(name)
+        if not self.source.without_memory:
+            local = local.to(self._device(parameter, name))
+        wants_local = isinstance(expected, torch.Tensor) and not isinstance(expected, DTensor)
+        return local if wants_local else _like(local, parameter.tensor)
 
     def _step(self, parameter: LiveParameter, value: Any) -> Any:
         """``step`` is counted in float32, whatever it was saved as, and stays on the CPU where the optimizer wants it there."""
@@ -465,7 +479,7 @@ def _with_strides(value: torch.Tensor, expected: Any) -> torch.Tensor:
     """A local tensor with its elements in the order in memory that the optimizer has them in: sums round by it."""
     if type(value) is not torch.Tensor or type(expected) is not torch.Tensor or value.shape != expected.shape:
         return value
-    if value.stride() == expected.stride() or not value.numel():
+    if value.stride() == expected.stride() or not value.numel() or is_expanded(expected):
         return value
     return torch.empty_strided(value.shape, expected.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
@@ -503,6 +517,11 @@ def _in_place(loaded: LoadedState, live: LiveModel, within: set[str]) -> Iterato
         if part.fqn not in within:
             source = _loaded_weight(loaded, part.names, part.layout)
             _check_tied(loaded, part, source)
+            if source is not None and is_expanded(local):
+                raise InstallError(
+                    f"{part.fqn}: is an expanded tensor, of which several elements are one in memory; weights are loaded in place, as "
+                    "torch does. Give the module a copy (`clone()`), or exclude it"
+                )
             if source is not None:
                 yield CopyInPlace(source, local.to_local() if isinstance(local, DTensor) else local, part.position)
     for fqn, module in live.extra_states.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ class Replacement:
         if self._before is not None:
             self._before.restore()
 
-    def finish(self) -> None:
-        """Give back the identity of what was there, and the precision that torch's `load_state_dict` takes from state."""
+    def finish(self, apart: Set[int] = frozenset()) -> None:
+        """Give back the identity of what was there, and the precision that torch's `load_state_dict` takes from state.
+
+        Args:
+            apart: ids of tensors that are not filled, see `shared_tensors`.
+        """
         assert self._before is not None
         optimizer, before = self.optimizer, self._before
         given = _by_parameter(optimizer, self.state_dict)
@@ -57,10 +62,37 @@ class Replacement:
             there = before.leaves.get(parameter, {})
 
             def settle(name: str, value: Any, exact: Any = exact, there: Any = there) -> Any:
-                return _in_place(there.get(name), _exact(exact.get(name), value))
+                return _in_place(there.get(name), _exact(exact.get(name), value), apart)
 
             state[parameter] = map_leaves(entries, settle)
-        before.keep_identity()
+        before.keep_identity(apart)
+
+    def places(self) -> Iterator[tuple[Any, Any]]:
+        """After `apply`: what stood in each place of state and param groups, and what stands there now."""
+        assert self._before is not None
+        for parameter, entries in self.optimizer.state.items():
+            there = self._before.leaves.get(parameter, {})
+            yield from ((there.get(name), value) for name, value in flat_entries(entries).items())
+        for (_, old), new in zip(self._before.groups, self.optimizer.param_groups, strict=False):
+            yield from ((old.get(name), value) for name, value in new.items())
+
+
+def shared_tensors(replacements: Iterable[Replacement]) -> frozenset[int]:
+    """The ids of tensors that stood in several places that have different values now: one rate of all groups, say.
+
+    Such a tensor can't be filled; each place gets one of its own.
+    """
+    places: dict[int, list[Any]] = {}
+    for old, new in chain.from_iterable(one.places() for one in replacements):
+        if isinstance(old, torch.Tensor):
+            places.setdefault(id(old), []).append(new)
+    return frozenset(key for key, (first, *others) in places.items() if any(_differ(first, new) for new in others))
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.shape != other.shape:
+        return True
+    return one is not other and not torch.equal(_local(one), _local(other))
 
 
 def _by_parameter(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -87,9 +119,11 @@ def _exact(given: Any, taken: Any) -> Any:
     return given.to(taken.device) if torch.equal(rounded, _local(taken)) else taken
 
 
-def _in_place(old: Any, new: Any) -> Any:
-    """The tensor that was there, filled, where it has the same form; else the new one."""
+def _in_place(old: Any, new: Any, apart: Set[int]) -> Any:
+    """The tensor that was there, filled, where it has the same form and memory for each element; else the new one."""
     if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)) or old is new:
+        return new
+    if id(old) in apart or is_expanded(old):
         return new
     if type(old) is not type(new) or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
         return new
@@ -101,6 +135,27 @@ def _in_place(old: Any, new: Any) -> Any:
         return new
     old.detach().copy_(new)
     return old
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with memory of its own. torchao's classes have no ``clone``, but tell which tensors they consist of."""
+    if isinstance(tensor, DTensor):
+        local, stride = copied(tensor.to_local()), tensor.stride()
+        return DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=stride
+        )
+    if not hasattr(tensor, "__tensor_unflatten__"):
+        return tensor.detach().clone()
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner = {name: getattr(tensor, name).clone() for name in names}
+    found: torch.Tensor = tensor.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
+    return found
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether several elements share one place in memory, so that they can't be filled."""
+    local = _local(tensor)
+    return any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,13 +172,15 @@ class _Snapshot:
         self._optimizer = optimizer
         self._attributes = {name: _restorer(value) for name, value in vars(optimizer).items()}
         self._group_list = optimizer.param_groups
-        self._groups = [(group, dict(group)) for group in optimizer.param_groups]
+        self.groups = [(group, dict(group)) for group in optimizer.param_groups]
         self._state: Any = optimizer.state
         self._entries = dict(optimizer.state)
         self.leaves = {p: flat_entries(entries) for p, entries in optimizer.state.items()}
         tensors = {id(v): v for leaves in self.leaves.values() for v in leaves.values() if isinstance(v, torch.Tensor)}
         self._elements = (
-            [(tensor, tensor.detach().clone()) for tensor in tensors.values()] if has_own_load(optimizer) else []
+            [(tensor, copied(tensor)) for tensor in tensors.values() if not is_expanded(tensor)]
+            if has_own_load(optimizer)
+            else []
         )
 
     def restore(self) -> None:
@@ -131,21 +188,21 @@ class _Snapshot:
         attributes = {name: restore() for name, restore in self._attributes.items()}
         vars(self._optimizer).clear()
         vars(self._optimizer).update(attributes)
-        for group, contents in self._groups:
+        for group, contents in self.groups:
             _refilled(group, contents)
         with torch.no_grad():
             for tensor, elements in self._elements:
                 tensor.detach().copy_(elements)
 
-    def keep_identity(self) -> None:
+    def keep_identity(self, apart: Set[int]) -> None:
         """Put the new state and hyperparameters into the objects that held the old ones."""
         optimizer = self._optimizer
         new: dict[Any, Any] = {p: _refilled(self._entries.get(p), e) for p, e in optimizer.state.items()}
         optimizer.state = _refilled(self._state, new)
-        groups = [group for group, _ in self._groups]
+        groups = [group for group, _ in self.groups]
         if len(groups) == len(optimizer.param_groups):
-            for (group, old), new in zip(self._groups, list(optimizer.param_groups), strict=True):
-                _refilled(group, {name: _in_place(old.get(name), value) for name, value in new.items()})
+            for (group, old), new in zip(self.groups, list(optimizer.param_groups), strict=True):
+                _refilled(group, {name: _in_place(old.get(name), value, apart) for name, value in new.items()})
             optimizer.param_groups[:] = groups
             if "param_groups" in vars(optimizer):
                 self._group_list[:] = groups

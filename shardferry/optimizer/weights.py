@@ -10,6 +10,7 @@ import torch
 from torch.nn import Module
 
 from shardferry.errors import InstallError
+from shardferry.optimizer.replace import is_expanded
 
 
 @dataclass
@@ -70,7 +71,8 @@ class LoadModule:
 
     def apply(self) -> None:
         """Load. The former weights are kept until the end. Raises InstallError."""
-        self._before = [(t, t.detach().clone()) for t in (*self.root.parameters(), *self.root.buffers())]
+        tensors = (t for t in (*self.root.parameters(), *self.root.buffers()) if not is_expanded(t))
+        self._before = [(t, t.detach().clone()) for t in tensors]
         try:
             result = self.root.load_state_dict(self.state_dict, strict=False)
         except Exception as error:

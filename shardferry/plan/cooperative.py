@@ -11,6 +11,9 @@ Ranks that write into each other's arenas form a memory group (the ranks of a no
 itself). A part goes to another memory group once, as the smallest box around everything that is wanted there. One rank of that group,
 the relay, receives it and gives the others their boxes.
 
+Where nodes have disks of their own, a file is read by ranks that have it: if possible by those that want something of the part, else
+by any. The plan then also has what other ranks ask of this rank's files, see `shardferry.exchange.node_files`.
+
 Pure and deterministic: every rank computes the same assignment without communication.
 """
 
@@ -87,6 +90,8 @@ class CooperativePlan:
     forwarded: Mapping[int, tuple[ForwardedBox, ...]] = field(
         default_factory=dict
     )  # by the reader's world rank, in order
+    # Hashes of what it gives to other ranks, less those of what it expects of them: those of all ranks add up to zero.
+    balance: int = 0
 
     @property
     def relays(self) -> frozenset[int]:
@@ -105,6 +110,7 @@ class RankLayouts(Protocol):
 
 
 MemoryGroups = Mapping[int, str]  # by world rank; ranks with the same name write into each other's arenas
+RanksOfFiles = Mapping[int, frozenset[int]]  # by file, row of the catalog: the ranks that have it, where some lack it
 
 
 def assign_reads(
@@ -114,6 +120,7 @@ def assign_reads(
     *,
     limits: SplitLimits,
     memory_groups: MemoryGroups | None = None,
+    ranks_of_files: RanksOfFiles | None = None,
 ) -> CooperativePlan:
     """Divide the reads of some ranks among them; gives the part of the plan's own rank.
 
@@ -121,8 +128,11 @@ def assign_reads(
         layouts: of all ranks that read for each other.
         limits: how large parts are, and which of them share a reader.
         memory_groups: by world rank; None where all ranks form one group.
+        ranks_of_files: of the files that some ranks lack; None where all ranks have all files.
     """
-    return _Assignment(plan, catalog, layouts, limits, memory_groups).result()
+    return _Assignment(
+        plan, catalog, layouts, limits, memory_groups=memory_groups, ranks_of_files=ranks_of_files or {}
+    ).result()
 
 
 class _GroupCopies:
@@ -171,8 +181,10 @@ class _Assignment:
     layouts: RankLayouts
     limits: SplitLimits
     memory_groups: MemoryGroups | None
+    ranks_of_files: RanksOfFiles
     known: dict[tuple[object, ...], list[_SharedPart]] = field(default_factory=dict)  # most chunks look like some other
-    windows: dict[tuple[int, ...], _WindowReaders] = field(default_factory=dict)  # by the ranks of a part
+    # By the ranks that want something of a part, and those that may read it.
+    windows: dict[tuple[tuple[int, ...], ...], _WindowReaders] = field(default_factory=dict)
     own: list[ReadItem] = field(default_factory=list)
     reads: list[CooperativeRead] = field(default_factory=list)
     num_forwarded: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # by relay
@@ -180,6 +192,7 @@ class _Assignment:
     bytes_sent: int = 0
     bytes_received: int = 0
     bytes_forwarded: int = 0
+    balance: int = 0
 
     def result(self) -> CooperativePlan:
         chunks: dict[tuple[int, int], list[ReadItem]] = defaultdict(list)
@@ -199,16 +212,18 @@ class _Assignment:
             bytes_received=self.bytes_received,
             bytes_forwarded=self.bytes_forwarded,
             forwarded={reader: tuple(boxes) for reader, boxes in self.forwarded.items()},
+            balance=self.balance,
         )
 
     def _parts(self, item: ReadItem) -> tuple[int, list[_SharedPart]]:
-        """How many ranks hold something of a chunk, and its parts that this rank wants; none where all read their own."""
+        """How many ranks hold something of a chunk, and its parts that this rank wants or may read; none where all read their own."""
         tensor = self.plan.tensors[item.tensor]
         itemsize = tensor.dtype.itemsize
         region = self.catalog.region(self.catalog.tensors[tensor.key], item.chunk)
         holders = self.layouts.holders(tensor, region)
         is_ranged = not isinstance(self.catalog.formats[self.catalog.chunk_format[item.chunk]], TransformedItem)
-        same = (id(holders), region, itemsize, is_ranged)  # the layouts keep the holders alive
+        have = self._ranks_with_file(item.chunk)
+        same = (id(holders), region, itemsize, is_ranged, have)  # the layouts keep the holders alive
         if same not in self.known:
             parts = split_chunk(
                 copies_of_ranks(holders, region),
@@ -217,51 +232,67 @@ class _Assignment:
                 limits=self.limits,
                 is_ranged=is_ranged,
                 memory_group_of=self._memory_group_of,
+                readable_by=have,
             )
-            me, is_shared = self.plan.world_rank, any(len(part.copies) > 1 for part in parts)
+            me, may_read = self.plan.world_rank, have is not None and self.plan.world_rank in have
+            all_read = have is None or have.issuperset(rank for rank, _ in holders)
+            is_shared = not all_read or any(len(part.copies) > 1 for part in parts)
             self.known[same] = [
                 _SharedPart(part, index=index, world_rank=me, memory_group_of=self._memory_group_of)
                 for index, part in enumerate(parts)
-                if is_shared and any(rank_copy.world_rank == me for rank_copy in part.copies)
+                if is_shared and (may_read or any(rank_copy.world_rank == me for rank_copy in part.copies))
             ]
         return len(holders), self.known[same]
+
+    def _ranks_with_file(self, chunk: int) -> frozenset[int] | None:
+        """The ranks that have a chunk's file; None where all have it."""
+        return self.ranks_of_files.get(int(self.catalog.chunk_file[chunk])) if self.ranks_of_files else None
 
     def _memory_group_of(self, world_rank: int) -> str:
         return "" if self.memory_groups is None else self.memory_groups[world_rank]
 
     def _reader(self, shared: _SharedPart, chunk: int, num_holders: int) -> int:
         """The world rank that reads a part. Turns begin at another rank for each chunk, or for each window of a file."""
+        readers, have = shared.ranks, self._ranks_with_file(chunk)
+        if have is not None:
+            readers = tuple(rank for rank in shared.ranks if rank in have) or tuple(sorted(have))
+            num_holders = len(readers)
         if not shared.part.fits_window:
-            return shared.ranks[(shared.part.turn + chunk % num_holders) % len(shared.ranks)]
+            return readers[(shared.part.turn + chunk % num_holders) % len(readers)]
         file, start = int(self.catalog.chunk_file[chunk]), int(self.catalog.chunk_byte_offset[chunk])
         # In the usual case rank k of n reads the k-th part of the files anyway: then its requests take these parts along.
-        first = file * len(shared.ranks) // len(self.catalog.files)
-        readers = self.windows.setdefault(shared.ranks, _WindowReaders())
-        return readers.reader((file, start // self.limits.window_bytes), shared, first=first)
+        first = file * len(readers) // len(self.catalog.files)
+        windows = self.windows.setdefault((shared.ranks, readers), _WindowReaders(readers))
+        return windows.reader((file, start // self.limits.window_bytes), shared, first=first)
 
     def _add(self, item: ReadItem, shared: _SharedPart, reader: int) -> None:
         """Note what this rank does for a part of an item's chunk: read it, relay it, or wait for it."""
         itemsize, own_group = self.plan.tensors[item.tensor].dtype.itemsize, self._memory_group_of(self.plan.world_rank)
+        here, part = shared.groups.get(own_group), (item.chunk, shared.part.region, reader)
         if reader != self.plan.world_rank:
             self.bytes_received += itemsize * shared.numel_own
-            here = shared.groups[own_group]
-            is_from_outside = len(shared.groups) > 1 and self._memory_group_of(reader) != own_group
-            if is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
+            self.balance -= hash(part) * shared.numel_own
+            is_from_outside = self._memory_group_of(reader) != own_group
+            if here is not None and is_from_outside and _relay(here, item, shared) == self.plan.world_rank:
                 box = ForwardedBox(item.tensor, item.chunk, here.box, itemsize, tuple(here.copies))
+                self.balance -= hash((*part, Forward(self.plan.world_rank, here.box, len(self.forwarded[reader]))))
                 self.forwarded[reader].append(box)
         elif len(shared.own) == len(shared.part.copies):
             self.own += [ReadItem(item.tensor, item.chunk, item.chunk_shape, copy) for copy in shared.own]
         else:
             self.bytes_sent += itemsize * (shared.numel_wanted - shared.numel_own)
             others = [group for name, group in shared.groups.items() if name != own_group]
+            forwards = tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others)
+            self.balance += hash(part) * (shared.numel_wanted - shared.numel_own)
+            self.balance += sum(hash((*part, forward)) for forward in forwards)
             self.reads.append(
                 CooperativeRead(
                     tensor=item.tensor,
                     chunk=item.chunk,
                     chunk_shape=item.chunk_shape,
                     region=shared.part.region,
-                    copies=tuple(shared.groups[own_group].copies),
-                    forwards=tuple(self._forward(group, _relay(group, item, shared), itemsize) for group in others),
+                    copies=() if here is None else tuple(here.copies),
+                    forwards=forwards,
                     numel_wanted=shared.numel_wanted,
                 )
             )
@@ -283,21 +314,24 @@ class _WindowReaders:
 
     A window goes to the rank that has read the least of what it wanted so far. All ranks of the set see the same parts in the
     same order, and so choose the same readers.
+
+    Args:
+        ranks: that may read.
     """
 
-    def __init__(self) -> None:
-        self._readers: dict[tuple[int, int], int] = {}  # file and window: position in the ranks
-        self._balance: list[int] = []  # elements wanted so far, less those that the rank reads; by position
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self._ranks = ranks
+        self._readers: dict[tuple[int, int], int] = {}  # by file and window
+        self._balance = dict.fromkeys(ranks, 0)  # elements wanted so far, less those that the rank reads
 
     def reader(self, window: tuple[int, int], shared: _SharedPart, *, first: int) -> int:
         """The world rank that reads a window, with ``shared`` as its next part; the ``first`` of the ranks wins ties."""
-        num_ranks = len(shared.ranks)
-        balance = self._balance = self._balance or [0] * num_ranks
-        for position, numel in enumerate(shared.numel_by_rank):
-            balance[position] += numel
+        balance = self._balance
+        for rank, numel in zip(shared.ranks, shared.numel_by_rank, strict=True):
+            if rank in balance:
+                balance[rank] += numel
         if window not in self._readers:
-            positions = (position % num_ranks for position in range(first, first + num_ranks))
-            self._readers[window] = max(positions, key=balance.__getitem__)
+            self._readers[window] = max((*self._ranks[first:], *self._ranks[:first]), key=balance.__getitem__)
         chosen = self._readers[window]
         balance[chosen] -= shared.numel_wanted
-        return shared.ranks[chosen]
+        return chosen

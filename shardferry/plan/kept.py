@@ -44,7 +44,9 @@ def _add(index: KeptIndex, manifest: Manifest, file: str) -> None:
         if isinstance(entry, PlannedTensor):
             boxes = _boxes(entry.layout, file, entry.arena_offset, entry.dtype.itemsize)
             index.add_tensor(path, entry.dtype, entry.layout.global_shape, boxes)
-        else:
+        elif (
+            entry.chunk is None
+        ):  # a rank's own part of a quantised tensor is no value of all; another topology lacks it
             index.add_value(path, entry.value)
 
 

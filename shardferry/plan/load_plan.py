@@ -54,13 +54,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedValue:
-    """One Python value that was saved where other savers have a tensor: a ``step`` that is a number, an extra state."""
+    """One Python value that was saved where other savers have a tensor: a ``step`` that is a number, an extra state.
+
+    Or a tensor of a class of its own, such as quantised state, of which a rank wants exactly one saved chunk.
+    """
 
     key: str  # in the checkpoint
     fqn: str
     path: KeyPath  # of the state entry below its parameter; empty for extra states
     value: Any  # None in a dry run, which reads no values
     section: Section = "state"
+    chunk: int | None = None  # of a tensor: the row of the catalog. Each rank reads its own
+    chunk_shape: tuple[int, ...] = ()
     is_parts = False
 
     @property

@@ -126,7 +126,7 @@ def check_spec(spec: SpecLayout, names: Collection[str], state: Mapping[str, Map
     for rule in spec.rules:
         if rule.state:
             entries = {name for fqn, there in state.items() if fnmatchcase(fqn, rule.match) for name in there}
-            if not any(fnmatchcase(name, rule.state) for name in entries):
+            if entries and not any(fnmatchcase(name, rule.state) for name in entries):
                 raise _fits_nothing(f"rule {rule.match!r}: state", rule.state, entries, "state entries there")
 
 

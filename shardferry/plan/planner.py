@@ -5,6 +5,7 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import Catalog, SavedTensor
+from shardferry.checkpoint.catalog import Catalog, SavedTensor, ZipItem
 from shardferry.checkpoint.optimizer_state import (
     SCALAR_STATE,
     OptimizerIndex,
@@ -136,9 +137,17 @@ def _check_default(spec: SpecLayout, catalog: Catalog, plan: LoadPlan) -> None:
 
 
 def _names_beside(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> set[str]:
-    """The names of all other tensors below the model's key or their top-level key: parameters that never stepped, buffers."""
+    """The names of all other tensors below the model's key or their top-level key: parameters that never stepped, buffers.
+
+    Parameters of other optimizers too: several may be loaded with one selection.
+    """
     weights = () if request.model_key is None else _weights(catalog, request, index)
-    return {*weights, *(".".join(map(str, path[1:] or path)) for path, _ in tensors_beside(catalog, index))}
+    return {*weights, *(_name_beside(path) for path, _ in tensors_beside(catalog, index))}
+
+
+def _name_beside(path: KeyPath) -> str:
+    is_state = len(path) > 3 and path[1] == "state"
+    return str(path[2]) if is_state else ".".join(map(str, path[1:] or path))
 
 
 def saved_weights(catalog: Catalog, request: LoadRequest, index: OptimizerIndex) -> dict[str, str]:
@@ -204,6 +213,19 @@ def plan_tensors(
     return planner.finish()
 
 
+def has_a_class(catalog: Catalog, saved: SavedTensor) -> bool:
+    """Whether a tensor was saved as a class of its own: its items are shorter than its elements would be."""
+    if not saved.chunks:
+        return False
+    chunk, start = saved.chunks.start, saved.boxes_start
+    length = catalog.chunk_byte_length[chunk]
+    if length >= saved.nbytes:  # most: a chunk has no more elements than the whole
+        return False
+    sizes = catalog.box_sizes[start : start + len(saved.shape)].tolist()
+    is_short = length < math.prod(sizes) * saved.dtype.itemsize
+    return bool(is_short) and isinstance(catalog.formats[catalog.chunk_format[chunk]], ZipItem)
+
+
 _ChunkCopy = tuple[int, tuple[int, ...], BoxCopy]  # chunk, counted from the tensor's first; its shape; the copy
 
 
@@ -260,11 +282,27 @@ class _Planner:
             return
         try:
             layout, follows = layout_for(tensor)
+            if section == "state" and has_a_class(self.catalog, tensor):
+                chunk = self._only_chunk(fqn, dotted(path), tensor, layout)
+                self.values.append(PlannedValue(key, fqn, path, None, chunk=chunk, chunk_shape=layout.local_shape))
+                return
             cast = self._cast(fqn, dotted(path), tensor)
         except LayoutError as error:
             self.mismatched.append(error)
         else:
             self.add_tensor(tensor, layout, fqn=fqn, path=path, section=section, cast=cast, sharded_like_param=follows)
+
+    def _only_chunk(self, fqn: str, name: str, saved: SavedTensor, layout: TensorLayout) -> int:
+        """The saved chunk that is all a rank wants. Raises LayoutError: there is none, and only the class could cut or join it."""
+        wanted = [box.region for box in layout.boxes]
+        for chunk in saved.chunks:
+            if wanted == [region := self.catalog.region(saved, chunk)] and region.sizes == layout.local_shape:
+                return chunk
+        raise LayoutError(
+            f"{fqn}: quantised state: {name!r} was saved as tensors of a class of its own, in {len(saved.chunks)} chunks; this rank "
+            f"wants {', '.join(map(str, wanted)) or 'nothing'} of {saved.shape}, which is not one of them. Load it in the topology "
+            "in which it was saved; leave the parameter out with exclude; or save it dequantised, as a plain tensor"
+        )
 
     def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:
         """The dtype to convert to. Raises LayoutError where that must be asked for, and wasn't."""

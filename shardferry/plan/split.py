@@ -87,12 +87,14 @@ def split_chunk(
     limits: SplitLimits,
     is_ranged: bool,
     memory_group_of: MemoryGroupOf,
+    readable_by: frozenset[int] | None,
 ) -> list[ChunkPart]:
     """Split one chunk by the copies out of it.
 
     Args:
         itemsize: bytes of an element.
         is_ranged: whether the chunk's item can be read in ranges. If not, it is one part: one rank decodes it for all.
+        readable_by: the ranks that have the chunk's file; None where all have it.
 
     Returns:
         The parts in the order of the chunk's rows. Every copy is in them, element by element, exactly once.
@@ -100,7 +102,7 @@ def split_chunk(
     if not is_ranged or not chunk_shape:
         fits = math.prod(chunk_shape) * itemsize <= limits.window_bytes
         return [ChunkPart(Region.whole(chunk_shape), tuple(copies), fits_window=fits)]
-    return list(_Splitter(chunk_shape, itemsize, limits, memory_group_of).parts(copies))
+    return list(_Splitter(chunk_shape, itemsize, limits, memory_group_of, readable_by).parts(copies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +118,18 @@ class _Splitter:
     """Splits one chunk along its outermost dimension with more than one row."""
 
     def __init__(
-        self, chunk_shape: tuple[int, ...], itemsize: int, limits: SplitLimits, memory_group_of: MemoryGroupOf
+        self,
+        chunk_shape: tuple[int, ...],
+        itemsize: int,
+        limits: SplitLimits,
+        memory_group_of: MemoryGroupOf,
+        readable_by: frozenset[int] | None,
     ) -> None:
         self._chunk_shape = chunk_shape
         self._itemsize = itemsize
         self._limits = limits
         self._memory_group_of = memory_group_of
+        self._readable_by = readable_by
         self._dim = next((dim for dim, size in enumerate(chunk_shape) if size > 1), 0)
         self._row_shape = chunk_shape[self._dim + 1 :]
         self._row_bytes = math.prod(self._row_shape) * itemsize
@@ -177,7 +185,8 @@ class _Splitter:
         """Divide rows among the ranks that want something of them."""
         copies = self._within(rows.copies, rows.start, rows.stop)
         ranks = ranks_of(copies)
-        if len(ranks) == 1 or self._share_nothing(copies):
+        all_read = self._readable_by is None or self._readable_by.issuperset(ranks)
+        if all_read and (len(ranks) == 1 or self._share_nothing(copies)):
             for rank in ranks:
                 own = tuple(rank_copy for rank_copy in copies if rank_copy.world_rank == rank)
                 yield ChunkPart(self._region(rows.start, rows.stop), own)

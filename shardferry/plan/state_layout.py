@@ -22,9 +22,12 @@ from shardferry.checkpoint.optimizer_state import (
 from shardferry.config import LoadRequest
 from shardferry.errors import LayoutError
 from shardferry.layout.rank_layout import RankLayout
-from shardferry.layout.tensor_layout import TensorLayout, replicated
+from shardferry.layout.tensor_layout import TensorLayout, replicated, single_box
 from shardferry.plan.match_keys import MatchedParam
-from shardferry.plan.saved_parts import CODE_DTYPES, StateOfParam, local_part_names, scales_apart
+from shardferry.plan.quantised import CODE_DTYPES, QuantisedEntries, part_of_scales
+from shardferry.plan.saved_parts import local_part_names
+from shardferry.plan.state_of_param import StateOfParam
+from shardferry.region import Region
 from shardferry.state_dicts import KeyPath
 
 Shape = tuple[int, ...]
@@ -87,14 +90,46 @@ class StateLayouts:
 
         Raises:
             LayoutError: the state can't belong to this model's parameter, the parameter can't have this layout, or the saved
-                state is one that no rank can be given a part of (`saved_parts`).
+                state is one that no rank can be given a part of (`saved_parts`, `quantised`).
         """
+        if self._has_codes and (codes := self._quantised.codes_of(fqn, name)) is not None:
+            of_scales = self._scales_layout(fqn, name, saved, codes)
+            if of_scales is not None:
+                return of_scales, False
         own = self._own_layout(fqn, name, saved)
         follows = own is None and self._rule.follows(fqn, name, saved)
         layout = own or (self._layout.parameter(fqn, saved.shape) if follows else replicated(saved.shape))
         if saved.dtype in CODE_DTYPES:
             self._check_codes(fqn, name, saved, layout)
         return layout, follows
+
+    def _scales_layout(self, fqn: str, name: str, saved: SavedTensor, codes_name: str) -> TensorLayout | None:
+        """The layout of scales whose codes this rank wants a part of: that part's. None: it wants all, or one scale is for all."""
+        codes = self._tensors[fqn][codes_name]
+        of_codes, _ = self.layout_for(fqn, codes_name, codes)
+        if of_codes.wanted_numel == math.prod(codes.shape) or math.prod(saved.shape) == 1:
+            return None
+        region = (
+            of_codes.boxes[0].region if of_codes.boxes else Region((0,) * len(codes.shape), (0,) * len(codes.shape))
+        )
+        part = part_of_scales(codes.shape, saved.shape, region)
+        assert part is not None, "the codes' layout was checked"
+        try:
+            own = self._layout.entry(fqn, name, saved.shape)
+        except LayoutError:
+            if self._layout.entry(fqn, name, part.sizes) is None:
+                raise
+            own = None  # the live optimizer has a plain tensor of its part
+        if own is None:
+            return single_box(saved.shape, part)
+        wanted = [box.region for box in own.boxes]
+        if wanted != ([part] if part.numel else []) and own.wanted_numel < math.prod(saved.shape):
+            raise LayoutError(
+                f"{fqn}: quantised state: this rank wants the elements {region} of the codes {codes_name!r}, whose scales are "
+                f"{part} of {name!r}, but the optimizer or the spec gives it {', '.join(map(str, wanted)) or 'none'}. "
+                "Shard both alike"
+            )
+        return own
 
     def _own_layout(self, fqn: str, name: str, saved: SavedTensor) -> TensorLayout | None:
         """The layout that the optimizer or the spec gives this entry alone. Raises LayoutError."""
@@ -121,22 +156,25 @@ class StateLayouts:
 
     def _check_codes(self, fqn: str, name: str, saved: SavedTensor, layout: TensorLayout) -> None:
         """Codes of quantised state must not be cut from their scales."""
-        apart = scales_apart(
-            self._states,
-            fqn,
-            name,
-            is_cut=layout.wanted_numel < math.prod(saved.shape),
-            is_param_cut=self._is_cut(fqn),
-        )
+        apart = self._quantised.scales_apart(fqn, name, layout, is_param_cut=self._is_cut(fqn))
         if apart is None:
             return
         scales = self._tensors[fqn][apart]
         raise LayoutError(
             f"{fqn}: quantised state: {name!r} has {saved.dtype} codes of the shape {saved.shape} in {len(saved.chunks)} saved "
-            f"chunks, of which this rank wants {layout.wanted_numel} of {math.prod(saved.shape)} elements; {apart!r} of the shape "
-            f"{scales.shape} was saved whole or by one rank, so it can't be told which of it belongs to a part. Load it where "
-            "each rank holds the whole parameter, as it was saved; leave the parameter out with exclude; or save it dequantised"
+            f"chunks, of which this rank wants {layout.wanted_numel} of {math.prod(saved.shape)} elements; it can't be told which of "
+            f"{apart!r}, of the shape {scales.shape} in {len(scales.chunks)} saved chunks, belongs to a part: parts must have been "
+            "saved by each rank, and end between blocks that have a scale each. Load it where each rank holds the whole parameter, "
+            "as it was saved; leave the parameter out with exclude; or save it dequantised"
         )
+
+    @cached_property
+    def _has_codes(self) -> bool:
+        return any(saved.dtype in CODE_DTYPES for tensors in self._tensors.values() for saved in tensors.values())
+
+    @cached_property
+    def _quantised(self) -> QuantisedEntries:
+        return QuantisedEntries(self._states, self._catalog.region)
 
     @cached_property
     def _states(self) -> dict[str, StateOfParam]:

@@ -6,7 +6,7 @@ beyond its opening request becomes further tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -301,13 +301,19 @@ def read_objects(
     return {key: values[key] for key in keys}
 
 
-def check_files(catalog: Catalog, keys: Iterable[str], storage: RangeReader) -> None:
+def check_files(
+    catalog: Catalog, keys: Iterable[str], storage: RangeReader, *, elsewhere: Collection[str] = ()
+) -> None:
     """Check, before anything is started or read, that every file with data of ``keys`` is there and has its size.
+
+    Args:
+        elsewhere: files that other nodes may have, which are not checked.
 
     Raises:
         StorageError: names the key, the file, and both sizes.
     """
-    _check_sizes([item for key in keys for item in items_of(catalog, key)], catalog, storage, ReadOptions())
+    items = (item for key in keys for item in items_of(catalog, key) if item.path not in elsewhere)
+    _check_sizes(items, catalog, storage, ReadOptions())
 
 
 @contextmanager

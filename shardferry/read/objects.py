@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,10 +14,8 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardferry.errors import DecodeError, SpecError
+from shardferry.errors import DecodeError, SpecError, without_terminal_codes
 from shardferry.read.zip_header import first_record_start
-
-_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 # What the pickle of a NumPy scalar or array names: constructors that take a dtype and bytes. NumPy 1 wrote numpy.core.
 _NUMPY_DTYPES = [dtype for dtype in vars(np.dtypes).values() if isinstance(dtype, type)]
@@ -73,15 +70,19 @@ def decode_object(data: bytes) -> Any:
     except Exception as error:  # damaged items raise nearly any type
         if names := _foreign_names(data):
             raise ForeignClass(_foreign(names), names) from error
-        lines = _TERMINAL_CODES.sub("", str(error)).splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise DecodeError(f"the saved object of {len(data)} bytes is damaged ({reason})") from error
+        raise DecodeError(f"the saved object of {len(data)} bytes is damaged ({_reason(error)})") from error
     if any(isinstance(leaf, DTensor | ShardedTensor) for leaf in _leaves(value)):
         raise DecodeError(
             "the saved object holds a sharded tensor, of which a Python object keeps one rank's part alone; the rest was not "
             "saved. Save it as an entry of its own, in a dict or a list"
         )
     return value
+
+
+def _reason(error: Exception) -> str:
+    """The words of torch's error that are of the bytes: around them, it asks for an issue and for trust."""
+    _, _, words = without_terminal_codes(str(error)).rpartition("WeightsUnpickler error:")
+    return next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
 
 
 def _foreign_names(data: bytes) -> tuple[str, ...]:

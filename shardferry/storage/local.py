@@ -100,14 +100,11 @@ class _File:
 class LocalReader(RangeReader):
     """Files of a directory. Each file is opened once and stays open until ``close``.
 
-    Raises:
-        CheckpointNotFound: there is no such directory.
+    Where there is no such directory, no file is there, and ``listing`` raises CheckpointNotFound: a node that has nothing of a
+    checkpoint on the nodes' own disks.
     """
 
     def __init__(self, directory: Path, options: LocalOptions | None = None) -> None:
-        if not directory.is_dir():
-            what = "is a file, not a directory" if directory.exists() else "no such directory"
-            raise CheckpointNotFound(f"{directory}: {what}; give the directory that holds the checkpoint's .metadata")
         self._directory = directory
         self._options = options or LocalOptions()
         # A mapping goes through the page cache, and fills it.
@@ -118,6 +115,11 @@ class LocalReader(RangeReader):
         self._lock = threading.Lock()
 
     def listing(self) -> dict[str, int | None]:
+        if not self._directory.is_dir():
+            what = "is a file, not a directory" if self._directory.exists() else "no such directory"
+            raise CheckpointNotFound(
+                f"{self._directory}: {what}; give the directory that holds the checkpoint's .metadata"
+            )
         files = {}
         with os.scandir(self._directory) as entries:
             for entry in entries:

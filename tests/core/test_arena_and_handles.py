@@ -17,7 +17,7 @@ from shardferry.errors import ArenaError, HandoffError, RankError, ShardferryErr
 from shardferry.handoff.handle import ShardHandle, make_handle
 from shardferry.layout.tensor_layout import replicated
 from shardferry.plan.load_plan import Manifest, PlannedTensor, PlannedValue
-from tests.support.leftovers import no_shared_files_left
+from tests.support.leftovers import no_shared_files_left, wait_while
 
 SHAPE = (3, 5)
 CONTENT = torch.arange(15.0).view(SHAPE)
@@ -88,6 +88,18 @@ def test_a_frozen_arena_is_immutable_for_everybody() -> None:
         mmap.mmap(arena.descriptor, 512, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     with pytest.raises(PermissionError):
         os.pwrite(arena.descriptor, b"x", 0)
+
+
+def test_a_frozen_arena_is_no_longer_mapped_here() -> None:
+    def is_mapped() -> bool:
+        return f" {inode} " in Path("/proc/self/maps").read_text()
+
+    arena = filled_arena()
+    inode = os.fstat(arena.descriptor).st_ino
+    assert is_mapped()
+    arena.freeze()
+    wait_while(is_mapped)
+    assert not is_mapped()
 
 
 def test_an_empty_arena() -> None:

@@ -156,6 +156,15 @@ def test_flattened_dtensors(ranks: RankPool) -> None:
     assert ranks.run(4, specs_of_flattened_dtensors) == [[(8, 4), (8,)]] * 4
 
 
+def test_process_groups_of_two() -> None:
+    """shardferry/handoff/collective.py; its own tests make them"""
+    options = dist.ProcessGroupGloo._Options()
+    assert options._timeout
+    assert options._devices == []
+    assert callable(dist.ProcessGroupGloo.create_device)
+    assert callable(dist.ProcessGroupGloo.abort)
+
+
 def test_cluster_launcher_schema() -> None:
     """scripts/validate_cluster.py"""
     assert callable(prepare_config)

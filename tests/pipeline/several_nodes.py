@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import chdir
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from shardferry.errors import ShardferryError
 from shardferry.pipeline import OptimizerLoadStage
 from shardferry.schemas import StageConfig
+from tests.support.models import SHAPES, STATES
+from tests.support.oracle import full_tensor
 from tests.support.trainers import Fsdp2Trainer, never_stepped
 
 WORLD_SIZE = 4
@@ -35,6 +42,28 @@ class Opener:
         with handle.open() as shard:
             state = shard.state_dict()["state"].values()
             return sum(entry["exp_avg"].numel() for entry in state if "exp_avg" in entry)
+
+
+def error_of(call: Callable[..., Any], **arguments: Any) -> list[str]:
+    try:
+        call(**arguments)
+    except ShardferryError as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
+def equal_elements(handle: Any) -> int:
+    """How many elements a shard has, all as they were saved."""
+    compared = 0
+    with handle.open() as shard:
+        state = shard.state_dict()["state"]
+        for fqn, name in product(SHAPES, STATES):
+            full = full_tensor(fqn, name, SHAPES[fqn])
+            for whole, inside in shard.regions(fqn, name):
+                expected = full[tuple(map(slice, whole.offsets, whole.ends))]
+                assert torch.equal(state[fqn][name][tuple(map(slice, inside.offsets, inside.ends))], expected)
+                compared += expected.numel()
+    return compared
 
 
 class Scenarios:
@@ -93,6 +122,30 @@ class Scenarios:
         remove_placement_group(group)
         return {"beside": same, "elements": sum(elements), "gpus_outside_of_it": used}
 
+    def disks_of_their_own(self) -> Any:
+        """A relative location: the raylets, and so their workers, run in directories of their own. The head has the metadata alone."""
+        with chdir(self._directory / "head"):
+            spread = {"placement": "SPREAD"}
+            direct = error_of(self._stage(4, actors=spread, read={"strategy": "direct"}).run, location="ckpt")
+            with self._stage(4, actors=spread).run(location="ckpt") as result:
+                elements = sum(map(equal_elements, result.handles))
+                report = result.report
+            store = str(self._directory / "store of disks")
+            actor = ray.remote(num_gpus=1, num_cpus=0)(Fsdp2Trainer)
+            trainers = [actor.remote(rank, WORLD_SIZE, store) for rank in range(WORLD_SIZE)]
+            ray.get([trainer.begin.remote(never_stepped) for trainer in trainers])
+            live = self._stage().run(trainers, location="ckpt").report
+            checked = sum(ray.get([trainer.check.remote() for trainer in trainers]))
+            for trainer in trainers:
+                ray.kill(trainer)
+        return {
+            "direct": direct,
+            "strategy": [report.strategy, live.strategy],
+            "elements": elements,
+            "elements_of_trainers": checked,
+            "unique": [report.unique_bytes_needed, live.unique_bytes_needed],
+        }
+
     def labels(self) -> Any:
         loading = self._stage(2, actors={"label_selector": {"disk": "fast"}}).submit()
         nodes = {joined.node_id for joined in loading.started().joined}
@@ -102,6 +155,18 @@ class Scenarios:
         loading.close()
         ray.kill(opener)
         return {"nodes": len(nodes), "beside": beside, "transports": transports}
+
+    def between_nodes(self) -> Any:
+        """Each shard is opened on the node of the other loader."""
+        told = {}
+        for transport in ("collective", "nixl"):
+            loading = self._stage(2, actors={"placement": "STRICT_SPREAD"}, handoff={"transport": transport}).submit()
+            openers = [Opener.options(scheduling_strategy=loading.beside(rank)).remote() for rank in (1, 0)]
+            told[transport] = [ray.get(o.elements.remote(r)) for o, r in zip(openers, loading.refs, strict=True)]
+            loading.close()
+            for opener in openers:
+                ray.kill(opener)
+        return told
 
     def no_room(self) -> Any:
         told = {}
@@ -151,10 +216,19 @@ def main() -> None:
     )
     # While the head is the only node: else this process may belong to one that is killed.
     ray.init(address=cluster.address, log_to_driver=False)
-    workers = [
-        cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=128 << 20, labels={"disk": kind})
-        for kind in ("fast", "slow")
-    ]
+    workers = []
+    for kind, of_ranks in (("head", ""), ("fast", "01"), ("slow", "23")):
+        disk = directory / kind / "ckpt"
+        disk.mkdir(parents=True)
+        for of_rank in of_ranks:
+            shutil.copy2(Path(checkpoint) / f"__{of_rank}_0.distcp", disk)
+        if kind == "head":
+            shutil.copy2(Path(checkpoint) / ".metadata", disk)
+            continue
+        with chdir(disk.parent):
+            workers.append(
+                cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=128 << 20, labels={"disk": kind})
+            )
     cluster.wait_for_nodes()
     scenarios = Scenarios(cluster, checkpoint, directory, workers)
     told: dict[str, Any] = {}

@@ -59,8 +59,26 @@ def test_a_placement_group_of_the_users_own(told: dict[str, Any]) -> None:
     }
 
 
+def test_disks_of_their_own(told: dict[str, Any]) -> None:
+    """The driver's node has the metadata alone; each of two others has half of the files."""
+    found = told["disks_of_their_own"]
+    name, message = found["direct"]
+    assert name == "MissingFile"
+    assert "__0_0.distcp: the file is missing" in message
+    assert found["strategy"] == ["cooperative", "cooperative"]
+    assert found["elements"] == found["elements_of_trainers"] == 2 * NUM_ELEMENTS
+    assert found["unique"][0] == found["unique"][1] > 4 * 2 * NUM_ELEMENTS
+
+
 def test_labels(told: dict[str, Any]) -> None:
     assert told["labels"] == {"nodes": 1, "beside": True, "transports": ["object_store"]}
+
+
+def test_transports_that_ask_the_loader_reach_another_node(told: dict[str, Any]) -> None:
+    assert {name: sum(elements) for name, elements in told["between_nodes"].items()} == {
+        "collective": NUM_ELEMENTS,
+        "nixl": NUM_ELEMENTS,
+    }
 
 
 def test_what_no_node_has_is_refused_at_once(told: dict[str, Any]) -> None:

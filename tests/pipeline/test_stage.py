@@ -78,7 +78,7 @@ def check_shard(handle: ShardHandle) -> int:
     return compared
 
 
-@pytest.mark.parametrize("transport", ["auto", "object_store"])
+@pytest.mark.parametrize("transport", ["auto", "object_store", "collective", "nixl"])
 def test_run_delivers_to_trainers(four_saved: Path, trainers_with: Callable[..., list[Any]], transport: str) -> None:
     trainers = trainers_with(never_stepped)
     stage = OptimizerLoadStage(
@@ -90,7 +90,7 @@ def test_run_delivers_to_trainers(four_saved: Path, trainers_with: Callable[...,
         (r.bytes_needed, r.bytes_needed) for r in report.ranks
     ]
     assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS
-    expected = "object_store" if transport == "object_store" else "shared_memory"
+    expected = "shared_memory" if transport == "auto" else transport
     assert [rank.transport for rank in report.ranks] == [expected] * 2
     assert report.world_size == 2
     of_ranks = {"join", "values", "plan", "allocate", "agree", "read", "install"}

@@ -52,7 +52,7 @@ def test_transports_are_those_of_the_registry() -> None:
         with pytest.raises(SpecError) as refused:
             StageConfig.from_values({"handoff": {"transport": name}}, source="stage.yaml")
         assert str(refused.value) == (
-            f"stage.yaml: handoff.transport: Input should be 'auto', 'in_process', 'shared_memory', 'cuda_ipc' or 'object_store' (found {name!r})"
+            f"stage.yaml: handoff.transport: Input should be 'auto', 'in_process', 'shared_memory', 'cuda_ipc', 'object_store', 'collective' or 'nixl' (found {name!r})"
         )
 
 

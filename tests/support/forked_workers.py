@@ -39,6 +39,10 @@ _PRELOADED = (
     "tests.support.models",
     "numpy.random",
     "psutil",
+    "google.protobuf.json_format",  # from here on: what Ray imports, half of its time
+    "jsonschema",
+    "requests",
+    "yaml",
 )
 
 

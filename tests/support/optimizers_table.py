@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,11 +26,20 @@ Outcomes = Mapping[str, Mapping[str, Mapping[str, Outcome]]]  # by library, opti
 
 
 class Recorder:
-    """Collects outcomes while pytest runs, and writes the tables at the end."""
+    """Collects outcomes while pytest runs, and writes the tables at the end.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    Args:
+        file: of the tables.
+        earlier: outcomes of earlier runs, as JSON; those of this run take their place. Runs of parts make one table so.
+    """
+
+    def __init__(self, file: Path, earlier: Path | None) -> None:
+        self._file, self._earlier = file, earlier
         self._found: dict[str, dict[str, dict[str, Outcome]]] = defaultdict(lambda: defaultdict(dict))
+        if earlier is not None and earlier.exists():
+            for library, optimizers in json.loads(earlier.read_text()).items():
+                for optimizer, by in optimizers.items():
+                    self._found[library][optimizer] = {wrapper: Outcome(*outcome) for wrapper, outcome in by.items()}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties if report.when == "call" else ():
@@ -39,14 +50,19 @@ class Recorder:
 
     def pytest_sessionfinish(self) -> None:
         self._file.write_text(render(self._found), encoding="utf-8")
+        if self._earlier is not None:
+            self._earlier.write_text(json.dumps(self._found, default=astuple))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--optimizers-table", metavar="FILE", type=Path, required=True)
+    parser.addoption("--optimizers-outcomes", metavar="FILE", type=Path)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Recorder(config.getoption("--optimizers-table")))
+    config.pluginmanager.register(
+        Recorder(config.getoption("--optimizers-table"), config.getoption("--optimizers-outcomes"))
+    )
 
 
 def render(found: Outcomes) -> str:

@@ -54,10 +54,12 @@ class RankPool:
             pipe.send((work, args, rank, world_size, str(rendezvous)))
         results: list[tuple[bool, Any]] = []
         for rank, (process, pipe) in enumerate(members):
-            if not wait([pipe, process.sentinel], timeout=self._deadline_s) or not pipe.poll(0):
-                self.close()
+            wait([pipe, process.sentinel], timeout=self._deadline_s)
+            try:
+                results.append(_answer(pipe))
+            except (EOFError, ConnectionError, TimeoutError):
+                self._retire()  # the other ranks' answers, too, would be taken for those of the next run
                 pytest.fail(f"rank {rank} of {world_size} died or hung in {work.__name__}", pytrace=False)
-            results.append(pipe.recv())
         if any(_num_threads(process) > _TIRED_THREADS for process, _ in members):
             self._retire()
         return results
@@ -70,18 +72,28 @@ class RankPool:
         """End the processes; the next run starts new ones."""
         for process, pipe in self._ranks:
             pipe.close()
-            process.terminate()
+            process.kill()  # it may hang
             process.join(10)
         self._ranks.clear()
 
     def _start(self, world_size: int) -> None:
         assert world_size <= self._size, f"the pool has {self._size} ranks"
+        if not all(process.is_alive() for process, _ in self._ranks):  # one has died after its answer
+            self._retire()
         while len(self._ranks) < world_size:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+
+
+def _answer(pipe: Connection) -> tuple[bool, Any]:
+    """What a rank has sent. Raises TimeoutError: it hangs; EOFError, ConnectionError: it has died."""
+    if not pipe.poll(0):
+        raise TimeoutError
+    answer: tuple[bool, Any] = pipe.recv()
+    return answer
 
 
 def _num_threads(process: BaseProcess) -> int:

@@ -3,83 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard
 
-from shardferry.config import LoadRequest, MessageLimits, ReadOptions, Strategy
+from shardferry.config import MessageLimits
 from shardferry.errors import RankError, ShardferryError
-from shardferry.exchange.agreement import Agreement
-from shardferry.handoff.handle import make_handle
-from shardferry.layout.mesh import Mesh
-from shardferry.layout.spec import SpecLayout
-from shardferry.load import LoadJob, load_rank, open_for_all
-from shardferry.stats import Counters
-from shardferry.storage.open import open_storage
+from shardferry.load_live import load_optimizer_state
+from tests.support.cooperative import SHAPES, TOPOLOGIES, UNIQUE_BYTES, load, total
 from tests.support.damage import short_file
-from tests.support.models import STATES, STEP, save_fsdp2
+from tests.support.models import save_fsdp2
 from tests.support.oracle import full_tensor
 from tests.support.range_server import Fault, served
 from tests.support.ranks import RankPool
-
-SHAPES = {"wide.weight": (640, 768), "tall.weight": (1536, 320), "odd.weight": (509, 701), "small.weight": (7, 3)}
-UNIQUE_BYTES = 2 * 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
-
-TOPOLOGIES = {
-    "rows": lambda n: SpecLayout(Mesh((("dp", n),)), (), {"dp": Shard(0)}),
-    "columns": lambda n: SpecLayout(Mesh((("tp", n),)), (), {"tp": Shard(1)}),
-    "replicas": lambda n: SpecLayout(Mesh((("copies", 2), ("dp", n // 2))), (), {"dp": Shard(0)}),
-    "both": lambda n: SpecLayout(Mesh((("dp", 2), ("tp", n // 2))), (), {"dp": Shard(0), "tp": Shard(1)}),
-    "whole": lambda n: SpecLayout(Mesh((("dp", n),)), (), {"dp": Replicate()}),
-}
-
-
-def load(
-    path: str,
-    topology: str,
-    strategy: Strategy,
-    nodes: Sequence[str | None],
-    storage_options: Mapping[str, Any] | None = None,
-    messages: MessageLimits | None = None,
-) -> dict[str, int]:
-    """Load and compare; what this rank asked of storage, and what it gave and got."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    agreement = Agreement(dist.group.WORLD)
-    request, counters = LoadRequest("optim"), Counters()
-    options = ReadOptions(concurrency=3, load_s=60, strategy=strategy, node=nodes[rank % len(nodes)])
-    layout = TOPOLOGIES[topology](size).rank(rank)
-    with closing(open_storage(path, storage_options)) as storage:
-        catalog, values = open_for_all(storage, agreement, request, options, counters)
-        job = LoadJob(catalog, layout, request, torch.device("cpu"), options, messages=messages or MessageLimits())
-        loaded = load_rank(job, agreement, counters=counters, values=values, storage=storage)
-    with make_handle(loaded.manifest, loaded.arena, "in_process", exclusive=True).open() as shard:
-        compared = 0
-        for fqn, entries in shard.state_dict()["state"].items():
-            assert float(entries["step"]) == STEP
-            for name in STATES:
-                full = full_tensor(fqn, name, SHAPES[fqn])
-                for whole, local in shard.regions(fqn, name):
-                    box = full[tuple(map(slice, whole.offsets, whole.ends))]
-                    assert torch.equal(entries[name][tuple(map(slice, local.offsets, local.ends))], box), (
-                        f"{fqn}.{name}"
-                    )
-                    compared += box.numel()
-    return {
-        "compared": 4 * compared,
-        "read": loaded.counters.bytes_requested,
-        "done": loaded.counters.bytes_done,
-        "needed": loaded.plan.bytes_needed,
-        "sent": loaded.figures().bytes_sent,
-        "received": loaded.figures().bytes_received,
-        "forwarded": loaded.figures().bytes_forwarded,
-        "shared": int(loaded.strategy.name == "cooperative"),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +25,6 @@ def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("cooperative") / "ckpt"
     ranks.run(4, save_fsdp2, str(path), SHAPES)
     return str(path)
-
-
-def total(results: list[dict[str, int]], name: str) -> int:
-    return sum(result[name] for result in results)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -140,6 +74,23 @@ def test_small_messages_and_many_of_them(ranks: RankPool, saved: str, topology: 
 
 def load_with_small_messages(path: str, topology: str) -> dict[str, int]:
     return load(path, topology, "cooperative", ["a", "b", "c", "d"], messages=MessageLimits(message_bytes=4096))
+
+
+def load_to_two_names(path: str) -> list[bool]:
+    """One saved parameter for two live ones, as where it was tied; whether each has what was saved."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 48, bias=False) for name in ("one", "other")})
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = ["one.weight", "other.weight"]
+    load_optimizer_state(
+        model, optimizer, path, strategy="cooperative", rename={"w.weight": names}, keys="ignore_unexpected"
+    )
+    full = full_tensor("w.weight", "exp_avg", (48, 64))
+    return [torch.equal(optimizer.state[parameter]["exp_avg"], full) for parameter in model.parameters()]
+
+
+def test_a_saved_tensor_for_two_names_reaches_both(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_fsdp2, str(tmp_path / "ckpt"), {"w.weight": (48, 64)})
+    assert ranks.run(2, load_to_two_names, str(tmp_path / "ckpt")) == [[True, True]] * 2
 
 
 def load_damaged(path: str, nodes: list[str | None]) -> str:

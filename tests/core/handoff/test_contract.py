@@ -37,7 +37,7 @@ class TestArenasOnTheHost(TransportContract):
 
 def test_every_transport_is_tested_somewhere() -> None:
     """Those that carry no arena on the host are tested by tests/gpu, as they keep one on its device."""
-    assert {"shared_memory", "object_store"} <= {transport.name for transport in CARRIERS}
+    assert {"shared_memory", "object_store", "collective", "nixl"} <= {transport.name for transport in CARRIERS}
     assert all(transport.keeps_on_device for transport in TRANSPORTS if transport not in CARRIERS)
 
 

@@ -146,7 +146,8 @@ def test_in_process_is_the_arena_itself_and_stays_here(checkpoint: Path) -> None
     with pytest.raises(HandoffError, match="the shard was closed; use it inside its `with`"):
         shard.state_dict()
     with pytest.raises(
-        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc or object_store"
+        HandoffError,
+        match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc, object_store, collective or nixl",
     ):
         handle_of(loaded, "pigeon")
 

@@ -137,6 +137,7 @@ def test_only_those_that_say_so_need_an_arena_on_the_host(transport: TransportEn
         pytest.param("auto", Recipient(same_host=True), None, False, id="no-gpu"),
         pytest.param("cuda_ipc", Recipient(same_host=True), "a", True, id="cuda_ipc"),
         pytest.param("cuda_ipc", Recipient(same_host=True, gpu="a"), None, False, id="cuda_ipc-without-gpu"),
+        pytest.param("collective", Recipient(same_host=False), "a", True, id="collective"),
         pytest.param("in_process", Recipient(same_host=True, same_process=True), "a", True, id="in_process"),
         pytest.param("shared_memory", Recipient(same_host=True, gpu="a"), "a", False, id="shared_memory"),
         pytest.param("object_store", Recipient(same_host=True, gpu="a"), "a", False, id="object_store"),
@@ -190,9 +191,18 @@ def test_names() -> None:
     names = [transport.name for transport in TRANSPORTS]
     assert len(set(names)) == len(names)
     assert AUTO not in names
-    assert stage_transport_names() == ("auto", "in_process", "shared_memory", "cuda_ipc", "object_store")
+    assert stage_transport_names() == (
+        "auto",
+        "in_process",
+        "shared_memory",
+        "cuda_ipc",
+        "object_store",
+        "collective",
+        "nixl",
+    )
     with pytest.raises(
-        HandoffError, match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc or object_store"
+        HandoffError,
+        match="'pigeon' is not a transport; use in_process, shared_memory, cuda_ipc, object_store, collective or nixl",
     ):
         choose_transport("pigeon", filled("host"), SAME_HOST)
 

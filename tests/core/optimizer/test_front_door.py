@@ -186,6 +186,60 @@ def test_live_state_is_filled_in_place(saved: Checkpoint) -> None:
     check_equal(two.state_dict()["state"], one.state_dict()["state"])
 
 
+def test_groups_that_share_one_rate_get_their_own(saved: Checkpoint) -> None:
+    """torch gives a default that is a tensor to every group, as one object; it stays that where the saved rates are equal."""
+    net = model()
+
+    def two_groups() -> torch.optim.AdamW:
+        return torch.optim.AdamW([{"params": part.parameters()} for part in net], lr=torch.tensor(0.125))
+
+    one = two_groups()
+    same = saved(net, one, "same")
+    one.param_groups[1]["lr"] = torch.tensor(0.5)
+    other = saved(net, one, "other")
+    two = two_groups()
+    rates = [group["lr"] for group in two.param_groups]
+    assert rates[0] is rates[1]
+    rates[0].fill_(9.0)
+    shardferry.load_optimizer_state(net, two, same)
+    assert all(group["lr"] is rates[0] for group in two.param_groups)
+    assert float(rates[0]) == 0.125
+    shardferry.load_optimizer_state(net, two, other)
+    assert [float(group["lr"]) for group in two.param_groups] == [0.125, 0.5]
+
+
+def test_parameters_that_share_one_step_get_their_own(saved: Checkpoint) -> None:
+    """Those that are not loaded keep theirs."""
+    net = model()
+    one = adamw(net)
+    location = saved(net, one)
+    two = adamw(net)
+    train(net, two, steps=1)
+    shared = torch.tensor(9.0)
+    for entries in two.state.values():
+        entries["step"] = shared
+    two.state[net[0].weight]["exp_avg"] = torch.zeros(4).expand(3, 4)
+    shardferry.load_optimizer_state(net, two, location, exclude=["1.*"])
+    assert [float(two.state[p]["step"]) for p in net.parameters()] == [2.0, 2.0, 9.0, 9.0]
+    check_equal(two.state[net[0].weight], one.state[net[0].weight])
+
+
+def test_an_expanded_buffer_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    """Several of its elements are one in memory: it can't be filled."""
+    net = model()
+    net.register_buffer("mask", torch.ones(2, 3))
+    optimizer = adamw(net)
+    train(net, optimizer)
+    save_alone({"model": net.state_dict(), "optim": get_optimizer_state_dict(net, optimizer)}, tmp_path / "ckpt")
+    other = model()
+    other.register_buffer("mask", torch.zeros(3).expand(2, 3))
+    fresh = adamw(other)
+    before = picture(other, fresh)
+    with pytest.raises(InstallError, match=r"mask: is an expanded tensor"):
+        shardferry.load_optimizer_state(other, fresh, tmp_path / "ckpt", model_key="model")
+    check_equal(picture(other, fresh), before)
+
+
 def test_moments_keep_their_precision_beside_low_precision_weights(saved: Checkpoint) -> None:
     """torch's own load_state_dict rounds them to the dtype of the weights."""
     net = model()
@@ -444,6 +498,34 @@ def test_models_with_optimizers_of_their_own(tmp_path: Path) -> None:
     again = [adamw(others[0]), adamw(others[1])]
     shardferry.load_optimizer_state(others, again, tmp_path / "ckpt", optimizer_key=["optim.G", "optim.D"])
     check_equal([o.state_dict() for o in again], [o.state_dict() for o in optimizers])
+
+
+@pytest.mark.parametrize(
+    ("selection", "names", "loaded"),
+    [({"rename": {"G.*": "net.*"}}, ["net", "D"], [2, 2]), ({"include": ["G.*"]}, ["G", "D"], [2, 0])],
+    ids=["rename", "include"],
+)
+def test_a_selection_that_is_about_one_of_several_optimizers(
+    selection: dict[str, Any], names: list[str], loaded: list[int], tmp_path: Path
+) -> None:
+    """And one that is about none of them is refused."""
+
+    def nets(*names: str) -> tuple[nn.ModuleDict, dict[str, torch.optim.Optimizer]]:
+        parts = nn.ModuleDict({name: nn.Linear(4, 3) for name in names})
+        return parts, {key: adamw(part) for key, part in zip("GD", parts.values(), strict=True)}
+
+    parts, optimizers = nets("G", "D")
+    for part, optimizer in zip(parts.values(), optimizers.values(), strict=True):
+        train(part, optimizer)
+    save_alone({key: get_optimizer_state_dict(parts, one) for key, one in optimizers.items()}, tmp_path / "ckpt")
+    others, fresh = nets(*names)
+    with pytest.raises(PlanError, match="fits none of the 4 saved names"):
+        shardferry.load_optimizer_state(others, fresh, tmp_path / "ckpt", rename={"Q.*": "net.*"})
+    shardferry.load_optimizer_state(others, fresh, tmp_path / "ckpt", **selection)
+    assert [len(one.state) for one in fresh.values()] == loaded
+    for one, saved_one in zip(fresh.values(), optimizers.values(), strict=True):
+        if one.state:
+            check_equal(list(one.state.values()), list(saved_one.state.values()))
 
 
 @pytest.mark.parametrize("with_weights", [True, False])

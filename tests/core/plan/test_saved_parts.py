@@ -1,4 +1,4 @@
-"""State that no rank can be given a part of: one rank's moments under the whole's name, and codes apart from their scales."""
+"""State that one rank alone has saved, under the name of the whole."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 import shardferry
 from shardferry.checkpoint.catalog import SavedTensor
-from shardferry.plan.saved_parts import StateOfParam, local_part_names, scales_apart
+from shardferry.plan.saved_parts import local_part_names
+from shardferry.plan.state_of_param import StateOfParam
 from tests.support.ranks import RankPool
 
 Shape = tuple[int, ...]
-BLOCK = 4  # elements of one scale
 
 
 def saved(shape: Shape, dtype: torch.dtype = torch.float32, num_chunks: int = 1) -> SavedTensor:
@@ -59,55 +59,7 @@ def test_names_of_local_parts(params: dict[str, StateOfParam], names: set[str]) 
     assert local_part_names(params) == names
 
 
-CODES, SCALES, TABLE = saved((8, 4), torch.uint8), saved((8,)), saved((256,))
-
-
-@pytest.mark.parametrize(
-    ("entries", "is_cut", "found"),
-    [
-        pytest.param({"codes": CODES, "absmax": SCALES}, True, "absmax", id="cut"),
-        pytest.param({"codes": CODES, "absmax": SCALES}, False, None, id="whole"),
-        pytest.param(
-            {"codes": saved((8, 4), torch.int8, 2), "absmax": SCALES}, False, "absmax", id="saved in two parts"
-        ),
-        pytest.param({"codes": saved((8, 4), torch.int8, 2), "scale": saved(())}, False, "scale", id="a scale a rank"),
-        pytest.param({"codes": CODES, "scale": saved(())}, True, None, id="one scale for all"),
-        pytest.param({"codes": CODES, "absmax": saved((8,), num_chunks=2)}, True, None, id="sharded scales"),
-        pytest.param({"codes": CODES, "step": saved((8,))}, True, None, id="codes alone"),
-        pytest.param({"codes": saved((8, 4), torch.bool), "absmax": SCALES}, True, None, id="a mask"),
-        pytest.param({"codes": saved((8, 4)), "absmax": SCALES}, True, None, id="floats beside a factor"),
-        pytest.param({"codes": saved((16,), torch.uint8), "absmax": SCALES}, False, "codes", id="two codes a byte"),
-    ],
-)
-def test_codes_apart_from_their_scales(entries: dict[str, SavedTensor], is_cut: bool, found: str | None) -> None:
-    params = {"a": matrix(entries)}
-    is_packed = entries["codes"].shape == (16,)
-    assert scales_apart(params, "a", "codes", is_cut=is_cut, is_param_cut=is_packed) == found
-
-
-def test_a_table_that_all_parameters_share_is_no_scale() -> None:
-    other = StateOfParam({"codes": saved((4,), torch.uint8), "map": TABLE}, (4,), frozenset())
-    params = {"a": matrix({"codes": CODES, "map": TABLE}), "b": other}
-    assert scales_apart(params, "a", "codes", is_cut=True, is_param_cut=True) is None
-
-
 # --- whole loads -----------------------------------------------------------------------------------------------------
-
-
-class BlockCodes(torch.optim.Optimizer):
-    """8-bit codes, and a plain scale for each block of a rank's part."""
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    local = p.to_local() if isinstance(p, DTensor) else p
-                    codes = torch.zeros_like(p, dtype=torch.uint8)
-                    (codes.to_local() if isinstance(codes, DTensor) else codes).copy_(
-                        torch.arange(local.numel()).view(local.shape)
-                    )
-                    scales = torch.arange(local.numel() // BLOCK, dtype=torch.float32, device=p.device)
-                    self.state[p].update(step=torch.tensor(1.0), codes=codes, absmax=scales)
 
 
 class LocalMoments(torch.optim.Optimizer):
@@ -137,7 +89,7 @@ def save(path: str, kind: type[torch.optim.Optimizer], *, sharded: bool, with_we
 
 
 def load(path: str, kind: type[torch.optim.Optimizer], *, sharded: bool) -> str:
-    """What the load says, and that it has changed nothing; empty where it is right."""
+    """What the load says, and that it has changed nothing; empty where it says nothing."""
     model = network(sharded=sharded)
     optimizer = kind(model.parameters(), {"lr": 0.5}) if kind is not torch.optim.Adam else kind(model.parameters())
     try:
@@ -145,39 +97,7 @@ def load(path: str, kind: type[torch.optim.Optimizer], *, sharded: bool) -> str:
     except shardferry.ShardferryError as error:
         assert not optimizer.state
         return str(error)
-    for p in model.parameters():
-        assert torch.equal(optimizer.state[p]["codes"].flatten(), torch.arange(p.numel(), dtype=torch.uint8))
-        assert torch.equal(optimizer.state[p]["absmax"], torch.arange(p.numel() // BLOCK, dtype=torch.float32))
     return ""
-
-
-def save_codes(path: str, sharded: bool) -> None:
-    save(path, BlockCodes, sharded=sharded)
-
-
-def load_codes(path: str, sharded: bool) -> str:
-    return load(path, BlockCodes, sharded=sharded)
-
-
-@pytest.mark.parametrize(
-    ("saved_sharded", "sharded", "is_right"),
-    [
-        pytest.param(False, False, True, id="whole"),
-        pytest.param(False, True, False, id="cut by the load"),
-        pytest.param(True, True, False, id="cut by the save"),
-        pytest.param(True, False, False, id="joined by the load"),
-    ],
-)
-def test_codes_load_whole_or_not_at_all(
-    saved_sharded: bool, sharded: bool, is_right: bool, ranks: RankPool, tmp_path: Path
-) -> None:
-    ranks.run(2 if saved_sharded else 1, save_codes, str(tmp_path / "ckpt"), saved_sharded)
-    for message in ranks.run(2 if sharded else 1, load_codes, str(tmp_path / "ckpt"), sharded):
-        if is_right:
-            assert message == ""
-        else:
-            for part in ("0.weight", "quantised state", "'codes'", "'absmax'", "exclude"):
-                assert part in message
 
 
 def save_moments(path: str, with_weights: bool) -> None:

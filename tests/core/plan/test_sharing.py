@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
 from shardferry.config import LoadRequest, ReadOptions, SplitLimits
+from shardferry.exchange.node_files import NodeFiles, ranks_of_files, with_asked
 from shardferry.layout.live import LiveLayout
 from shardferry.layout.mesh import Mesh
 from shardferry.layout.spec import Rule, SpecLayout
 from shardferry.layout.tensor_layout import AxisCut, LocalRegion, TensorLayout, shard_on_mesh
-from shardferry.plan.cooperative import CooperativePlan, MemoryGroups, assign_reads
+from shardferry.plan.cooperative import CooperativePlan, Forward, MemoryGroups, assign_reads
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load
 from shardferry.plan.rank_layouts import ExchangedLayouts, LayoutsFromSpec, layouts_to_send
@@ -39,14 +40,35 @@ def shared_plans(
     limits: SplitLimits,
     groups: MemoryGroups | None = None,
     num_tensors: int = 1,
+    have: list[set[int]] | None = None,
 ) -> list[tuple[LoadPlan, CooperativePlan]]:
-    """Of each rank: of some tensors of one shape, saved and wanted alike, one behind the other in their files."""
+    """Of each rank: of some tensors of one shape, saved and wanted alike, one behind the other in their files.
+
+    Args:
+        have: by rank, the files that it has: the i-th has the i-th chunk of each tensor. None: all have all.
+    """
     names = [f"w{number:03}" for number in range(num_tensors)]
     catalog = catalog_of(dict.fromkeys(names, (shape, saved)))
     live = [LiveLayout(rank, len(wanted), dict.fromkeys(names, layout)) for rank, layout in enumerate(wanted)]
     plans = [plan_load(catalog, layout, REQUEST) for layout in live]
     wants = ExchangedLayouts({rank: layouts_to_send(plan) for rank, plan in enumerate(plans)})
-    return [(plan, assign_reads(plan, catalog, wants, limits=limits, memory_groups=groups)) for plan in plans]
+    if have is None:
+        return [(plan, assign_reads(plan, catalog, wants, limits=limits, memory_groups=groups)) for plan in plans]
+    nodes = [
+        NodeFiles(
+            node="",
+            host="",
+            lacking=frozenset(f"__{file}_0.distcp" for file in range(len(saved)) if file not in here),
+            needed=frozenset(),
+            asked=tuple((plan.tensors[i.tensor], i) for i in plan.reads if i.chunk % len(saved) not in here),
+        )
+        for plan, here in zip(plans, have, strict=True)
+    ]
+    found, read_by = [with_asked(plan, catalog, nodes) for plan in plans], ranks_of_files(catalog.files, nodes)
+    return [
+        (plan, assign_reads(plan, catalog, wants, limits=limits, memory_groups=groups, ranks_of_files=read_by))
+        for plan in found
+    ]
 
 
 class Cluster:
@@ -141,6 +163,100 @@ def test_every_wanted_element_arrives_once(
         assert memory.tolist() == expected(layout).tolist()
     assert cluster.taken.max(initial=0) <= 1, "an element left storage twice"
     assert sum(s.bytes_sent for _, s in plans) == sum(s.bytes_received for _, s in plans)
+    assert sum(s.balance for _, s in plans) == 0
+
+
+@given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.sampled_from([4, 16, 1 << 20]), st.integers(1, 3), st.data())
+def test_plans_that_add_up_fit_each_other(
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SplitLimits],
+    min_part: int,
+    max_part: int,
+    num_groups: int,
+    data: st.DataObject,
+) -> None:
+    """Ranks with limits of their own: their plans don't add up, or every wanted element arrives all the same."""
+    shape, saved, wanted, limits = load
+    groups = {rank: f"group {rank % num_groups}" for rank in range(len(wanted))}
+    one, other = (
+        shared_plans(shape, saved, wanted, with_limits, groups)
+        for with_limits in (limits, replace(limits, min_part_bytes=min_part, max_part_bytes=max_part))
+    )
+    plans = [data.draw(st.sampled_from(pair)) for pair in zip(one, other, strict=True)]
+    if sum(shared.balance for _, shared in plans):
+        return
+    cluster = Cluster(shape, saved, wanted, groups)
+    for plan, shared in plans:
+        cluster.read(plan, shared)
+    for plan, shared in plans:
+        cluster.relay(plan, shared)
+    for memory, layout in zip(cluster.memory, wanted, strict=True):
+        assert memory.tolist() == expected(layout).tolist()
+
+
+@given(node_loads(), st.sampled_from([1, 8, 1 << 20]), st.integers(1, 4), st.data())
+def test_every_wanted_element_is_read_once_where_its_file_is(
+    load: tuple[tuple[int, ...], list[Region], list[TensorLayout], SplitLimits],
+    min_part: int,
+    num_groups: int,
+    data: st.DataObject,
+) -> None:
+    """Three tensors alike, so that guests have to keep count; each rank has some files, and each file is on some rank."""
+    shape, saved, wanted, limits = load
+    groups = {rank: f"group {rank % num_groups}" for rank in range(len(wanted))}
+    limits = replace(limits, min_part_bytes=min_part, long_run_bytes=min_part)
+    some = st.sets(st.integers(0, len(wanted) - 1), min_size=1)
+    ranks_of = [data.draw(some) for _ in saved]
+    have = [{file for file, on in enumerate(ranks_of) if rank in on} for rank in range(len(wanted))]
+    plans = shared_plans(shape, saved, wanted, limits, groups, 3, have)
+    for plan, shared in plans:
+        for one in (*shared.own, *shared.reads):
+            assert one.chunk % len(saved) in have[plan.world_rank], "read by a rank that lacks the file"
+    assert sum(s.balance for _, s in plans) == 0
+    assert sum(s.bytes_sent for _, s in plans) == sum(s.bytes_received for _, s in plans)
+    sent: dict[tuple[int, int], list[Region]] = {}
+    for plan, shared in plans:
+        for forward in (forward for read in shared.reads for forward in read.forwards):
+            boxes = sent.setdefault((plan.world_rank, forward.relay), [])
+            assert forward.index == len(boxes)
+            boxes.append(forward.box)
+    for plan, shared in plans:
+        for reader, forwarded in shared.forwarded.items():
+            assert sent.pop((reader, plan.world_rank)) == [one.box for one in forwarded]
+    assert not sent, "sent, and expected by nobody"
+    for tensor in range(3):  # each by itself, element by element
+        of_this = range(tensor * len(saved), (tensor + 1) * len(saved))
+        cluster = Cluster(shape, saved, wanted, groups)
+        for plan, shared in plans:
+            cluster.read(plan, only(shared, of_this))
+        for plan, shared in plans:
+            cluster.relay(plan, only(shared, of_this))
+        for memory, layout in zip(cluster.memory, wanted, strict=True):
+            assert memory.tolist() == expected(layout).tolist()
+        assert cluster.taken.max(initial=0) <= 1, "an element left storage twice"
+
+
+def only(shared: CooperativePlan, chunks: range) -> CooperativePlan:
+    """What a plan does for one tensor, with its chunks counted from 0 and its boxes too."""
+    counts: dict[int, int] = {}
+
+    def counted(forward: Forward) -> Forward:
+        counts[forward.relay] = counts.get(forward.relay, -1) + 1
+        return replace(forward, index=counts[forward.relay])
+
+    return replace(
+        shared,
+        own=tuple(replace(i, chunk=i.chunk - chunks.start) for i in shared.own if i.chunk in chunks),
+        reads=tuple(
+            replace(r, chunk=r.chunk - chunks.start, forwards=tuple(map(counted, r.forwards)))
+            for r in shared.reads
+            if r.chunk in chunks
+        ),
+        forwarded={
+            reader: here
+            for reader, boxes in shared.forwarded.items()
+            if (here := tuple(replace(b, chunk=b.chunk - chunks.start) for b in boxes if b.chunk in chunks))
+        },
+    )
 
 
 def rows(size: int, ranks: int) -> list[Region]:
