@@ -142,7 +142,9 @@ def init(
     )
 )
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, as for inspect.")],
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A checkpoint, as for inspect, or kept state: shardferry+memory://NAME.")
+    ],
     second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     values: Annotated[
         bool, typer.Option("--values", help="Read both, and tell which tensors differ, and by how much.")
@@ -151,7 +153,7 @@ def diff(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the keys, shapes and dtypes of two checkpoints, and with --values each element."""
+    """Compare the keys, shapes and dtypes of two checkpoints, or of a checkpoint and kept state, and with --values each element."""
     from shardferry.checkpoint.open import open_checkpoint
     from shardferry.pipeline.commands.diff import diff_report, print_diff
     from shardferry.pipeline.display import byte_progress
@@ -180,6 +182,7 @@ def diff(
     )
 )
 def plan(
+    context: typer.Context,
     spec: SpecArg,
     location: LocationOption = None,
     mesh: Annotated[
@@ -210,7 +213,8 @@ def plan(
         StageConfig.from_file(spec), mesh=mesh, world_size=world_size, storage_bandwidth=storage_bandwidth
     )
     page = page_output(html)
-    report = plan_report(config, open_checkpoint_of(config, location), request_latency_s=request_latency)
+    found = plan_report(config, open_checkpoint_of(config, location), request_latency_s=request_latency)
+    report = found.model_copy(update={"command": context.ensure_object(_Settings).command})
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -267,7 +271,10 @@ def report(
     html: HtmlOption = None,
     trace: Annotated[str | None, typer.Option(help="Write its phases here, as a trace: a path or a URL.")] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="OTHER.json", help="Print it beside the report of another run.")
+        Path | None,
+        typer.Option(
+            metavar="OTHER.json", help="Show it beside the report of another run, also on the page of --html."
+        ),
     ] = None,
 ) -> None:
     """Show a run's report again: as the summary, as a page or a trace, or beside that of another run."""

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Protocol
 
 from shardferry.actors.progress import Progress
@@ -33,51 +32,67 @@ class ByteProgress(Protocol):
         ...
 
 
-class _Lines:
-    """Prints a line every few seconds, and one at the end; for logs."""
+class Meter:
+    """Says how far a load is. Its rate counts from the first bytes: the actors' start doesn't count."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._last = time.monotonic()
+    def __init__(self) -> None:
         self._first: tuple[float, int] | None = None  # when the first bytes were seen, and how many they were
-        self._finished = False
 
-    def show(self, done: int, total: int, note: str = "") -> None:
+    def words(self, done: int, total: int, note: str = "") -> str:
+        """Part, bytes, rate and time left, as far as they are known.
+
+        Args:
+            done, total, note: as for `ByteProgress.show`.
+        """
         now = time.monotonic()
         if done and self._first is None:
             self._first = now, done
-        finished = bool(total) and done >= total
-        if self._finished or not (finished or now - self._last >= _LINE_EVERY_S):
-            return
-        self._last, self._finished = now, finished
         if not total:
-            print(f"{self._title}: waiting for the ranks to start", file=sys.stderr)
-            return
-        line = f"{self._title}: {done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}"
+            return "waiting for the ranks to start"
+        words = f"{done / total:4.0%} {human_bytes(done)} of {human_bytes(total)}"
         if rate := self._rate(now, done):
-            line += f", {human_rate(rate)}" + ("" if finished else f", {(total - done) / rate:.0f} s left")
-        print(line + ("" if finished or not note else f"; {note}"), file=sys.stderr)
+            words += f", {human_rate(rate)}" + (f", {(total - done) / rate:.0f} s left" if done < total else "")
+        return words + (f"; {note}" if note and done < total else "")
 
     def _rate(self, now: float, done: int) -> float | None:
-        """Bytes per second since the first bytes were seen: the actors' start doesn't count. None before there is one."""
+        """Bytes per second since the first bytes were seen. None before there is one."""
         if self._first is None or now <= self._first[0]:
             return None
         return (done - self._first[1]) / (now - self._first[0])
 
 
+class _Lines:
+    """Prints a line every few seconds, and one at the end; for logs."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._meter = Meter()
+        self._last = time.monotonic()
+        self._finished = False
+
+    def show(self, done: int, total: int, note: str = "") -> None:
+        now, words = time.monotonic(), self._meter.words(done, total, note)
+        finished = bool(total) and done >= total
+        if self._finished or not (finished or now - self._last >= _LINE_EVERY_S):
+            return
+        self._last, self._finished = now, finished
+        print(f"{self._title}: {words}", file=sys.stderr)
+
+
 @contextmanager
 def byte_progress(title: str) -> Iterator[ByteProgress]:
-    """A bar with bytes, rate and time left on a terminal and in a notebook; plain lines elsewhere. Both on stderr."""
-    in_notebook = (
-        "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
-    )  # rich shows nothing without widgets
-    if not (sys.stderr.isatty() or in_notebook):
-        yield _Lines(title)
-        return
-    from shardferry.pipeline.progress_bar import byte_bar
+    """A bar with bytes, rate and time left on a terminal and in a notebook; plain lines on stderr elsewhere."""
+    if "ipykernel" in sys.modules:
+        from shardferry.pipeline.notebook_bar import NotebookBar
 
-    with byte_bar(title) as bar:
-        yield bar
+        yield NotebookBar(title)
+    elif sys.stderr.isatty():
+        from shardferry.pipeline.progress_bar import byte_bar
+
+        with byte_bar(title) as bar:
+            yield bar
+    else:
+        yield _Lines(title)
 
 
 def show_ranks(bar: ByteProgress, ranks: Sequence[Progress]) -> None:
@@ -98,7 +113,7 @@ def _slowest(ranks: Sequence[Progress]) -> str:
 def progress(title: str = "loading") -> Iterator[Callable[[Sequence[Progress]], None]]:
     """Show the progress of a load: ``with progress() as shown: stage.run(trainers, on_progress=shown)``.
 
-    A bar on a terminal and in a notebook; elsewhere a line every 5 s, with bytes, rate and the slowest rank. Both on stderr.
+    A bar on a terminal and in a notebook; elsewhere a line every 5 s on stderr, with bytes, rate and the slowest rank.
     """
     with byte_progress(title) as bar:
         yield lambda ranks: show_ranks(bar, ranks)
@@ -120,6 +135,16 @@ def human_rate(bytes_per_s: float) -> str:
             return f"{bytes_per_s:.3g} {unit}/s"
         bytes_per_s /= 1000
     return f"{bytes_per_s:.3g} GB/s" if bytes_per_s < 1000 else f"{bytes_per_s:.0f} GB/s"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds with three digits and a unit: 0.0123 -> '12.3 ms'."""
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

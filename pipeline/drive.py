@@ -54,6 +54,7 @@ class Order:
     config: StageConfig
     location: Any  # a path, a URL, an object that stands for a checkpoint, or an ObjectRef of one of these
     catalog: Catalog | None  # of a location that is known
+    catalog_s: float  # seconds that it took to open and check it
     topology: SpecLayout | ray.ObjectRef[Any] | None  # None: the trainers'
     trainers: Trainers | None
     user: UserBundles | None
@@ -67,7 +68,7 @@ class Started:
 
     placement: Placement
     joined: Sequence[Joined]  # by rank
-    seconds: float  # from the submission on
+    seconds: float  # from the submission on, without the opening of the checkpoint
 
 
 class Drive(threading.Thread):
@@ -83,6 +84,7 @@ class Drive(threading.Thread):
         self._order, self._guard = order, guard
         self._alarms: list[Any] = [guard.ended.remote(), *refs]
         self._submitted = time.time()
+        self._catalog_s = order.catalog_s
         self._asked: list[Any] = []
         trainers = order.trainers or ()
         self._receptions: list[Any] = [
@@ -134,7 +136,8 @@ class Drive(threading.Thread):
         if keep is None and all(transport_named(report.transport).outlives_loader for report in reports):
             self._wait_for_bytes(handles)
             kill_loaders(order.name)  # the shards don't need them any more: the GPUs are free for other work
-        outcome = Outcome(started.seconds, catalog, self._receptions if topology is None else topology, reports)
+        phases = {"catalog": self._catalog_s, "start": started.seconds}
+        outcome = Outcome(phases, catalog, self._receptions if topology is None else topology, reports)
         return {OUTCOME: Sealed.of(outcome), **{rank: Sealed.of(handle) for rank, handle in enumerate(handles)}}
 
     def _topology(self) -> SpecLayout | None:
@@ -149,9 +152,16 @@ class Drive(threading.Thread):
             return self._order.catalog
         location = self._order.location
         if not isinstance(location, ray.ObjectRef):
-            return opened(self._order.config, location)
+            return self._opened(location)
         (location,) = self._gather([location], "waiting for the checkpoint's location", "load_s", who="upstream task")
-        return opened(self._order.config, location)
+        return self._opened(location)
+
+    def _opened(self, location: Any) -> Catalog:
+        start = time.time()
+        catalog = opened(self._order.config, location)
+        self._catalog_s = time.time() - start
+        self._submitted += self._catalog_s  # it doesn't count to the start
+        return catalog
 
     def _start(self, placement: Placement, receptions: Sequence[Reception]) -> tuple[LoaderGroup, Started]:
         order = self._order

@@ -14,7 +14,7 @@ from shardferry.actors.loader_group import ask_progress
 from shardferry.actors.progress import Progress
 from shardferry.errors import LoadCancelled, RankError, without_terminal_codes
 from shardferry.pipeline.drive import OUTCOME, STARTED, Started
-from shardferry.pipeline.result import StageResult
+from shardferry.pipeline.result import Outcome, StageResult
 from shardferry.pipeline.waiting import cause_of, dismiss
 from shardferry.schemas.stage_config import StageConfig
 
@@ -82,7 +82,7 @@ class Loading:
 
         Args:
             timeout: seconds; default: the deadlines of the spec.
-            on_progress: called twice a second with every rank's progress.
+            on_progress: called twice a second with every rank's progress, and once when all is loaded.
 
         Raises:
             ShardferryError: a rank failed; the loaders are taken down.
@@ -95,10 +95,12 @@ class Loading:
             remaining = _PROGRESS_EVERY_S if deadline is None else min(_PROGRESS_EVERY_S, deadline - time.monotonic())
             if ray.wait([self._outcome], timeout=max(0.0, remaining))[0]:
                 try:
-                    _get(self._outcome)
+                    outcome: Outcome = _get(self._outcome)
                 except BaseException:
                     dismiss([self._started, *(self._refs or ())])
                     raise
+                if on_progress is not None:
+                    on_progress([Progress(rank.bytes_needed, rank.bytes_needed) for rank in outcome.reports])
                 return
             if remaining <= 0:
                 raise TimeoutError(f"the stage is not done after timeout = {timeout:g} s")

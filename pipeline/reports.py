@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
-import ray
-import torch
-
-from shardferry import __version__
 from shardferry.checkpoint.catalog import Catalog
 from shardferry.checkpoint.open import opened_storage
 from shardferry.config import LoadRequest
@@ -22,9 +16,10 @@ from shardferry.load import read_values
 from shardferry.pipeline.dry_run.demand import read_amplification, unique_bytes
 from shardferry.pipeline.exports.timeline import total_s
 from shardferry.pipeline.inspect import saved_topology
+from shardferry.pipeline.versions import made_by
 from shardferry.receiver import WantedPart
 from shardferry.schemas.stage_config import StageConfig
-from shardferry.schemas.stage_report import RankReport, StageReport
+from shardferry.schemas.stage_report import RankReport, Span, StageReport
 
 
 def build_report(
@@ -78,13 +73,6 @@ def build_report(
     return report.model_copy(update={"total_s": total_s(report)})
 
 
-def made_by() -> dict[str, Any]:
-    """The fields of a report that say which programs made it, and when."""
-    versions = {"shardferry": __version__, "torch": torch.__version__, "ray": ray.__version__}
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"versions": {**versions, "python": platform.python_version()}, "finished": now}
-
-
 def storage_rate(ranks: Sequence[RankReport]) -> float | None:
     """Bytes per second that the storage gave to all ranks, while the busiest one had requests in flight.
 
@@ -102,6 +90,18 @@ def _unique(config: StageConfig, catalog: Catalog, wanted: Sequence[WantedPart])
     # The plan of a live optimizer depends on the saved param groups.
     is_live = any(isinstance(layout, LiveLayout) for layout in layouts)
     return unique_bytes(catalog, layouts, request, _values(catalog, request) if is_live else None)
+
+
+def with_installs(ranks: Sequence[RankReport], receipts: Sequence[Any]) -> list[RankReport]:
+    """The ranks' reports with the phase in which the trainer installed the shard, where the trainer told it."""
+    found = list(ranks)
+    for receipt in receipts:
+        if isinstance(receipt, Mapping) and "installed_s" in receipt:
+            (start, end), rank = receipt["installed_s"], found[receipt["world_rank"]]
+            phases = {**rank.phases, "install": end - start}
+            spans = [*rank.spans, Span(name="install", start=start, end=end)]
+            found[rank.rank] = rank.model_copy(update={"phases": phases, "spans": spans})
+    return found
 
 
 def told_by_trainers(receipts: Sequence[Any]) -> dict[str, list[Any]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import ray
 
-from shardferry.actors.progress import Progress
 from shardferry.handoff.handle import ShardHandle
 from shardferry.layout.spec import SpecLayout
-from shardferry.pipeline.reports import build_report, told_by_trainers
+from shardferry.pipeline.reports import build_report, told_by_trainers, with_installs
 from shardferry.receiver import Reception, WantedPart
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import RankReport, StageReport
@@ -22,7 +21,7 @@ from shardferry.schemas.stage_report import RankReport, StageReport
 class Outcome:
     """What a stage has loaded."""
 
-    start_s: float  # seconds until the loaders had started
+    phases: Mapping[str, float]  # seconds of the driver's phases, by name
     catalog: ray.ObjectRef[Any]
     target: SpecLayout | Sequence[ray.ObjectRef[Any]]  # the topology, or the trainers' receptions by rank
     reports: Sequence[RankReport]  # by rank
@@ -48,7 +47,7 @@ class StageResult:
         self._outcome = outcome
         self._refs = list(refs)
         self.close = close
-        self._driver_phases = {"start": outcome.start_s}
+        self._driver_phases = dict(outcome.phases)
         self._receipts: list[Any] = []
 
     def __enter__(self) -> StageResult:
@@ -62,7 +61,8 @@ class StageResult:
         """Bytes, seconds and peak memory, per rank and in total."""
         outcome = self._outcome
         parts = [self._parts(rank) for rank in range(len(outcome.reports))]
-        report = build_report(self._config, ray.get(outcome.catalog), parts, outcome.reports, self._driver_phases)
+        ranks = with_installs(outcome.reports, self._receipts)
+        report = build_report(self._config, ray.get(outcome.catalog), parts, ranks, self._driver_phases)
         told = told_by_trainers(self._receipts)
         return report.model_copy(update={**told, "warnings": [*report.warnings, *told["warnings"]]})
 
@@ -82,10 +82,6 @@ class StageResult:
     def handles(self) -> list[ShardHandle]:
         """One handle for each target rank; none where the trainers have loaded themselves."""
         return ray.get(self._refs)
-
-    def final_progress(self) -> list[Progress]:
-        """The progress of each rank when it has loaded all its bytes, by rank."""
-        return [Progress(rank.bytes_needed, rank.bytes_needed) for rank in self._outcome.reports]
 
     def add_phase(self, name: str, seconds: float) -> None:
         """Add seconds of a phase of the driver to the report. Call it before the first use of `report`."""

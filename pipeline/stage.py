@@ -107,7 +107,7 @@ class OptimizerLoadStage:
             location, topology, keep: as for `submit`.
             source: living trainers, instead of a location: what they hold now is the state. Where ranks are missing, their parts
                 come from replicas, or an error names what is lost.
-            on_progress: called twice a second with every rank's progress.
+            on_progress: called twice a second with every rank's progress, and once when all is loaded.
 
         Raises:
             As `submit`, `Loading.wait` and `shardferry.OptimizerReceiver.shardferry_receive` do.
@@ -163,11 +163,12 @@ class OptimizerLoadStage:
         where, user = self._location(location), self._user
         layout = self._topology(trainers, topology)
         known = layout if isinstance(layout, SpecLayout) else None
-        catalog = None
+        catalog, start = None, time.time()
         if not isinstance(where, ray.ObjectRef) and not isinstance(layout, ray.ObjectRef):
             catalog = opened(self.config, where)
             if known is not None:
                 check_load(self.config, catalog, known)
+        catalog_s = time.time() - start
         if not ray.is_initialized():
             ray.init()
         user = user or captured_group()
@@ -184,7 +185,8 @@ class OptimizerLoadStage:
             self.config,
             where,
             catalog,
-            layout,
+            catalog_s,
+            topology=layout,
             trainers=trainers,
             user=user,
             exclusive=is_run and trainers is not None and keep is None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,12 @@ class RankPlan(BaseModel):
     bytes_received: int = 0
     num_requests: int
     arena_bytes: int
+
+
+def max_over_mean(counts: Sequence[int]) -> float:
+    """The balance of a load: 1.0 is even."""
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else 1.0
 
 
 class Balance(BaseModel):
@@ -48,9 +55,16 @@ class PlanReport(BaseModel):
     num_requests: int
     peak_memory_bytes: int  # largest arena, and the buffers of the reads in flight
     strategy: Literal["direct", "cooperative"]  # a spec's auto: direct if the checkpoint is in local files
+    strategy_reason: str
     ranks_planned: int  # the numbers of other ranks are taken from these
     estimated: bool  # some ranks' reads are scaled from those of ranks with other boxes
     balance: Balance
     lower_bound_s: float | None  # unique_bytes_needed over the storage's bandwidth; None if it isn't given
     predicted_s: float | None  # storage_bytes_planned over it, plus the latencies of the rank with most requests
+    warnings: list[str] = []
+    saved_as: dict[str, int] = {}  # how the checkpoint's tensors were sharded, in words: number of tensors
+    file_bytes: dict[str, int] = {}  # needed bytes of tensors, each counted once, by file
+    versions: dict[str, str] = {}  # by program
+    command: str = ""  # that made the report
+    finished: str = ""  # date and time, ISO 8601, UTC
     ranks: list[RankPlan]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shardferry.stats import StorageRequest
+from shardferry.stats import StorageRequest, Work
 
 
 class Span(BaseModel):
@@ -46,6 +46,7 @@ class RankReport(BaseModel):
     unexpected: list[str] = []  # FQNs that the checkpoint has and no rank needs, if allowed
     phases: dict[str, float]  # seconds; phases don't overlap
     busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; kinds overlap
+    work: tuple[Work, ...] = ()  # when each kind of work was done; busy has its seconds without the pauses
     spans: list[Span]
     file_bytes: dict[str, int] = {}  # asked of the storage, by file
     requests: tuple[StorageRequest, ...] = Field(
@@ -84,7 +85,7 @@ class StageReport(BaseModel):
     warnings: list[str] = []
     saved_as: dict[str, int] = {}  # how the checkpoint's tensors were sharded, in words: number of tensors
     mesh: dict[str, int] = {}  # of the spec; empty where the trainers were asked
-    total_s: float = 0.0  # from the start of the actors to the end of the last phase
+    total_s: float = 0.0  # from the opening of the checkpoint to the end of the last phase
     storage_bytes_per_s: float | None = None  # of all ranks, while requests were in flight; None: nothing was read
     phases: dict[str, float]  # seconds; of the slowest rank
     busy: dict[str, float] = {}  # seconds of each kind of work in the phase "read"; of the busiest rank

@@ -43,7 +43,7 @@ from shardferry.read.execute import read_objects, read_plan
 from shardferry.read.items import items_of
 from shardferry.read.objects import ForeignClass, allowed_classes
 from shardferry.state_dicts import EXTRA_STATE, LeftLive
-from shardferry.stats import Counters, PhaseClock, StorageRequest
+from shardferry.stats import Counters, PhaseClock, StorageRequest, Work
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import RetryPolicy
 
@@ -64,6 +64,7 @@ class LoadFigures:
     strategy: str
     strategy_reason: str
     busy: Mapping[str, float]  # seconds by kind of work; kinds overlap
+    work: tuple[Work, ...]  # when each kind was done
     seconds: Mapping[str, float]  # by phase; phases don't overlap
     file_bytes: Mapping[str, int]  # asked of the storage, by file
     requests: tuple[StorageRequest, ...]  # some of them where there are very many
@@ -115,6 +116,7 @@ class LoadedShard:
             strategy=self.strategy.name,
             strategy_reason=self.strategy.reason,
             busy=dict(self.counters.busy.seconds),
+            work=self.counters.busy.work,
             seconds=self.seconds,
             file_bytes=dict(self.counters.file_bytes),
             requests=self.counters.requests.kept(),

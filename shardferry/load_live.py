@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -274,8 +275,11 @@ def load_parts(
         _load_part(part, layout, agreement, options, storage_options)
         for part, layout in zip(found, layouts, strict=True)
     ]
+    start = time.perf_counter()
     _install(Installation([step for part in loaded for step in part.installation.steps]), agreement)
-    return _report(loaded), combined([part.shard.figures() for part in loaded])
+    figures = combined([part.shard.figures() for part in loaded])
+    seconds = {**figures.seconds, "install": time.perf_counter() - start}
+    return _report(loaded), replace(figures, seconds=seconds)
 
 
 def _load_part(
@@ -290,15 +294,17 @@ def _load_part(
     def check_plan(plan: LoadPlan) -> None:
         checked.append(check(LoadedState(plan.manifest(), None), part.live))
 
-    counters = Counters()
+    counters, start = Counters(), time.perf_counter()
     retry = retries(options, counters)
     storage = agreement.all_or_raise(
         "opening the checkpoint", lambda: open_storage(part.location, storage_options, retry=retry)
     )
     with closing(storage):
         catalog, values = open_for_all(storage, agreement, part.request, options, counters)
+        catalog_s = time.perf_counter() - start
         job = LoadJob(catalog, layout, part.request, part.live.device, options, stays_here=True)
         shard = load_rank(job, agreement, counters=counters, values=values, storage=storage, check_plan=check_plan)
+    shard.seconds = {"catalog": catalog_s, **shard.seconds}
     ready = agreement.all_or_raise(
         "fitting the state to the optimizer", lambda: fit(shard.state(), part.live, checked[0])
     )

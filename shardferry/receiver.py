@@ -7,6 +7,7 @@ A class mixes in `OptimizerReceiver`. One that can't inherit has methods of the 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,22 +91,25 @@ class Delivery:
         self._transport = handle.transport
         self._installation = Installation([step for each in fitted for step in each.steps])
         self._is_installed = False
+        self._installed_s = (0.0, 0.0)
 
     def install(self) -> None:
         """Change the model and the optimizers; `settle` can still put everything back. Raises InstallError, and changes nothing."""
+        start = time.time()
         try:
             self._installation.apply()
         except BaseException:
             self._installation.undo()
             raise
+        self._installed_s = start, time.time()
         self._is_installed = True
 
     def settle(self, *, keep: bool) -> dict[str, Any]:
         """Keep what was installed, or put back what was there before.
 
         Returns:
-            The receipt: ``world_rank``, the ``transport`` of the shard, and what the stage's report lists of the load:
-            ``overwritten`` hyperparameters (group, name, old and new value in words), ``missing_entries``,
+            The receipt: ``world_rank``, the ``transport`` of the shard, ``installed_s`` (when `install` began and ended, seconds
+            since the epoch), and what the stage's report lists of the load: ``overwritten`` hyperparameters (group, name, old and new value in words), ``missing_entries``,
             ``unexpected_entries``, ``warnings``.
         """
         if self._is_installed:
@@ -113,7 +117,7 @@ class Delivery:
             self._is_installed = False
         first = self._receipts[0]
         lists = {name: [x for r in self._receipts for x in r[name]] for name in first if name != "world_rank"}
-        return {"transport": self._transport, **first, **lists}
+        return {"transport": self._transport, "installed_s": self._installed_s, **first, **lists}
 
 
 def receipt_of(world_rank: int, report: Checked | KeyReport) -> dict[str, Any]:

@@ -10,6 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One kind of work, from its first start to its last end. There may be pauses in between."""
+
+    kind: str
+    start: float  # seconds since the epoch
+    end: float
+
+
 class BusyTimes:
     """Seconds in which at least one thread was at a kind of work. Safe to use from several threads.
 
@@ -18,6 +27,9 @@ class BusyTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._epoch = time.time() - time.perf_counter()
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
         self._num_threads: Counter[str] = Counter()
         self._since: dict[str, float] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -28,6 +40,7 @@ class BusyTimes:
         with self._lock:
             if not self._num_threads[kind]:
                 self._since[kind] = time.perf_counter()
+                self._first.setdefault(kind, self._since[kind])
             self._num_threads[kind] += 1
         try:
             yield
@@ -35,13 +48,22 @@ class BusyTimes:
             with self._lock:
                 self._num_threads[kind] -= 1
                 if not self._num_threads[kind]:
-                    self._seconds[kind] += time.perf_counter() - self._since[kind]
+                    self._last[kind] = time.perf_counter()
+                    self._seconds[kind] += self._last[kind] - self._since[kind]
 
     @property
     def seconds(self) -> Mapping[str, float]:
         """Seconds by kind, of work that has ended."""
         with self._lock:
             return dict(self._seconds)
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        """When each kind of work was done, of work that has ended."""
+        with self._lock:
+            return tuple(
+                Work(kind, self._epoch + self._first[kind], self._epoch + end) for kind, end in self._last.items()
+            )
 
 
 @dataclass(frozen=True, slots=True)

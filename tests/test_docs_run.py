@@ -15,7 +15,7 @@ import pytest
 from examples import torchrun
 from examples.task import make_optimizer, network, train_step
 from shardferry.pipeline.cli import main
-from tests.support.commands import REPOSITORY
+from tests.support.commands import REPOSITORY, without_numbers
 
 DOCS = REPOSITORY / "docs"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -25,10 +25,6 @@ _ELSEWHERE = ("pip ", "python3 -m venv", "shardferry run")  # other tests instal
 def blocks(page: str) -> list[tuple[str, str]]:
     """Language and text of each block of a page."""
     return _BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
-
-
-def without_numbers(text: str) -> str:
-    return re.sub(r"\d+(\.\d+)?", "#", " ".join(text.split()))
 
 
 def run_program(code: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from shardferry.errors import SpecError
 from shardferry.pipeline.commands.outputs import Output, page_output, write_all
-from shardferry.pipeline.display import human_bytes, human_rate, print_stage, print_table
+from shardferry.pipeline.display import human_bytes, print_stage, print_table
 from shardferry.pipeline.exports import page_of
+from shardferry.pipeline.exports.comparison import HEADER, compared
 from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.schemas.stage_report import FailedStage, StageReport
 
@@ -20,7 +21,7 @@ def show_report(file: Path, *, html: str | None, trace: str | None, compare: Pat
 
     Args:
         html, trace: where to write the page and the trace: paths or URLs.
-        compare: another report, which is printed beside it.
+        compare: another report, which is printed beside it, and shown beside it on the page.
 
     Raises:
         SpecError: a file is no report, an output can't be written, or there is no trace of a run that failed.
@@ -40,7 +41,7 @@ def show_report(file: Path, *, html: str | None, trace: str | None, compare: Pat
         raise SpecError("--compare: one of the runs failed")
     write_all(
         [
-            (page, lambda: page_of(report)),
+            (page, lambda: page_of(report, other)),
             (events, lambda: chrome_trace(report) if isinstance(report, StageReport) else ""),
         ]
     )
@@ -74,50 +75,4 @@ def print_report(report: StageReport | FailedStage) -> None:
 
 def print_comparison(first: StageReport, second: StageReport) -> None:
     """Print two runs side by side."""
-    rows: list[tuple[str, str, str, str]] = []
-    for name, unit in _COMPARED.items():
-        a, b = getattr(first, name), getattr(second, name)
-        rows.append(
-            (
-                name.removesuffix("_s").removesuffix("_per").replace("_", " ") + " rate" * name.endswith("_per_s"),
-                unit(a),
-                unit(b),
-                _ratio(a, b),
-            )
-        )
-    for phase in dict.fromkeys([*first.phases, *second.phases]):
-        a, b = first.phases.get(phase), second.phases.get(phase)
-        rows.append((f"phase {phase}", _seconds(a), _seconds(b), _ratio(a, b)))
-    print_table(f"{first.location} and {second.location}", ("", "first", "second", "second / first"), rows)
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f} s"
-
-
-def _bytes(value: float | None) -> str:
-    return "" if value is None else human_bytes(value)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _rate(value: float | None) -> str:
-    return "" if value is None else human_rate(value)
-
-
-_COMPARED = {
-    "world_size": _number,
-    "total_s": _seconds,
-    "unique_bytes_needed": _bytes,
-    "storage_bytes_read": _bytes,
-    "read_amplification": _number,
-    "num_requests": _number,
-    "storage_bytes_per_s": _rate,
-    "ratio_to_lower_bound": _number,
-}
-
-
-def _ratio(first: float | None, second: float | None) -> str:
-    return f"{second / first:.3f}" if first and second is not None else ""
+    print_table(f"{first.location} and {second.location}", HEADER, compared(first, second))

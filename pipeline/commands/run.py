@@ -18,8 +18,8 @@ from shardferry.pipeline.display import byte_progress, print_stage, show_ranks
 from shardferry.pipeline.exports import page_of
 from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.pipeline.preflight import check_checkpoint, check_topology, open_checkpoint_of, target_layout
-from shardferry.pipeline.reports import made_by
 from shardferry.pipeline.stage import OptimizerLoadStage
+from shardferry.pipeline.versions import made_by
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.schemas.stage_report import FailedStage, RankProgress, StageReport
 
@@ -145,7 +145,6 @@ class _Run:
 
             result = OptimizerLoadStage(config).run(location=catalog.location, on_progress=on_progress)
             done = result.report
-            show_ranks(bar, result.final_progress())
             result.close()
         return done
 

@@ -84,7 +84,6 @@ def _through_the_stage(config: StageConfig, trainers: list[Any]) -> tuple[StageR
     with byte_progress("optimizer state") as bar:
         result = OptimizerLoadStage(config).run(trainers, on_progress=lambda ranks: show_ranks(bar, ranks))
         took = time.time() - start
-        show_ranks(bar, result.final_progress())
     return result.report, Ending(_train_on(trainers), took)
 
 

@@ -21,13 +21,15 @@ from shardferry.checkpoint.optimizer_state import index_optimizer
 from shardferry.config import ReadLimits
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.dry_run.demand import Demand, demand_of, object_bytes, read_amplification
+from shardferry.pipeline.inspect import saved_topology
 from shardferry.pipeline.preflight import check_topology, target_layout
+from shardferry.pipeline.versions import made_by
 from shardferry.plan.cooperative import assign_reads
 from shardferry.plan.load_plan import LoadPlan
 from shardferry.plan.planner import plan_load, planned_objects
 from shardferry.plan.rank_layouts import LayoutsFromSpec
 from shardferry.read.schedule import count_objects, requests_of_plan
-from shardferry.schemas.plan_report import Balance, PlanReport, RankPlan
+from shardferry.schemas.plan_report import Balance, PlanReport, RankPlan, max_over_mean
 from shardferry.schemas.stage_config import StageConfig
 from shardferry.storage.base import StorageTraits
 
@@ -40,6 +42,7 @@ class Forecast:
 
     ranks: list[RankPlan]
     is_cooperative: bool
+    reason: str  # why
     num_planned: int  # ranks
     is_estimated: bool  # the reads of some rank are scaled from those of a rank with other boxes
 
@@ -90,22 +93,22 @@ def plan_report(config: StageConfig, catalog: Catalog, *, request_latency_s: flo
         num_requests=sum(rank.num_requests for rank in found.ranks),
         peak_memory_bytes=max(rank.arena_bytes for rank in found.ranks) + in_flight,
         strategy="cooperative" if found.is_cooperative else "direct",
+        strategy_reason=found.reason,
         ranks_planned=found.num_planned,
         estimated=found.is_estimated,
         balance=Balance(
-            bytes_needed=_max_over_mean([rank.bytes_needed for rank in found.ranks]),
-            bytes_read=_max_over_mean([rank.bytes_read for rank in found.ranks]),
-            files=_max_over_mean(demand.of_files[demand.of_files > 0].tolist()),
+            bytes_needed=max_over_mean([rank.bytes_needed for rank in found.ranks]),
+            bytes_read=max_over_mean([rank.bytes_read for rank in found.ranks]),
+            files=max_over_mean(demand.of_files[demand.of_files > 0].tolist()),
         ),
         lower_bound_s=unique / bandwidth if bandwidth else None,
         predicted_s=planned / bandwidth + waits * request_latency_s if bandwidth else None,
+        warnings=[catalog.stale] if catalog.stale else [],
+        saved_as=saved_topology(catalog),
+        file_bytes={path: n for path, n in zip(catalog.files, demand.of_files.tolist(), strict=True) if n},
         ranks=found.ranks,
+        **made_by(),
     )
-
-
-def _max_over_mean(counts: Sequence[int]) -> float:
-    total = sum(counts)
-    return max(counts) * len(counts) / total if total else 1.0
 
 
 def forecast(
@@ -125,7 +128,7 @@ def forecast(
     chosen = _evenly_spaced(np.unique(stand_in), max_planned)
     request = config.checkpoint.request()
     plans = [replace(plan_load(catalog, layout.rank(rank), request), objects={}) for rank in chosen.tolist()]
-    is_cooperative = may_share and not (config.read.strategy == "auto" and _traits(catalog).is_local)
+    is_cooperative, reason = _strategy(config, catalog, layout)
     if not is_cooperative:
         stand_in = demand.first_equal
     layouts = LayoutsFromSpec(layout, range(layout.world_size)) if is_cooperative else None
@@ -140,7 +143,18 @@ def forecast(
         bytes_read=bytes_read,
         num_requests=num_requests,
     )
-    return Forecast(ranks, is_cooperative, len(plans), bool((chosen[places] != stand_in).any()))
+    return Forecast(ranks, is_cooperative, reason, len(plans), bool((chosen[places] != stand_in).any()))
+
+
+def _strategy(config: StageConfig, catalog: Catalog, layout: SpecLayout) -> tuple[bool, str]:
+    """Whether ranks read for each other, and why. A run knows its nodes and decides for itself."""
+    if layout.world_size == 1:
+        return False, "there is one rank"
+    if config.read.strategy != "auto":
+        return config.read.strategy == "cooperative", "as asked"
+    if _traits(catalog).is_local:
+        return False, "the checkpoint is in local files, and the ranks are taken to be on one node"
+    return True, "ranks read for each other, and each byte leaves the storage once"
 
 
 def read_limits(config: StageConfig, catalog: Catalog) -> ReadLimits:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from shardferry.pipeline.display import human_bytes
+from shardferry.pipeline.display import human_bytes, human_seconds
 from shardferry.pipeline.exports.timeline import WHOLE_LOAD, Row
 from shardferry.schemas.plan_report import RankPlan
 from shardferry.schemas.stage_report import RankProgress, RankReport
 
 MAX_ROWS = 64  # of a chart
 _MAX_GROUPS = 32  # of several bars
+_MAX_TEXTS = 8  # columns of a heat map that has its numbers in it
 
 # Readable on white and on black.
 _COLOURS = {
@@ -29,8 +31,13 @@ _COLOURS = {
     "allocate": "#d9822b",
     "agree": "#c2a83e",
     "read": "#2fa36b",
+    "install": "#b5446e",
     "handoff": "#d1495b",
+    "deliver": "#f6a6c1",
+    "exchange": "#ffd166",
+    "device copy": "#4cc9f0",
 }
+_THIN_WORK = ("deliver", "exchange", "device copy")  # kinds of work that are drawn inside the bar of the phase "read"
 _OTHERS = ("#7f7f7f", "#17becf", "#bcbd22", "#e377c2", "#8c564b")
 _GRID = "rgba(128,128,128,0.25)"
 
@@ -49,7 +56,9 @@ def timeline_chart(rows: Sequence[Row]) -> str:
         name = last.name if len(together) == 1 else f"ranks {together[0]}–{together[-1]}: {last.rank}"
         shown.append((name, last))
     figure = go.Figure()
-    for phase in dict.fromkeys(span.name for _, row in shown for span in row.spans if span.name != WHOLE_LOAD):
+    known = list(_COLOURS)
+    phases = dict.fromkeys(span.name for _, row in shown for span in row.spans if span.name != WHOLE_LOAD)
+    for phase in sorted(phases, key=lambda name: known.index(name) if name in known else len(known)):
         bars = [(name, row, span) for name, row in shown for span in row.spans if span.name == phase]
         figure.add_bar(
             name=phase,
@@ -58,10 +67,26 @@ def timeline_chart(rows: Sequence[Row]) -> str:
             base=[span.start for _, _, span in bars],
             x=[span.end - span.start for _, _, span in bars],
             marker_color=colour(phase),
-            customdata=[[row.process, span.start, span.end] for _, row, span in bars],
-            hovertemplate=f"%{{y}}, {phase}: %{{x:.3f}} s<br>%{{customdata[1]:.3f}} to %{{customdata[2]:.3f}} s"
+            customdata=[[row.process, span.start, span.end, span.end - span.start] for _, row, span in bars],
+            hovertemplate=f"%{{y}}, {phase}: %{{customdata[3]:.3f}} s<br>%{{customdata[1]:.3f}} to %{{customdata[2]:.3f}} s"
             "<br>%{customdata[0]}<extra></extra>",
         )
+    for kind in _THIN_WORK:
+        spans = [(name, span, row.busy.get(kind, 0.0)) for name, row in shown for span in row.work if span.name == kind]
+        if spans:
+            figure.add_bar(
+                name=f"in it: {kind}",
+                orientation="h",
+                y=[name for name, _, _ in spans],
+                base=[span.start for _, span, _ in spans],
+                x=[span.end - span.start for _, span, _ in spans],
+                width=0.22,
+                offset=0.36 - 0.24 * (1 + _THIN_WORK.index(kind)),
+                marker_color=colour(kind),
+                customdata=[[busy, span.start, span.end] for _, span, busy in spans],
+                hovertemplate=f"%{{y}}, {kind}: busy for %{{customdata[0]:.3f}} s"
+                "<br>%{customdata[1]:.3f} to %{customdata[2]:.3f} s<extra></extra>",
+            )
     shown_from, shown_to = _shown_range(rows)
     hidden = f"; {shown_from:.1f} s of the start are to the left, a double click shows them" if shown_from else ""
     figure.update_xaxes(title=f"seconds{hidden}", range=[shown_from, shown_to])
@@ -87,7 +112,7 @@ def seconds_chart(ranks: Sequence[RankReport]) -> str:
             x=phases,
             y=[name for name, _ in rows],
             colorscale="Viridis",
-            colorbar={"title": {"text": "s"}},
+            showscale=False,  # the numbers are there
             texttemplate="%{z:.3f}",
             hovertemplate="%{y}, %{x}: %{z:.4f} s<extra></extra>",
         )
@@ -127,10 +152,12 @@ def files_chart(ranks: Sequence[RankReport]) -> str:
             z=counts,
             x=names,
             y=[name for name, _ in rows],
-            customdata=[[human_bytes(nbytes) for nbytes in row] for row in counts],
+            text=[[human_bytes(nbytes) for nbytes in row] for row in counts],
             colorscale="Viridis",
-            colorbar={"title": {"text": "bytes"}, "tickformat": "~s"},
-            hovertemplate="%{y}<br>%{x}<br>%{customdata}<extra></extra>",
+            texttemplate="%{text}" if len(names) <= _MAX_TEXTS else None,
+            showscale=len(names) > _MAX_TEXTS,
+            colorbar=_byte_ticks(max(map(max, counts))),
+            hovertemplate="%{y}<br>%{x}<br>%{text}<extra></extra>",
         )
     )
     figure.update_xaxes(showticklabels=len(names) <= 16)
@@ -144,6 +171,44 @@ def progress_chart(ranks: Sequence[RankProgress]) -> str:
         "done": [rank.bytes_done for rank in ranks],
     }
     return _byte_bars([rank.rank for rank in ranks], columns, {"needed": "#8a8f98", "done": "#2fa36b"})
+
+
+def plan_files_chart(file_bytes: Mapping[str, int]) -> str:
+    """Bars of the bytes that the ranks need of each file; of many files the sum of each row."""
+    paths = sorted(file_bytes, key=_with_numbers)
+    together = bins(len(paths), _MAX_GROUPS)
+    names = [paths[c[0]] if len(c) == 1 else f"{paths[c[0]]} to {paths[c[-1]]}" for c in together]
+    counts = [sum(file_bytes[paths[i]] for i in c) for c in together]
+    figure = go.Figure()
+    figure.add_bar(
+        orientation="h",
+        y=names,
+        x=counts,
+        marker_color="#8a8f98",
+        customdata=[human_bytes(count) for count in counts],
+        hovertemplate="%{y}: %{customdata}<extra></extra>",
+    )
+    figure.update_xaxes(rangemode="tozero", **_byte_ticks(max(counts, default=0)))
+    return _html(figure, names, row_px=22)
+
+
+def bound_chart(terms: Mapping[str, float], bound_s: float, reached: Mapping[str, float]) -> str:
+    """Bars of seconds: each limit alone, the lower bound, and what was reached."""
+    rows = {**{f"limit: {name}": s for name, s in terms.items()}, "lower bound": bound_s, **reached}
+    colours = ["#8a8f98"] * len(terms) + ["#2f6fdb"] + ["#2fa36b"] * len(reached)
+    figure = go.Figure()
+    figure.add_bar(
+        orientation="h",
+        y=list(rows),
+        x=list(rows.values()),
+        marker_color=colours,
+        text=[human_seconds(seconds) for seconds in rows.values()],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}: %{text}<extra></extra>",
+    )
+    figure.update_xaxes(title="seconds", rangemode="tozero", range=[0, 1.12 * max(rows.values())])
+    return _html(figure, list(rows), row_px=26)
 
 
 def bins(count: int, most: int) -> list[range]:
@@ -171,9 +236,16 @@ def _byte_bars(numbers: Sequence[int], columns: Mapping[str, Sequence[int]], col
             customdata=[human_bytes(count) for count in most],
             hovertemplate=f"%{{y}}, {name}: %{{customdata}}<extra></extra>",
         )
-    figure.update_xaxes(tickformat="~s", ticksuffix="B", rangemode="tozero")
+    figure.update_xaxes(rangemode="tozero", **_byte_ticks(max((max(counts) for counts in columns.values()), default=0)))
     figure.update_layout(barmode="group")
     return _html(figure, [label for label, _ in rows], row_px=10 + 7 * len(columns))
+
+
+def _byte_ticks(most: int) -> dict[str, Any]:
+    """Ticks of an axis of bytes: at most nine, at a power of two."""
+    step = 1 << max(0, (most // 8).bit_length())
+    values = list(range(0, most + step, step))
+    return {"tickvals": values, "ticktext": [human_bytes(value) for value in values]}
 
 
 def _rows(numbers: Sequence[int], most: int) -> Iterator[tuple[str, range]]:
@@ -198,13 +270,16 @@ def _html(figure: go.Figure, labels: Sequence[str], *, row_px: int) -> str:
     figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
     if figure.layout.barmode is None:
         figure.update_layout(barmode="overlay")
+    is_map = any(trace.type == "heatmap" for trace in figure.data)
+    has_legend = sum(trace.type == "bar" for trace in figure.data) > 1
+    margin = {"t": 40 if is_map or has_legend else 10, "b": 25 if is_map else 50}
     figure.update_layout(
-        height=130 + row_px * len(labels),
-        margin={"l": 10, "r": 10, "t": 40, "b": 50},
+        height=sum(margin.values()) + max(40, row_px * len(labels)),
+        margin={"l": 10, "r": 10, **margin},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         bargap=0.25,
-        showlegend=any(trace.type == "bar" for trace in figure.data),
+        showlegend=has_legend,
         legend={"orientation": "h", "y": 1, "yanchor": "bottom"},
     )
     config = {"displayModeBar": False, "responsive": True}  # a drag zooms, a double click shows all again

@@ -7,28 +7,39 @@ from html import escape
 
 from shardferry.pipeline.display import human_bytes, human_rate
 from shardferry.pipeline.exports import charts
+from shardferry.pipeline.exports.comparison import HEADER, compared
 from shardferry.pipeline.exports.timeline import timeline
-from shardferry.schemas.plan_report import PlanReport
+from shardferry.schemas.plan_report import PlanReport, max_over_mean
 from shardferry.schemas.stage_report import FailedStage, StageReport, what_is_loaded
 
 _MAX_NAMES = 50  # of a list of keys; the JSON has all
+_MAX_BOXES = 8  # of a drawing, in each direction
 
 
-def html_page(report: StageReport | FailedStage | PlanReport) -> str:
-    """The page: what was loaded, how long it took and why, the phases of all ranks, bytes, keys, and versions."""
+def html_page(report: StageReport | FailedStage | PlanReport, other: StageReport | None = None) -> str:
+    """The page: what was loaded, how long it took and why, the phases of all ranks, bytes, keys, and versions.
+
+    Args:
+        other: another run, for a comparison with a run that has succeeded.
+    """
     title = f"{report.location}: {what_is_loaded(report.optimizer_key)} on {report.world_size} ranks"
     if isinstance(report, PlanReport):
         sections = _planned_sections(report)
     else:
-        sections = _failed_sections(report) if isinstance(report, FailedStage) else _sections(report)
+        sections = _failed_sections(report) if isinstance(report, FailedStage) else _sections(report, other)
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)
     return _PAGE.format(title=escape(title), policy=_POLICY, script=charts.script(), style=_STYLE, body=body)
 
 
-def _sections(report: StageReport) -> Iterator[tuple[str, str]]:
+def _sections(report: StageReport, other: StageReport | None) -> Iterator[tuple[str, str]]:
     yield "Summary", _cards(_summary(report)) + _warnings(report.warnings)
-    yield "Topology", _topology(report)
-    yield "Phases", charts.timeline_chart(timeline(report))
+    if other is not None:
+        yield "Beside another run", _table(HEADER, compared(report, other))
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items()) or f"{report.world_size} ranks"
+    yield "Topology", _topology(report.saved_as, mesh, list(report.mesh.values()) or [report.world_size])
+    yield "Phases" if other is None else "Phases of the first run", _timeline(report)
+    if other is not None:
+        yield "Phases of the second run", _timeline(other)
     yield "Seconds by rank and phase", charts.seconds_chart(report.ranks)
     yield "Bytes by rank", charts.bytes_chart(report.ranks)
     yield "Bytes by rank and file", charts.files_chart(report.ranks)
@@ -66,16 +77,18 @@ def _planned_sections(report: PlanReport) -> Iterator[tuple[str, str]]:
         "to be read": f"{human_bytes(report.storage_bytes_planned)} ({report.read_amplification:.3f} x){estimated}",
         "requests": f"{report.num_requests:,}",
         "peak memory of a rank": human_bytes(report.peak_memory_bytes),
-        "strategy": report.strategy,
-        "most over mean, needed": f"{report.balance.bytes_needed:.3f}",
-        "most over mean, read": f"{report.balance.bytes_read:.3f}",
-        "most over mean, files": f"{report.balance.files:.3f}",
+        "strategy": f"{report.strategy}: {report.strategy_reason}",
+        "balance, most over mean": f"needed {report.balance.bytes_needed:.3f}, read {report.balance.bytes_read:.3f}, "
+        f"files {report.balance.files:.3f}",
     }
-    if report.lower_bound_s is not None and report.predicted_s is not None:
-        facts["lower bound"] = f"{report.lower_bound_s:.3f} s"
-        facts["predicted"] = f"{report.predicted_s:.3f} s"
-    yield "Dry run", _cards(facts)
+    yield "Dry run", _cards(facts) + _warnings(report.warnings)
+    yield "Topology", _topology(report.saved_as, facts["mesh"], list(report.mesh.values()))
     yield "Bytes by rank", charts.bytes_chart(report.ranks)
+    yield "Bytes needed by file", charts.plan_files_chart(report.file_bytes) if report.file_bytes else ""
+    if report.lower_bound_s is not None and report.predicted_s is not None:
+        terms = {"storage": report.lower_bound_s}
+        yield "Lower bound", charts.bound_chart(terms, report.lower_bound_s, {"predicted": report.predicted_s})
+    yield "Made by", _cards(_made_by(report))
 
 
 def _summary(report: StageReport) -> dict[str, str]:
@@ -87,25 +100,40 @@ def _summary(report: StageReport) -> dict[str, str]:
         "read": f"{human_bytes(report.storage_bytes_read)} ({report.read_amplification:.3f} x)",
         "requests": f"{report.num_requests:,}"
         + (f", {report.num_retries:,} tried again" if report.num_retries else ""),
+        "balance, most over mean": ", ".join(
+            f"{name} {max_over_mean([getattr(rank, field) for rank in report.ranks]):.3f}"
+            for name, field in (("needed", "bytes_needed"), ("read", "bytes_read"))
+        ),
         "strategy": f"{report.strategy}: {report.strategy_reason}",
         "nodes": str(len({rank.node for rank in report.ranks})),
         "transport": ", ".join(sorted({rank.transport for rank in report.ranks})),
     }
 
 
-def _made_by(report: StageReport | FailedStage) -> dict[str, str]:
+def _made_by(report: StageReport | FailedStage | PlanReport) -> dict[str, str]:
     found = {**report.versions, "command": report.command, "finished": report.finished}
     return {name: value for name, value in found.items() if value}
 
 
-def _topology(report: StageReport) -> str:
-    """Boxes for how the tensors were cut, and boxes for the mesh that they are loaded on."""
+def _timeline(report: StageReport) -> str:
+    """The chart, and how to look at it."""
+    rows = timeline(report)
+    shared = (
+        "Of several ranks in a row, the one that ends last is shown. " if len(report.ranks) > charts.MAX_ROWS else ""
+    )
+    return f"{charts.timeline_chart(rows)}<small>{shared}A drag zooms, a double click shows all.</small>"
+
+
+def _topology(saved_as: Mapping[str, int], mesh: str, sizes: Sequence[int]) -> str:
+    """Boxes for how the tensors were cut, and boxes for the mesh that they are loaded on.
+
+    Args:
+        mesh, sizes: its axes in words, and their sizes.
+    """
     saved = "".join(
         f"<div class=grid>{_boxes(_parts(how))}<small>{count} x {escape(how)}</small></div>"
-        for how, count in list(report.saved_as.items())[:3]
+        for how, count in list(saved_as.items())[:3]
     )
-    mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items()) or f"{report.world_size} ranks"
-    sizes = list(report.mesh.values()) or [report.world_size]
     loaded = f"<div class=grid>{_boxes([sizes[0], _product(sizes[1:])])}<small>{escape(mesh)}</small></div>"
     return f"<div class=topology><div>{saved}</div><span>→</span><div>{loaded}</div></div>" if saved else ""
 
@@ -117,9 +145,11 @@ def _parts(how: str) -> list[int]:
 
 
 def _boxes(parts: Sequence[int]) -> str:
-    """A small table of boxes, cut off at 16 by 16."""
-    row = "<tr>" + "<td></td>" * min(parts[1], 16) + "</tr>"
-    return f"<table>{row * min(parts[0], 16)}</table>"
+    """A small table of boxes; dots stand for those beyond the first few."""
+    rows, columns = (min(count, _MAX_BOXES) for count in parts)
+    row = "<td></td>" * columns + ("<th>⋯</th>" if parts[1] > columns else "")
+    more = f"<tr><th colspan={columns}>⋮</th></tr>" if parts[0] > rows else ""
+    return f"<table>{f'<tr>{row}</tr>' * rows}{more}</table>"
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -132,11 +162,9 @@ def _product(sizes: Sequence[int]) -> int:
 def _lower_bound(report: StageReport) -> str:
     if report.lower_bound_s is None or report.ratio_to_lower_bound is None:
         return ""
-    rows = {f"limit: {name}": f"{seconds:.4f} s" for name, seconds in report.lower_bound_terms.items()}
-    rows["lower bound, with planning"] = f"{report.lower_bound_s:.4f} s"
-    reached = report.lower_bound_s * report.ratio_to_lower_bound
-    rows["reached"] = f"{reached:.4f} s, {report.ratio_to_lower_bound:.2f} x"
-    return _cards(rows)
+    reached = {f"reached: {report.ratio_to_lower_bound:.2f} x": report.lower_bound_s * report.ratio_to_lower_bound}
+    chart = charts.bound_chart(report.lower_bound_terms, report.lower_bound_s, reached)
+    return f"{chart}<small>Reached are the seconds of planning and reading, without the start and the handoff.</small>"
 
 
 def _keys(report: StageReport) -> str:
@@ -161,6 +189,12 @@ def _warnings(warnings: Sequence[str]) -> str:
     return "".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings)
 
 
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def _cards(facts: Mapping[str, str]) -> str:
     return "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
 
@@ -181,8 +215,11 @@ dt { color: var(--soft); font-size: .85em } dd { margin: 0; font-variant-numeric
   overflow-wrap: anywhere } .warning { border-color: #d9822b }
 .topology, .topology div { display: flex; align-items: center; gap: 1.2em } .topology .grid { flex-direction: column; gap: .2em }
 .topology table { border-collapse: collapse } .topology td { width: 14px; height: 14px; border: 1px solid var(--soft); padding: 0 }
+.topology th { color: var(--soft); font-weight: normal; line-height: 14px }
+.figures { border-collapse: collapse; font-variant-numeric: tabular-nums } .figures td, .figures th { padding: .15em 1.2em;
+  border-bottom: 1px solid var(--line); text-align: right } .figures td:first-child { text-align: left }
 small { color: var(--soft) } ul { margin: .3em 0 }
-.xtick text, .ytick text, .cbaxis text, .legendtext, .xtitle, .cbtitle text { fill: var(--text) !important }
+.bartext-outside, .xtick text, .ytick text, .cbaxis text, .legendtext, .xtitle, .cbtitle text { fill: var(--text) !important }
 """
 
 _PAGE = """<!doctype html>

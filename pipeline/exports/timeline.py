@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from shardferry.schemas.stage_report import Span, StageReport
 
 WHOLE_LOAD = "load"  # the span around a rank's phases
-_BEFORE_THE_RANKS = ("start",)  # phases of the driver that end when all ranks have joined
+_BEFORE_THE_RANKS = ("catalog", "start")  # phases of the driver; the last one ends when all ranks have joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,10 @@ class Row:
     process: str  # its node; the driver is a process of its own
     rank: int | None  # None: the driver
     spans: tuple[Span, ...]
+    work: tuple[
+        Span, ...
+    ] = ()  # inside the phase "read": exchange, device copy, ...; each from its first start to its last end
+    busy: Mapping[str, float] = field(default_factory=dict)  # seconds of each kind of work, without the pauses
 
     @property
     def name(self) -> str:
@@ -32,7 +37,10 @@ def timeline(report: StageReport) -> list[Row]:
         return tuple(Span(name=s.name, start=s.start - origin, end=s.end - origin) for s in spans)
 
     rows = [Row("driver", None, shifted(driver))] if driver else []
-    return rows + [Row(rank.node, rank.rank, shifted(rank.spans)) for rank in report.ranks]
+    for rank in report.ranks:
+        work = [Span(name=w.kind, start=w.start, end=w.end) for w in rank.work]
+        rows.append(Row(rank.node, rank.rank, shifted(rank.spans), shifted(work), rank.busy))
+    return rows
 
 
 def first_start(report: StageReport) -> float:
@@ -55,10 +63,12 @@ def _driver_spans(report: StageReport) -> list[Span]:
     loads = [span for span in spans if span.name == WHOLE_LOAD]
     begun = joined or min((span.start for span in loads), default=0.0)
     done = max((span.end for span in loads), default=begun)
+    begun -= sum(phases.get(name, 0.0) for name in _BEFORE_THE_RANKS)
     found = []
     for name, seconds in phases.items():
         if name in _BEFORE_THE_RANKS:
-            found.append(Span(name=name, start=begun - seconds, end=begun))
+            found.append(Span(name=name, start=begun, end=begun + seconds))
+            begun += seconds
         else:
             found.append(Span(name=name, start=done, end=done + seconds))
             done += seconds

@@ -11,14 +11,17 @@ from shardferry.schemas.stage_report import RankReport, StageReport
 from shardferry.stats import StorageRequest
 
 _STEPS = 200  # of the counters, over the time of all requests
-_LANES = 1_000  # thread numbers of a rank: its own, and those of its requests
+_LANES = (
+    1_000  # thread numbers of a rank: its own, those of its requests, and from `_WORK` on those of its kinds of work
+)
+_WORK = 900
 
 
 def chrome_trace(report: StageReport) -> str:
     """JSON in microseconds.
 
-    A process for the driver and for each node, a thread for each rank, a slice for each phase. Requests that overlap have threads
-    of their own. A node's counters are its bytes per second and its requests in flight.
+    A process for the driver and for each node, a thread for each rank, a slice for each phase. Each kind of work in the phase
+    "read" has a thread of its own, and so have requests that overlap. A node's counters are its bytes per second and its requests in flight.
     """
     rows = timeline(report)
     pids = {process: pid for pid, process in enumerate(dict.fromkeys(row.process for row in rows), start=1)}
@@ -39,7 +42,12 @@ def chrome_trace(report: StageReport) -> str:
 
 def _events_of(row: Row, pid: int) -> list[dict[str, Any]]:
     tid = 0 if row.rank is None else row.rank * _LANES
-    return _thread(pid, tid, row.name) + [_slice(span.name, pid, tid, span.start, span.end) for span in row.spans]
+    events = _thread(pid, tid, row.name) + [_slice(span.name, pid, tid, span.start, span.end) for span in row.spans]
+    for lane, span in enumerate(row.work, start=tid + _WORK):
+        work = _slice(span.name, pid, lane, span.start, span.end)
+        busy = {"busy seconds": row.busy.get(span.name, 0.0)}
+        events += [*_thread(pid, lane, f"{row.name}, {span.name}"), {**work, "args": busy}]
+    return events
 
 
 def _request_slices(rank: RankReport, pid: int, origin: float) -> Iterator[dict[str, Any]]:

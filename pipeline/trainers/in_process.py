@@ -64,6 +64,6 @@ def run_in_process(config: StageConfig, trainers: Sequence[ActorHandle[Any]] | N
         )
         for rank, receipt in enumerate(receipts)
     ]
-    result = StageResult(config, Outcome(load_start - start, ray.put(catalog), receptions, reports))
+    result = StageResult(config, Outcome({"start": load_start - start}, ray.put(catalog), receptions, reports))
     result.add_receipts(receipts)
     return result

@@ -26,6 +26,7 @@ def test_a_span_is_around_the_phases_of_the_load() -> None:
         strategy="direct",
         strategy_reason="",
         busy={},
+        work=(),
         seconds={"plan": 1.0, "read": 2.0},
         file_bytes={},
         requests=(),

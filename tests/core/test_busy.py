@@ -30,6 +30,8 @@ def test_threads_at_the_same_work_count_once(clock: list[float]) -> None:
     with times.at("storage"):
         clock[0] = 11
     assert times.seconds == {"storage": 5.0}
+    [work] = times.work
+    assert (work.kind, work.end - work.start) == ("storage", 11.0), "from the first start to the last end"
 
 
 def test_kinds_overlap_and_failures_count(clock: list[float]) -> None:

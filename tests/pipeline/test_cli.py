@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from tests.support.commands import Command, Finished, run_process
+from tests.support.commands import REPOSITORY, Command, Finished, run_process, without_numbers
 from tests.support.leftovers import nothing_left
 
 SPEC = """
@@ -74,6 +74,14 @@ def test_demo_goes_on_with_equal_losses(told: tuple[Finished, Path]) -> None:
     assert all(ours == control and verdict == "equal" for _, ours, control, verdict in rows)
     for line in ("bytes needed", "bytes read", "read amplification", "seconds, read", "losses are equal, bit for bit"):
         assert line in done.stdout
+
+
+def test_demo_prints_what_its_document_shows(told: tuple[Finished, Path]) -> None:
+    """Whatever the numbers are, and but for the borders of tables, which are as wide as the numbers."""
+    text = (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
+    shown = text.partition("$ scripts/demo\n")[2].partition("$ scripts/test\n")[0]
+    printed = [without_numbers(line) for line in told[0].stdout.splitlines() if line[:1] not in "┏┡└"]
+    assert {without_numbers(line) for line in shown.splitlines() if line[:1] not in "┏┡└"} == set(printed)
 
 
 def test_demo_does_not_overwrite(shardferry: Command, told: tuple[Finished, Path]) -> None:

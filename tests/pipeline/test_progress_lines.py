@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 
 from shardferry.actors.progress import Progress
@@ -45,12 +42,3 @@ def test_a_line_names_the_slowest_rank(monkeypatch: pytest.MonkeyPatch, capsys: 
         now[0] = 6.0
         shown([Progress(500_000, 1_000_000), Progress(250_000, 1_000_000)])
     assert capsys.readouterr().err == "loading:  38% 732.4 KiB of 1.9 MiB; slowest is rank 1 at 25%\n"
-
-
-@pytest.mark.parametrize("has_widgets", [True, False])
-def test_a_notebook_has_a_bar_where_it_can_show_one(monkeypatch: pytest.MonkeyPatch, has_widgets: bool) -> None:
-    """In a notebook, rich shows nothing at all without ipywidgets."""
-    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    monkeypatch.setattr(display, "find_spec", lambda name: (has_widgets and name == "ipywidgets") or None)
-    with display.byte_progress("loading") as bar:
-        assert isinstance(bar, display._Lines) != has_widgets

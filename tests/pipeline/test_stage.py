@@ -84,12 +84,19 @@ def test_run_delivers_to_trainers(four_saved: Path, trainers_with: Callable[...,
     stage = OptimizerLoadStage(
         StageConfig.model_validate({"checkpoint": {"location": str(four_saved)}, "handoff": {"transport": transport}})
     )
-    report = stage.run(trainers).report
+    shown: list[list[Progress]] = []
+    report = stage.run(trainers, on_progress=shown.append).report
+    assert [(seen.bytes_done, seen.bytes_total) for seen in shown[-1]] == [
+        (r.bytes_needed, r.bytes_needed) for r in report.ranks
+    ]
     assert sum(ray.get([trainer.check.remote() for trainer in trainers])) == NUM_ELEMENTS
     expected = "shared_memory" if transport == "auto" else transport
     assert [rank.transport for rank in report.ranks] == [expected] * 2
     assert report.world_size == 2
-    assert set(report.phases) >= {"start", "plan", "allocate", "read", "handoff"}
+    of_ranks = {"join", "values", "plan", "allocate", "agree", "read", "install"}
+    assert set(report.phases) == {"catalog", "start", *of_ranks, "handoff"}
+    assert all(set(rank.phases) == of_ranks for rank in report.ranks)
+    assert report.phases["install"] <= report.phases["handoff"]
     assert report.storage_bytes_read == sum(rank.bytes_read for rank in report.ranks)
     assert report.read_amplification == report.storage_bytes_read / report.unique_bytes_needed
     assert report.lower_bound_s > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,11 @@ class Finished:
     status: int
     stdout: str
     stderr: str
+
+
+def without_numbers(text: str) -> str:
+    """Text in which one run of a command is like another: no numbers, and one space between words."""
+    return re.sub(r"\d+(\.\d+)?", "#", " ".join(text.split()))
 
 
 Command = Callable[..., Finished]  # called with the arguments; tests/pipeline/conftest.py makes one

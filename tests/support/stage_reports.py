@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from shardferry.schemas.stage_report import FailedStage, RankProgress, RankReport, Span, StageReport
+from shardferry.stats import Work
 
 STARTED = 1_000.0  # seconds since the epoch
 _PHASES = {"values": 0.25, "plan": 0.5, "allocate": 0.125, "agree": 0.125, "read": 8.0}
 
 
 def rank_report(rank: int, **changes: Any) -> RankReport:
-    """A rank that joins at 2 s, loads from 3 s on, and is done at 12 s and as many hundredths as its rank."""
+    """A rank that joins at 2 s, loads from 3 s to 12 s, and is installed at 13.5 s; the last two are later by as many hundredths as its rank."""
     slower = rank / 100
     phases = {**_PHASES, "read": _PHASES["read"] + slower}
     spans, start = [_span("join", 1.5, 2.0)], 3.0
@@ -19,6 +20,7 @@ def rank_report(rank: int, **changes: Any) -> RankReport:
     for name, seconds in phases.items():
         spans.append(_span(name, start, start + seconds))
         start += seconds
+    spans.append(_span("install", 12.5 + slower, 13.5 + slower))
     fields: dict[str, Any] = {
         "rank": rank,
         "node": f"10.0.0.{rank // 8}",
@@ -35,8 +37,14 @@ def rank_report(rank: int, **changes: Any) -> RankReport:
         "strategy": "cooperative",
         "strategy_reason": "as asked",
         "host_copy_bandwidth": 1e10,
-        "phases": {"join": 0.5, **phases},
-        "busy": {"storage": 6.0},
+        "phases": {"join": 0.5, **phases, "install": 1.0},
+        "busy": {"storage": 6.0, "deliver": 1.0, "exchange": 2.5, "device copy": 3.0},
+        "work": [
+            _work("storage", 4.0, 11.5),
+            _work("deliver", 4.5, 11.75),
+            _work("exchange", 5.0, 11.0),
+            _work("device copy", 4.5, 12.0 + slower),
+        ],
         "spans": spans,
         "file_bytes": {f"__{rank // 2}_0.distcp": 1_000_000_000, f"__{rank // 2 + 1}_0.distcp": 500_000_000},
     }
@@ -44,7 +52,7 @@ def rank_report(rank: int, **changes: Any) -> RankReport:
 
 
 def stage_report(world_size: int, **changes: Any) -> StageReport:
-    """The whole stage: it starts at 0 s, and hands over in 2 s."""
+    """The whole stage: it opens the checkpoint at -1 s, starts at 0 s, and hands over in 2 s."""
     ranks = [rank_report(rank) for rank in range(world_size)]
     fields: dict[str, Any] = {
         "location": "s3://bucket/run/step-1000",
@@ -58,9 +66,9 @@ def stage_report(world_size: int, **changes: Any) -> StageReport:
         "num_requests": 190 * world_size,
         "saved_as": {"dim 0 in 4": 264, "whole": 2},
         "mesh": {"dp_shard": world_size},
-        "total_s": 14.0,
+        "total_s": 15.0,
         "storage_bytes_per_s": 250e6 * world_size,
-        "phases": {"start": 2.0, **ranks[-1].phases, "handoff": 2.0},
+        "phases": {"catalog": 1.0, "start": 2.0, **ranks[-1].phases, "handoff": 2.0},
         "lower_bound_s": 7.5,
         "lower_bound_terms": {"storage": 7.0, "host memory": 0.3},
         "ratio_to_lower_bound": 1.2,
@@ -92,6 +100,10 @@ def failed_stage(world_size: int) -> FailedStage:
             for r in range(world_size)
         ],
     )
+
+
+def _work(kind: str, start: float, end: float) -> Work:
+    return Work(kind, STARTED + start, STARTED + end)
 
 
 def _span(name: str, start: float, end: float) -> Span:
