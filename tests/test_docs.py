@@ -12,11 +12,8 @@ import yaml
 import shardferry
 from shardferry import errors, pipeline, schemas
 from tests.support.commands import REPOSITORY
+from tests.support.documents import PAGES
 
-PAGES = sorted(
-    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("benchmarks/**/*.md")],
-    key=str,
-)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _BLOCK = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```$", re.DOTALL | re.MULTILINE)

@@ -21,7 +21,7 @@ import shardferry
 from shardferry import pipeline, schemas
 from shardferry.pipeline.cli import app
 from tests.support.commands import REPOSITORY
-from tests.test_docs import PAGES
+from tests.support.documents import PAGES
 
 _BLOCK = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`shardferry ([^`]+)`")
