@@ -24,7 +24,7 @@ def hold(live: LiveModel, request: LoadRequest, *, world_rank: int, world_size: 
     """Copy optimizer state, and the weights where the request wants them.
 
     Raises:
-        InstallError: an optimizer has taken no step, or FSDP1 has flattened its parameters.
+        InstallError: an optimizer has taken no step, FSDP1 has flattened its parameters, or state is quantised.
         LayoutError: the layout of a tensor is not supported.
     """
     held = _Held()
@@ -87,6 +87,11 @@ class _Held:
                 self.values.append(PlannedValue(".".join(map(str, path)), part.fqn, path, value))
 
     def add_tensor(self, section: Section, fqn: str, path: KeyPath, layout: TensorLayout, local: torch.Tensor) -> None:
+        if hasattr(local, "__tensor_flatten__"):
+            raise InstallError(
+                f"{fqn}: quantised state: {'.'.join(map(str, path)) or 'the weight'} is a {type(local).__name__}, which other "
+                "topologies could not cut. Save a checkpoint, and load it with the topology that saved it"
+            )
         planned = PlannedTensor(
             key=".".join(map(str, (fqn, *path))),
             fqn=fqn,

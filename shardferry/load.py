@@ -38,8 +38,7 @@ from shardferry.optimizer.loaded_state import LoadedState
 from shardferry.plan.load_plan import LoadPlan, Manifest
 from shardferry.plan.match_keys import unexpected_keys
 from shardferry.plan.planner import plan_load, plan_tensors, value_keys
-from shardferry.read.classes import with_classes
-from shardferry.read.execute import read_objects, read_plan
+from shardferry.read.execute import read_classes, read_objects, read_plan
 from shardferry.read.items import items_of
 from shardferry.read.objects import ForeignClass, allowed_classes
 from shardferry.state_dicts import EXTRA_STATE, LeftLive
@@ -186,7 +185,6 @@ def load_rank(
         def prepare() -> RankInfo:
             with clock.phase("plan"):
                 plan = plan_load(job.catalog, job.layout, job.request, values)
-                plan = with_classes(plan, job.catalog, storage, counters)
                 check_plan(plan)
             with clock.phase("allocate"):
                 to_fill = _allocate(job, plan, arena)
@@ -208,13 +206,16 @@ def load_rank(
             taken = _taken_by_any(plan, ranks, agreement)
             nodes = _node_files(job, ready[0], ranks, agreement)
 
-            def decide() -> tuple[tuple[str, ...], ChosenStrategy]:
+            def decide() -> tuple[tuple[str, ...], ChosenStrategy, LoadPlan]:
                 unexpected = _check_unexpected(plan, job, taken)
                 announce(plan)
                 check_room(ranks, job.memory_fraction)
-                return unexpected, _choose_strategy(job, ready[0], ranks, nodes, agreement)
+                strategy = _choose_strategy(job, ready[0], ranks, nodes, agreement)
+                with clock.phase("read"):  # before the rest: a class may be refused
+                    values = read_classes(plan, job.catalog, storage, job.read, counters)
+                return unexpected, strategy, plan.with_values(values)
 
-            unexpected, strategy = agreement.all_or_raise("dividing the reads", decide, _READS_FIT)
+            unexpected, strategy, plan = agreement.all_or_raise("dividing the reads", decide, _READS_FIT)
         with clock.phase("read"):
             agreement.all_or_raise(
                 "reading", lambda: _read(job, ready[0], ranks, strategy, agreement=agreement, counters=counters)
@@ -240,7 +241,7 @@ class _Ready:
     storage: RangeReader
 
 
-def _reads_for_others(decided: tuple[tuple[str, ...], ChosenStrategy]) -> int:
+def _reads_for_others(decided: tuple[tuple[str, ...], ChosenStrategy, LoadPlan]) -> int:
     shared = decided[1].plan
     return 0 if shared is None else shared.balance
 

@@ -24,7 +24,7 @@ from shardferry.optimizer.hyperparameters import GroupValues, group_values, may_
 from shardferry.optimizer.live import LiveGroup, LiveModel, LiveParameter, Part
 from shardferry.optimizer.loaded_state import LoadedState, checked_tensor
 from shardferry.optimizer.module_form import ModuleForm, has_own_code_in_fsdp1
-from shardferry.optimizer.replace import Replacement, copied, is_expanded, shared_tensors
+from shardferry.optimizer.replace import Replacement, is_expanded, shared_tensors
 from shardferry.optimizer.shadow import twins
 from shardferry.optimizer.trial import Entries, SavedParam, compare_entries, try_load
 from shardferry.optimizer.weights import CopyInPlace, LoadModule, SetExtraState, WeightStep
@@ -370,8 +370,6 @@ class _StateBuilder:
         _, first = found[0]
         expected = parameter.expected(name)
         if isinstance(first, PlannedValue):
-            if first.chunk is not None:
-                return self._of_class(parameter, name, copied(first.value))
             value = copy.deepcopy(first.value)
             return self._step(parameter, _converted(value, expected)) if name in SCALAR_STATE else value
         if name in SCALAR_STATE:
@@ -386,14 +384,6 @@ class _StateBuilder:
         if not first.sharded_like_param:
             return self._factor(parameter, first, self.source.local_tensor(first, device), expected)
         return self._moment(parameter, name, found, device)
-
-    def _of_class(self, parameter: LiveParameter, name: str, local: torch.Tensor) -> torch.Tensor:
-        """A tensor of a class of its own: a rank's part of a DTensor, where its parameter is one."""
-        expected = parameter.expected(name)
-        if not self.source.without_memory:
-            local = local.to(self._device(parameter, name))
-        wants_local = isinstance(expected, torch.Tensor) and not isinstance(expected, DTensor)
-        return local if wants_local else _like(local, parameter.tensor)
 
     def _step(self, parameter: LiveParameter, value: Any) -> Any:
         """``step`` is counted in float32, whatever it was saved as, and stays on the CPU where the optimizer wants it there."""
@@ -437,7 +427,8 @@ class _StateBuilder:
             local = self.source.local_tensor(tensor, device)
         else:
             local = self._concatenated(live, pieces, device)
-        local = local.view(live.shape)
+        _check_class(part.fqn, tensor, expected)
+        local = local if local.shape == live.shape else local.view(live.shape)
         wants_local = isinstance(expected, torch.Tensor) and expected.ndim and not isinstance(expected, DTensor)
         return local if wants_local else _like(local, parameter.tensor)
 
@@ -454,11 +445,28 @@ class _StateBuilder:
         self, live: torch.Tensor, pieces: list[tuple[Part, PlannedTensor]], device: torch.device
     ) -> torch.Tensor:
         """The state of a flat parameter, from the slices of the parameters in it; its padding stays zero."""
+        if any(tensor.chunk is not None for _, tensor in pieces):
+            raise InstallError(
+                f"{pieces[0][0].fqn}: quantised state: it was saved as a tensor of a class of its own, and FSDP1 has flattened the "
+                "parameter; use FSDP2 (fully_shard), or leave the parameter out with exclude; nothing was changed"
+            )
         sources = [(part, self.source.local_tensor(tensor, device)) for part, tensor in pieces]
         flat = torch.zeros(live.numel(), dtype=sources[0][1].dtype, device=self.source.device(device))
         for part, source in sources:
             flat[part.position : part.position + source.numel()].copy_(source.view(-1))
         return flat
+
+
+def _check_class(fqn: str, loaded: PlannedTensor, expected: Any) -> None:
+    """Refuse quantised state for an optimizer that makes plain tensors, or those of another class. Raises InstallError."""
+    if loaded.value is None or not isinstance(expected, torch.Tensor):
+        return
+    made = expected.to_local() if isinstance(expected, DTensor) else expected
+    if type(loaded.value) is not type(made):
+        raise InstallError(
+            f"{fqn}: quantised state: {loaded.name!r} was saved as a {type(loaded.value).__name__}, the optimizer has a "
+            f"{type(made).__name__}; load it into the optimizer that saved it; nothing was changed"
+        )
 
 
 def _converted(value: Any, expected: Any) -> Any:

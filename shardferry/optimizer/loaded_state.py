@@ -102,12 +102,16 @@ class LoadedState:
     def local_tensor(self, tensor: PlannedTensor) -> torch.Tensor:
         """A view on the memory, of the local shape; a copy where the load was asked to convert the dtype.
 
+        Of a class of its own: the tensor that was read.
+
         Raises:
             HandoffError: the memory was released.
         """
         if self._memory is None:
             raise HandoffError("the shard was closed; use it inside its `with`")
-        view = view_bytes(self._memory, tensor.arena_offset, tensor.layout.local_shape, tensor.dtype)
+        view = tensor.value
+        if view is None:
+            view = view_bytes(self._memory, tensor.arena_offset, tensor.layout.local_shape, tensor.dtype)
         return view if tensor.cast is None else view.to(tensor.cast)
 
     def value_of(self, entry: Entry, mesh: DeviceMesh | None = None) -> Any:

@@ -92,7 +92,7 @@ def shared_tensors(replacements: Iterable[Replacement]) -> frozenset[int]:
 def _differ(one: Any, other: Any) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.shape != other.shape:
         return True
-    return one is not other and not torch.equal(_local(one), _local(other))
+    return one is not other and not _equal(one, other)
 
 
 def _by_parameter(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -115,8 +115,10 @@ def _exact(given: Any, taken: Any) -> Any:
         return taken
     if given.dtype == taken.dtype or given.shape != taken.shape or type(given) is not type(taken):
         return taken
+    if _equal(given.to(taken.device), taken):
+        return taken  # codes and scales, which show another dtype
     rounded = _local(given).to(device=taken.device, dtype=taken.dtype)
-    return given.to(taken.device) if torch.equal(rounded, _local(taken)) else taken
+    return given.to(taken.device) if _equal(rounded, taken) else taken
 
 
 def _in_place(old: Any, new: Any, apart: Set[int]) -> Any:
@@ -125,31 +127,49 @@ def _in_place(old: Any, new: Any, apart: Set[int]) -> Any:
         return new
     if id(old) in apart or is_expanded(old):
         return new
-    if type(old) is not type(new) or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+    if _form(old) != _form(new):
         return new
-    if (
-        isinstance(old, DTensor)
-        and isinstance(new, DTensor)
-        and (old.device_mesh, old.placements) != (new.device_mesh, new.placements)
-    ):
-        return new
-    old.detach().copy_(new)
+    for there, given in zip(_parts(old), _parts(new), strict=True):
+        there.copy_(given)
     return old
 
 
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with memory of its own. torchao's classes have no ``clone``, but tell which tensors they consist of."""
+def _form(tensor: torch.Tensor) -> Any:
+    """What two tensors have in common where one can take the other's elements."""
+    form = (type(tensor), tensor.shape, tensor.dtype, tensor.device)
     if isinstance(tensor, DTensor):
-        local, stride = copied(tensor.to_local()), tensor.stride()
-        return DTensor.from_local(
-            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=stride
-        )
-    if not hasattr(tensor, "__tensor_unflatten__"):
-        return tensor.detach().clone()
-    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    inner = {name: getattr(tensor, name).clone() for name in names}
-    found: torch.Tensor = tensor.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
-    return found
+        return *form, tensor.device_mesh, tensor.placements, _form(tensor.to_local())
+    names, context = _names_of_parts(tensor)
+    return *form, context, [_form(getattr(tensor, name)) for name in names]
+
+
+@torch.no_grad()  # else the local tensor of a DTensor is a view, which a class may make by copying
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a tensor's elements: codes and scales where it is of such a class, or else itself.
+
+    A class's own ``copy_`` may make new codes, and it may have no ``clone`` and no ``equal``.
+    """
+    local = _local(tensor)
+    names, _ = _names_of_parts(local)
+    return [part for name in names for part in _parts(getattr(local, name))] or [local.detach()]
+
+
+def _names_of_parts(tensor: torch.Tensor) -> tuple[list[str], Any]:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return ([], None) if flatten is None else flatten()
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same bits."""
+    ones, others = _parts(one), _parts(other)
+    if [part.dtype for part in ones] != [part.dtype for part in others]:
+        return False
+    return all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(ones, others, strict=True))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """What torch compares for every dtype: not all of float8 are."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:
@@ -178,7 +198,7 @@ class _Snapshot:
         self.leaves = {p: flat_entries(entries) for p, entries in optimizer.state.items()}
         tensors = {id(v): v for leaves in self.leaves.values() for v in leaves.values() if isinstance(v, torch.Tensor)}
         self._elements = (
-            [(tensor, copied(tensor)) for tensor in tensors.values() if not is_expanded(tensor)]
+            [(part, part.clone()) for tensor in tensors.values() if not is_expanded(tensor) for part in _parts(tensor)]
             if has_own_load(optimizer)
             else []
         )
@@ -191,8 +211,8 @@ class _Snapshot:
         for group, contents in self.groups:
             _refilled(group, contents)
         with torch.no_grad():
-            for tensor, elements in self._elements:
-                tensor.detach().copy_(elements)
+            for part, elements in self._elements:
+                part.copy_(elements)
 
     def keep_identity(self, apart: Set[int]) -> None:
         """Put the new state and hyperparameters into the objects that held the old ones."""

@@ -42,11 +42,13 @@ def _add(index: KeptIndex, manifest: Manifest, file: str) -> None:
         else:
             path = [*_path(request.optimizer_key), "state", entry.fqn, *entry.path]
         if isinstance(entry, PlannedTensor):
+            if (
+                entry.chunk is not None
+            ):  # each rank attaches to its own; another topology could not cut it, and lacks it
+                continue
             boxes = _boxes(entry.layout, file, entry.arena_offset, entry.dtype.itemsize)
             index.add_tensor(path, entry.dtype, entry.layout.global_shape, boxes)
-        elif (
-            entry.chunk is None
-        ):  # a rank's own part of a quantised tensor is no value of all; another topology lacks it
+        else:
             index.add_value(path, entry.value)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -35,6 +35,9 @@ class PlannedTensor:
     section: Section = "state"
     cast: torch.dtype | None = None  # the dtype that the trainer wants, where it is another one
     sharded_like_param: bool = True  # same shape and placements as its parameter
+    # Of a class of its own: the saved chunk that it is, a row of the catalog, and the tensor once it is read. Not in the arena.
+    chunk: int | None = None
+    value: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -49,23 +52,18 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Size of the local tensor in the arena, bytes."""
-        return self.layout.local_numel * self.dtype.itemsize
+        return 0 if self.chunk is not None else self.layout.local_numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedValue:
-    """One Python value that was saved where other savers have a tensor: a ``step`` that is a number, an extra state.
-
-    Or a tensor of a class of its own, such as quantised state, of which a rank wants exactly one saved chunk.
-    """
+    """One Python value that was saved where other savers have a tensor: a ``step`` that is a number, an extra state."""
 
     key: str  # in the checkpoint
     fqn: str
     path: KeyPath  # of the state entry below its parameter; empty for extra states
     value: Any  # None in a dry run, which reads no values
     section: Section = "state"
-    chunk: int | None = None  # of a tensor: the row of the catalog. Each rank reads its own
-    chunk_shape: tuple[int, ...] = ()
     is_parts = False
 
     @property
@@ -121,6 +119,13 @@ class LoadPlan:
         """Bytes that this rank wants: its regions of tensors, and whole items of Python objects."""
         tensors = sum(t.layout.wanted_numel * t.dtype.itemsize for t in self.tensors)
         return tensors + sum(self.objects.values())
+
+    def with_values(self, values: Mapping[int, torch.Tensor]) -> LoadPlan:
+        """The plan with the tensors of classes of their own that were read, by row."""
+        tensors = list(self.tensors)
+        for row, value in values.items():
+            tensors[row] = replace(tensors[row], value=value)
+        return replace(self, tensors=tuple(tensors))
 
     def manifest(self) -> Manifest:
         """The manifest of the arena that this plan fills."""

@@ -5,7 +5,6 @@ A plan is pure data: integers and names. Each rank makes its own, alone; no byte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from shardferry._gc import paused_gc
-from shardferry.checkpoint.catalog import Catalog, SavedTensor, ZipItem
+from shardferry.checkpoint.catalog import Catalog, SavedTensor
 from shardferry.checkpoint.optimizer_state import (
     SCALAR_STATE,
     OptimizerIndex,
@@ -43,6 +42,7 @@ from shardferry.plan.match_keys import (
 )
 from shardferry.plan.split import copy_to_box
 from shardferry.plan.state_layout import StateLayouts, tensors_beside
+from shardferry.plan.tensor_classes import has_class, only_chunk
 from shardferry.region import BoxCopy
 from shardferry.state_dicts import KeyPath, LeftLive
 
@@ -213,19 +213,6 @@ def plan_tensors(
     return planner.finish()
 
 
-def has_a_class(catalog: Catalog, saved: SavedTensor) -> bool:
-    """Whether a tensor was saved as a class of its own: its items are shorter than its elements would be."""
-    if not saved.chunks:
-        return False
-    chunk, start = saved.chunks.start, saved.boxes_start
-    length = catalog.chunk_byte_length[chunk]
-    if length >= saved.nbytes:  # most: a chunk has no more elements than the whole
-        return False
-    sizes = catalog.box_sizes[start : start + len(saved.shape)].tolist()
-    is_short = length < math.prod(sizes) * saved.dtype.itemsize
-    return bool(is_short) and isinstance(catalog.formats[catalog.chunk_format[chunk]], ZipItem)
-
-
 _ChunkCopy = tuple[int, tuple[int, ...], BoxCopy]  # chunk, counted from the tensor's first; its shape; the copy
 
 
@@ -282,27 +269,22 @@ class _Planner:
             return
         try:
             layout, follows = layout_for(tensor)
-            if section == "state" and has_a_class(self.catalog, tensor):
-                chunk = self._only_chunk(fqn, dotted(path), tensor, layout)
-                self.values.append(PlannedValue(key, fqn, path, None, chunk=chunk, chunk_shape=layout.local_shape))
-                return
-            cast = self._cast(fqn, dotted(path), tensor)
+            cast, chunk = self._cast(fqn, dotted(path), tensor), None
+            if section == "state" and layout.boxes and has_class(self.catalog, tensor):
+                chunk = only_chunk(self.catalog, tensor, layout, fqn=fqn, name=dotted(path))
         except LayoutError as error:
             self.mismatched.append(error)
         else:
-            self.add_tensor(tensor, layout, fqn=fqn, path=path, section=section, cast=cast, sharded_like_param=follows)
-
-    def _only_chunk(self, fqn: str, name: str, saved: SavedTensor, layout: TensorLayout) -> int:
-        """The saved chunk that is all a rank wants. Raises LayoutError: there is none, and only the class could cut or join it."""
-        wanted = [box.region for box in layout.boxes]
-        for chunk in saved.chunks:
-            if wanted == [region := self.catalog.region(saved, chunk)] and region.sizes == layout.local_shape:
-                return chunk
-        raise LayoutError(
-            f"{fqn}: quantised state: {name!r} was saved as tensors of a class of its own, in {len(saved.chunks)} chunks; this rank "
-            f"wants {', '.join(map(str, wanted)) or 'nothing'} of {saved.shape}, which is not one of them. Load it in the topology "
-            "in which it was saved; leave the parameter out with exclude; or save it dequantised, as a plain tensor"
-        )
+            self.add_tensor(
+                tensor,
+                layout,
+                fqn=fqn,
+                path=path,
+                section=section,
+                cast=cast,
+                sharded_like_param=follows,
+                chunk=chunk,
+            )
 
     def _cast(self, fqn: str, name: str, saved: SavedTensor) -> torch.dtype | None:
         """The dtype to convert to. Raises LayoutError where that must be asked for, and wasn't."""
@@ -326,6 +308,7 @@ class _Planner:
         section: Section = "state",
         cast: torch.dtype | None = None,
         sharded_like_param: bool = True,
+        chunk: int | None = None,
     ) -> None:
         row, layout = len(self.tensors), self._one_of(layout)
         tensor = PlannedTensor(
@@ -338,10 +321,11 @@ class _Planner:
             section=section,
             cast=cast,
             sharded_like_param=sharded_like_param,
+            chunk=chunk,
         )
         self.tensors.append(tensor)
         self.end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if self.with_reads:
+        if self.with_reads and chunk is None:
             first = saved.chunks.start
             self.reads += [
                 ReadItem(row, first + chunk, chunk_shape, copy)

@@ -6,10 +6,13 @@ beyond its opening request becomes further tasks.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+
+import torch
 
 from shardferry.arena import Arena, Destination, HostArena, HostMemory, destination_of
 from shardferry.checkpoint.catalog import Catalog, KnownValue
@@ -28,6 +31,7 @@ from shardferry.read.items import (
     read_layout,
     value_of,
 )
+from shardferry.read.objects import ForeignClass, allowed_classes
 from shardferry.read.requests import ContiguousRead, Request
 from shardferry.read.schedule import (
     ObjectRead,
@@ -35,6 +39,7 @@ from shardferry.read.schedule import (
     ReadData,
     ReadTask,
     RequestCache,
+    class_reads,
     data_reads,
     fetched_bytes,
     item_reads,
@@ -43,7 +48,7 @@ from shardferry.read.schedule import (
     schedule,
 )
 from shardferry.read.threads import num_read_threads, run_tasks
-from shardferry.read.zip_header import HeaderTooShort, ItemLayout
+from shardferry.read.zip_header import HeaderTooShort, ItemLayout, QuantisedState
 from shardferry.stats import Counters
 from shardferry.storage.base import RangeReader
 from shardferry.storage.retry import TransientStorageError
@@ -276,7 +281,34 @@ def read_objects(
     """
     items = {key: object_item(catalog, key) for key in keys}
     values = {key: value_of(item, b"") for key, item in items.items() if isinstance(item.format, KnownValue)}
-    reads = object_reads(catalog, keys)
+
+    def take(item: StoredItem, stored: memoryview) -> None:
+        try:
+            values[item.key] = value_of(item, stored)
+        except DecodeError as error:
+            values[item.key] = unread(item.key, bytes(stored), error)
+
+    read_items(object_reads(catalog, keys), take, catalog, storage, options=options, counters=counters)
+    return {key: values[key] for key in keys}
+
+
+def read_items(
+    reads: Sequence[ObjectRead],
+    take: Callable[[StoredItem, memoryview], None],
+    catalog: Catalog,
+    storage: RangeReader,
+    options: ReadOptions,
+    counters: Counters,
+) -> None:
+    """Read whole items. Neighbours in a file are read in one request.
+
+    Args:
+        reads: in reading order.
+        take: gets each item and its bytes as they are stored, which don't stay; is called from several threads.
+
+    Raises:
+        StorageError: a file is missing, short, or not the one that the catalog was made of. What ``take`` raises.
+    """
     source = _CountedStorage(storage, counters)
     buffers = BufferPool(options.memory_budget, timeout_s=options.load_s)
 
@@ -285,12 +317,7 @@ def read_objects(
         with buffers.claim(2 * buffer_bytes(stop - start)), buffers.buffer(stop - start) as data:
             source.read_into(group[0].item.path, start, data)
             for read in group:
-                item = read.item
-                stored = data[item.byte_offset - start : item.byte_stop - start]
-                try:
-                    values[item.key] = value_of(item, stored)
-                except DecodeError as error:
-                    values[item.key] = unread(item.key, bytes(stored), error)
+                take(read.item, data[read.item.byte_offset - start : read.item.byte_stop - start])
         counters.add_completed(sum(read.item.byte_length for read in group))
         return ()
 
@@ -298,7 +325,49 @@ def read_objects(
     num_threads = num_read_threads(concurrency=options.concurrency, is_local=storage.traits.is_local, ranks_on_node=1)
     with _checked_files([read.item for read in reads], catalog, storage, options):
         run_tasks(read_group, groups, num_threads=num_threads, timeout_s=options.load_s)
-    return {key: values[key] for key in keys}
+
+
+def read_classes(
+    plan: LoadPlan, catalog: Catalog, storage: RangeReader, options: ReadOptions, counters: Counters
+) -> dict[int, torch.Tensor]:
+    """The tensors of a plan that only their classes can make, by row; nothing is read where there are none.
+
+    Raises:
+        QuantisedState: a class is not allowed. StorageError, DecodeError: an item can't be read.
+        SpecError: a class that the request allows can't be imported.
+    """
+    rows: dict[tuple[str, int], list[int]] = defaultdict(list)  # by the item's place
+    reads = class_reads(plan, catalog)
+    for row, read in reads:
+        rows[read.item.path, read.item.byte_offset].append(row)
+    found: dict[int, torch.Tensor] = {}
+
+    def take(item: StoredItem, stored: memoryview) -> None:
+        for row in rows[item.path, item.byte_offset]:
+            found[row] = _tensor_of(plan, row, item, stored)
+
+    if reads:
+        with torch.serialization.safe_globals(allowed_classes(plan.request.safe_globals)):
+            unique = list({read.item: read for _, read in reads}.values())
+            read_items(unique, take, catalog, storage, options=options, counters=counters)
+    return found
+
+
+def _tensor_of(plan: LoadPlan, row: int, item: StoredItem, stored: memoryview) -> torch.Tensor:
+    planned = plan.tensors[row]
+    try:
+        tensor = value_of(item, stored)
+    except ForeignClass as error:
+        raise QuantisedState(
+            f"{planned.fqn}: quantised state: {planned.name!r} ({item.key}, item at byte {item.byte_offset} of {item.path}) was saved as "
+            f"a tensor of {', '.join(error.names)}, which was not imported. If you trust it, allow it with "
+            "torch.serialization.add_safe_globals or checkpoint.safe_globals; else leave the parameter out with exclude, or save it "
+            "dequantised, as a plain tensor"
+        ) from error
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != planned.layout.local_shape:
+        what = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise item.damaged(f"it holds {what}, the metadata says one of shape {planned.layout.local_shape}")
+    return tensor
 
 
 def check_files(

@@ -241,6 +241,16 @@ def object_reads(catalog: Catalog, keys: Iterable[str]) -> list[ObjectRead]:
     return [ObjectRead(item) for item in sorted(stored, key=lambda item: (item.path, item.byte_offset))]
 
 
+def class_reads(plan: LoadPlan, catalog: Catalog) -> list[tuple[int, ObjectRead]]:
+    """The reads of the plan's tensors of classes of their own, by row of `LoadPlan.tensors`, in reading order."""
+    rows = [(row, t, t.chunk) for row, t in enumerate(plan.tensors) if t.chunk is not None]
+    reads = [
+        (row, ObjectRead(tensor_item(catalog, key=t.key, dtype=t.dtype, shape=t.layout.local_shape, chunk=chunk)))
+        for row, t, chunk in rows
+    ]
+    return sorted(reads, key=lambda read: (read[1].item.path, read[1].item.byte_offset))
+
+
 def requests_of_plan(
     plan: LoadPlan, catalog: Catalog, limits: ReadLimits, cooperative: CooperativePlan | None = None
 ) -> tuple[int, int]:
@@ -261,6 +271,8 @@ def requests_of_plan(
             found = data_reads(task.reads[0], assumed_layout(item), requests)
             data += found[1:] if task.first else [one for one in found if one.stop > task.stop - task.start]
     fetched = [fetched_bytes(request, limits) for one in data for request in one.requests]
+    wholes = open_together([read for _, read in class_reads(plan, catalog)], limits)
+    fetched += [group[-1].item.byte_stop - group[0].item.byte_offset for group in wholes]
     return sum(task.nbytes for task in opened) + sum(fetched), len(opened) + len(fetched)
 
 
