@@ -311,8 +311,8 @@ class Loader:
         return self._loaded[part].arena.as_bytes().numpy()[byte_offset : byte_offset + nbytes]
 
     def progress(self) -> Progress:
-        """How many bytes are read so far. Ray answers it while the other methods run."""
-        return Progress(self._counters.bytes_done, self._bytes_total)
+        """How many bytes are read so far, and in which phase. Ray answers it while the other methods run."""
+        return Progress(self._counters.bytes_done, self._bytes_total, self._counters.phase)
 
     def stack(self) -> str:
         """Where the thread of `load` stands. Ray answers it while the other methods run."""

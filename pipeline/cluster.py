@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from shardferry.actors.logs import asked_format
 from shardferry.actors.placement import place
 from shardferry.errors import RankError, SpecError
 from shardferry.schemas.stage_config import StageConfig
@@ -94,7 +95,7 @@ def _start_embedded(config: StageConfig, world_size: int, num_gpus: int | None) 
         num_gpus=available,
         num_cpus=cpus,
         include_dashboard=False,
-        log_to_driver=False,
+        log_to_driver=asked_format() is not None,  # the loaders' lines
     )
 
 

@@ -106,6 +106,7 @@ class RankProgress(BaseModel):
     rank: int
     bytes_done: int
     bytes_needed: int  # 0: the rank had not planned yet
+    phase: str = ""  # that it was last seen in; empty: it did not load yet
     idle_s: float | None = (
         None  # at the failure: seconds since the rank's last byte, or since the first look; None: it had all
     )

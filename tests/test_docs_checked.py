@@ -76,14 +76,6 @@ def test_commands_in_sentences_have_their_options(page: Path) -> None:
     assert not lacking
 
 
-def test_each_command_s_help_has_two_examples_and_the_exit_statuses() -> None:
-    for name, command in _COMMANDS.commands.items():
-        assert (
-            len(re.findall(rf"^  .*(?:shardferry|python -m pipeline) {name}\b", command.epilog, re.MULTILINE)) == 2
-        ), name
-        assert "Exit status: 0 " in command.epilog, name
-
-
 def test_calls_have_arguments_that_exist() -> None:
     wrong = []
     for page, block in blocks("python"):

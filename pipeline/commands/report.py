@@ -69,7 +69,8 @@ def print_report(report: StageReport | FailedStage) -> None:
         return
     print(f"{report.location}: failed after {report.total_s:.2f} s")
     for rank in report.ranks:
-        print(f"  rank {rank.rank}: {human_bytes(rank.bytes_done)} of {human_bytes(rank.bytes_needed)}")
+        phase = f", last seen in the phase {rank.phase}" if rank.phase else ""
+        print(f"  rank {rank.rank}: {human_bytes(rank.bytes_done)} of {human_bytes(rank.bytes_needed)}{phase}")
     print(f"{report.error_type}: {report.error}")
 
 

@@ -175,6 +175,7 @@ class _Run:
                     rank=rank,
                     bytes_done=seen.bytes_done,
                     bytes_needed=seen.bytes_total,
+                    phase=seen.phase,
                     idle_s=None if 0 < seen.bytes_total <= seen.bytes_done else time.monotonic() - moved_s,
                 )
                 for rank, (seen, moved_s) in enumerate(zip(self._seen, self._moved_s, strict=True))

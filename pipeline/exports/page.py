@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
@@ -55,15 +56,17 @@ def _failed_sections(failed: FailedStage) -> Iterator[tuple[str, str]]:
         facts["ranks that failed"] = ", ".join(map(str, failed.failed_ranks[:_MAX_NAMES]))
     if failed.ranks:
         done, needed = (sum(getattr(r, name) for r in failed.ranks) for name in ("bytes_done", "bytes_needed"))
-        facts["done"] = f"{human_bytes(done)} of {human_bytes(needed)}" if needed else human_bytes(done)
-        waiting = [rank for rank in failed.ranks if rank.idle_s is not None]
+        facts["done"] = f"{human_bytes(done)} of {human_bytes(needed)}" if needed else "nothing: no rank had planned"
+        phases = Counter(rank.phase or "not loading yet" for rank in failed.ranks)
+        facts["ranks were last seen in"] = ", ".join(f"{phase} ({count})" for phase, count in phases.most_common())
+        waiting = [rank for rank in failed.ranks if needed and rank.idle_s is not None]
         if waiting:
             stalled = max(waiting, key=lambda rank: rank.idle_s or 0.0)
             facts["longest without a byte"] = (
                 f"rank {stalled.rank}, {stalled.idle_s:.1f} s, at {human_bytes(stalled.bytes_done)}"
             )
     yield "Summary", _cards(facts)
-    if failed.ranks:
+    if any(rank.bytes_needed for rank in failed.ranks):
         yield "How far each rank came", charts.progress_chart(failed.ranks)
     yield "Made by", _cards(_made_by(failed))
 

@@ -20,7 +20,7 @@ from shardferry.pipeline.exports.timeline import timeline, total_s
 from shardferry.pipeline.exports.trace import chrome_trace
 from shardferry.pipeline.reports import lower_bound_terms, storage_rate
 from shardferry.schemas.stage_config import StageConfig
-from shardferry.schemas.stage_report import FailedStage, StageReport
+from shardferry.schemas.stage_report import FailedStage, RankProgress, StageReport
 from shardferry.stats import RequestLog, StorageRequest
 from tests.support.commands import Command
 from tests.support.stage_reports import STARTED, failed_stage, rank_report, stage_report
@@ -285,6 +285,13 @@ def test_the_page_s_words() -> None:
     assert "<b>RankError</b> loading: the process of rank 3 died: &lt;b&gt;out of memory&lt;/b&gt;" in failed
     assert "3.3 GiB of 7.5 GiB" in failed
     assert "rank 3, 9.5 s, at 0 B" in failed
+    assert "<dd>read (8)</dd>" in failed
+    unplanned = [RankProgress(rank=rank, bytes_done=0, bytes_needed=0, phase="values", idle_s=2.0) for rank in range(2)]
+    failed = html_page(failed_stage(2).model_copy(update={"ranks": unplanned}))
+    assert "<dd>nothing: no rank had planned</dd>" in failed
+    assert "<dd>values (2)</dd>" in failed
+    assert "longest without a byte" not in failed, "no rank stalled before there was anything to read"
+    assert "How far each rank came" not in failed
 
 
 def test_a_dry_run_s_page(shardferry: Command, saved_by: dict[int, Path], tmp_path: Path) -> None:
@@ -347,7 +354,7 @@ def test_a_failure_is_shown_again(shardferry: Command, tmp_path: Path) -> None:
     file = write_report(tmp_path / "report.json", failed_stage(4))
     done = shardferry("report", file, "--html", tmp_path / "page.html")
     assert done.status == 0
-    assert "rank 3: 0 B of 953.7 MiB" in done.stdout
+    assert "rank 3: 0 B of 953.7 MiB, last seen in the phase read" in done.stdout
     assert "RankError: loading: the process of rank 3 died" in done.stdout
     assert "Failed" in (tmp_path / "page.html").read_text()
     for option in ("--trace", "--compare"):

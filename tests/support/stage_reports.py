@@ -95,6 +95,7 @@ def failed_stage(world_size: int) -> FailedStage:
                 rank=r,
                 bytes_done=0 if r == 3 else 500_000_000,
                 bytes_needed=10**9,
+                phase="read",
                 idle_s=9.5 if r == 3 else 0.5,
             )
             for r in range(world_size)
