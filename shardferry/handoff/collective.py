@@ -39,9 +39,6 @@ _FORM_S = 30.0  # for the two to form their group, which both are at
 _POLL_S = 1.0
 _GRACE_S = 0.5  # until the end of a process is seen everywhere
 _LINE_BYTES = 4096
-_TRAINERS_SHARE = (
-    0.9  # of the deadline: the trainer's error tells more than that of the stage, which waits for the trainer
-)
 _LOG = logging.getLogger(__name__)
 
 
@@ -78,7 +75,7 @@ class Collective(Transport):
         return replace(self, route=route)
 
     def open(self) -> torch.Tensor:
-        deadline = time.monotonic() + _TRAINERS_SHARE * self.route.timeout_s
+        deadline = time.monotonic() + self.route.trainers_s
         device = self._own_device()
         memory = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         try:
@@ -90,9 +87,10 @@ class Collective(Transport):
                     _raise_failure(asking, within_s=_GRACE_S)
                     raise ConnectionError(str(error)) from error
         except (OSError, EOFError) as error:
-            raise self._failure(error, is_late=time.monotonic() >= deadline) from error
+            is_late = time.monotonic() >= deadline
+            raise (self.route.late(self.pid) if is_late else self.route.ended(self.pid, error)) from error
         except _LoaderError as error:
-            raise HandoffError(f"{self._who()} could not send it: {error}; load again") from error
+            raise HandoffError(f"{self.route.who(self.pid)} could not send it: {error}; load again") from error
         return memory
 
     def _own_device(self) -> torch.device:
@@ -132,21 +130,6 @@ class Collective(Transport):
         _tell(asking, ask)
         asking.settimeout(_left_s(deadline))
         _hear(asking)
-
-    def _failure(self, error: Exception, *, is_late: bool) -> HandoffError:
-        if is_late:
-            return HandoffError(
-                f"{self._who()} has not sent it within {_TRAINERS_SHARE * self.route.timeout_s:g} s, nine tenths of "
-                f"timeouts.handoff_s = {self.route.timeout_s:g} s; is its process or its node stopped? ({error})"
-            )
-        return HandoffError(
-            f"{self._who()} has ended before the shard was opened, or its node {self.route.node} can't be reached ({error}); "
-            "keep the stage's result until all trainers have opened their handles"
-        )
-
-    def _who(self) -> str:
-        rank = "" if self.route.world_rank is None else f"rank {self.route.world_rank} on {self.route.node}: "
-        return f"{rank}the loader (process {self.pid}) that held this shard"
 
 
 class _LoaderError(Exception):

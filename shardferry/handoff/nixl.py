@@ -21,9 +21,6 @@ from shardferry.errors import HandoffError
 from shardferry.handoff.transport import Recipient, Route, Transport
 
 _POLL_S = 0.0005
-_TRAINERS_SHARE = (
-    0.9  # of the deadline: the trainer's error tells more than that of the stage, which waits for the trainer
-)
 _SERVING: dict[str, tuple[Any, torch.Tensor]] = {}  # by agent's name: what lives as long as the arena
 
 
@@ -75,15 +72,11 @@ class Nixl(Transport):
         except HandoffError:
             raise
         except Exception as error:  # NIXL's have no class in common
-            raise HandoffError(
-                f"{self._who()} has ended before the shard was opened, or its node {self.route.node} can't be reached "
-                f"(NIXL: {error or type(error).__name__}); keep the stage's result until all trainers have opened their handles"
-            ) from error
+            raise self.route.ended(self.pid, f"NIXL: {error or type(error).__name__}") from error
         return memory
 
     def _read_into(self, memory: torch.Tensor, agent: Any) -> None:
-        allowed_s = _TRAINERS_SHARE * self.route.timeout_s
-        deadline = time.monotonic() + allowed_s
+        deadline = time.monotonic() + self.route.trainers_s
         here = agent.register_memory([memory])
         loader = agent.add_remote_agent(self.agent)
         reading = agent.initialize_xfer("READ", here.trim(), agent.deserialize_descs(self.place), loader.decode())
@@ -91,10 +84,7 @@ class Nixl(Transport):
             state = agent.transfer(reading)
             while state == "PROC":
                 if time.monotonic() >= deadline:
-                    raise HandoffError(
-                        f"{self._who()} has not sent it within {allowed_s:g} s, nine tenths of timeouts.handoff_s = "
-                        f"{self.route.timeout_s:g} s; is its process or its node stopped?"
-                    )
+                    raise self.route.late(self.pid)
                 time.sleep(_POLL_S)
                 state = agent.check_xfer_state(reading)
             if state != "DONE":
@@ -102,10 +92,6 @@ class Nixl(Transport):
         finally:
             agent.release_xfer_handle(reading)
             agent.deregister_memory(here)
-
-    def _who(self) -> str:
-        rank = "" if self.route.world_rank is None else f"rank {self.route.world_rank} on {self.route.node}: "
-        return f"{rank}the loader (process {self.pid}) that held this shard"
 
 
 def _package() -> Any:

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from shardferry.arena import Arena
+from shardferry.errors import HandoffError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,9 @@ class Recipient:
     gpu: str | None = None  # of its model, see `shardferry.arena.gpu_identity`; None: none, or not known
 
 
+_TRAINERS_SHARE = 0.9  # of timeouts.handoff_s
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """What a stage knows of the way of one shard: for transports that ask the loader, and for their errors."""
@@ -27,6 +31,30 @@ class Route:
     world_rank: int | None = None
     node: str = "127.0.0.1"  # address of the loader's node
     timeout_s: float = 600.0  # timeouts.handoff_s
+
+    @property
+    def trainers_s(self) -> float:
+        """What a trainer waits: less than the stage, which waits for the trainer, and whose error tells less."""
+        return _TRAINERS_SHARE * self.timeout_s
+
+    def who(self, pid: int) -> str:
+        """The loader, for a message."""
+        rank = "" if self.world_rank is None else f"rank {self.world_rank} on {self.node}: "
+        return f"{rank}the loader (process {pid}) that held this shard"
+
+    def ended(self, pid: int, why: object) -> HandoffError:
+        """The error where the loader is gone."""
+        return HandoffError(
+            f"{self.who(pid)} has ended before the shard was opened, or its node {self.node} can't be reached ({why}); "
+            "keep the stage's result until all trainers have opened their handles"
+        )
+
+    def late(self, pid: int) -> HandoffError:
+        """The error where the loader says nothing in time."""
+        return HandoffError(
+            f"{self.who(pid)} has not sent it within {self.trainers_s:g} s, nine tenths of timeouts.handoff_s = "
+            f"{self.timeout_s:g} s; is its process or its node stopped?"
+        )
 
 
 class Transport(ABC):

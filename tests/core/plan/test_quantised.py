@@ -227,7 +227,8 @@ def load(path: str, block: int, as_dtensor: bool, has_stepped: bool) -> str:
     try:
         shardferry.load_optimizer_state(model, optimizer, path)
     except shardferry.ShardferryError as error:
-        assert all(not state["codes"].count_nonzero() for state in optimizer.state.values()) if has_stepped else True
+        assert len(optimizer.state) == (2 if has_stepped else 0)
+        assert all(not state["codes"].count_nonzero() for state in optimizer.state.values())
         return str(error)
     for p in model.parameters():
         first, local = part(p)
