@@ -4,7 +4,8 @@ A stage's ObjectRefs exist before its loaders do: before the location, the topol
 results of the guard's method `Guard.promise`, which returns once the shards are loaded. The guard imports no torch.
 
 It is detached, as Ray frees the placement group of a detached actor when that actor ends, and no other one before the
-end of the job. So it has to end by itself: when the process that submitted the stage has died, and when all loaders are gone.
+end of the job. So it has to end by itself: when the process that submitted the stage has died, also before the guard knew of
+it, and when all loaders are gone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from shardferry.errors import LoadCancelled
 NAMESPACE = "shardferry"  # of the guards and the loaders
 _POLL_S = 0.5
 _EXIT_S = 10.0
+_WATCHED_S = 60.0  # from the start until `Guard.watch` is called: the submitting process asks for both at once
 _MAX_WAITING = 1 << 20  # calls that wait at the same time: one for each rank, and some
 
 
@@ -103,10 +105,14 @@ class Guard:
 
     Args:
         stage: its name.
+        watched_s: deadline for the first call of `watch`.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, watched_s: float = _WATCHED_S) -> None:
         self._stage = stage
+        self._unwatched = threading.Timer(watched_s, self._end)
+        self._unwatched.daemon = True
+        self._unwatched.start()
         self._ended, self._never, self._news = asyncio.Event(), asyncio.Event(), asyncio.Condition()
         self._is_done = False
         self._promised: dict[Hashable, Sealed] = {}
@@ -227,6 +233,7 @@ class Guard:
 
     async def watch(self, never: Sequence[ray.ObjectRef[Any]]) -> None:
         """End this process when the owner of `never` dies, and when the stage is over and has no loaders left."""
+        self._unwatched.cancel()
         threading.Thread(target=self._watch, args=(list(never),), daemon=True, name="shardferry-guard").start()
 
     def _watch(self, never: list[ray.ObjectRef[Any]]) -> None:
