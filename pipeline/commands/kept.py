@@ -35,6 +35,9 @@ def list_kept(dropped: str | None, address: str | None, *, as_json: bool) -> Non
     if as_json:
         print(json.dumps({"kept": [dataclasses.asdict(state) for state in states]}, indent=2))
         return
+    if not states:
+        print("nothing is kept in this cluster")
+        return
     rows = [
         (
             state.name,

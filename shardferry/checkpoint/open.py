@@ -40,6 +40,7 @@ _RANK_METADATA = re.compile(r"__(\d+)\.metadata")  # one per rank, where the sav
 _KNOWN_NAMES = (METADATA_FILE, COMMON_FILE, INDEX_FILE, SINGLE_FILE)  # of a storage that can't list its files
 _PIECE_BYTES = 16 * 1024 * 1024  # of a metadata file, read in one request
 _PIECES_AT_ONCE = 8
+_NAMED_NEAR = 3  # of the checkpoints beside a directory that is none
 
 
 def open_checkpoint(
@@ -222,6 +223,16 @@ def _no_checkpoint(storage: RangeReader, names: Sequence[str]) -> CheckpointNotF
         )
     saved = sum(name.endswith(".distcp") for name in names)
     hint = "the save was not completed" if saved else "this is not a distributed checkpoint"
+    if near := _checkpoints_near(Path(storage.location)):
+        rest = f" and {len(near) - _NAMED_NEAR} more" if len(near) > _NAMED_NEAR else ""
+        hint += f". There is one in {', '.join(near[-_NAMED_NEAR:])}{rest}"
     return CheckpointNotFound(
         f"{storage.location}: no {METADATA_FILE} file among {len(names)} files ({saved} of them .distcp): {hint}"
     )
+
+
+def _checkpoints_near(directory: Path) -> list[str]:
+    """Directories just below a local one, and the one above it, that hold a checkpoint; the newest last."""
+    metadata = [*directory.glob(f"*/{METADATA_FILE}"), directory.parent / METADATA_FILE]
+    found = [path.parent for path in metadata if path.is_file()]
+    return [str(there) for there in sorted(found, key=lambda there: there.stat().st_mtime)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,20 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointNotFound, match="is a file, not a directory"):
         shardferry.open_checkpoint(tmp_path / "file")
-    with pytest.raises(CheckpointNotFound, match=r"no \.metadata file among 1 files \(0 of them \.distcp\)"):
+    with pytest.raises(CheckpointNotFound, match=r"no \.metadata file among 1 files \(0 of them \.distcp\): [a-z ]+$"):
         shardferry.open_checkpoint(tmp_path)
+
+
+def test_the_checkpoints_nearby_are_named(tmp_path: Path) -> None:
+    """The directory of a whole run was given, or one inside the checkpoint; of many the newest."""
+    for step in range(5):
+        (tmp_path / f"step-{step}" / "inner").mkdir(parents=True)
+        (tmp_path / f"step-{step}" / ".metadata").touch()
+        os.utime(tmp_path / f"step-{step}", (step, step))
+    newest = ", ".join(str(tmp_path / f"step-{step}") for step in (2, 3, 4))
+    with pytest.raises(CheckpointNotFound, match=re.escape(f"There is one in {newest} and 2 more")):
+        shardferry.open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointNotFound, match=re.escape(f"There is one in {tmp_path / 'step-1'}") + "$"):
+        shardferry.open_checkpoint(tmp_path / "step-1" / "inner")
     with pytest.raises(CheckpointNotFound, match="warp://bucket/run: warp:// can't be opened"):
         shardferry.open_checkpoint("warp://bucket/run")
