@@ -2,7 +2,7 @@
 
 What they do is in `shardferry.pipeline.commands`. Each command imports its modules when it runs: ``--help`` imports neither torch nor Ray, ``inspect`` and ``plan`` import no Ray.
 
-Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong. An error is one message on stderr.
+Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong; 130 interrupted. An error is one message on stderr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shardferry.errors import LayoutError, ShardferryError, SpecError
 app = typer.Typer(
     name="shardferry",
     help="Load sharded optimizer state from PyTorch distributed checkpoints, in any topology.",
-    epilog="Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong. COMMAND --help has examples.",
+    epilog="Exit status: 0 done; 1 the work failed; 2 the command or its spec is wrong; 130 interrupted. COMMAND --help has examples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,7 +38,10 @@ class _Settings:
 
 
 # Of all commands; the first line is kept as it is.
-_STATUSES = "Exit status: 0 done; 1 the work failed (one error on stderr); 2 the command or its spec is wrong."
+_INTERRUPTED = 130  # typer's status for Ctrl-C, as shells have it
+_STATUSES = (
+    "Exit status: 0 done; 1 the work failed (one error on stderr); 2 the command or its spec is wrong; 130 interrupted."
+)
 
 
 def _epilog(*examples: str, statuses: str = _STATUSES) -> str:
@@ -362,9 +365,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, obj=settings)
     except SystemExit as stop:  # typer ends each command so, and prints its own message for wrong usage
+        if stop.code == _INTERRUPTED:
+            return _fail("interrupted", _INTERRUPTED, settings)
         return stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
-        return _fail("interrupted", 1, settings)
     except (SpecError, LayoutError) as error:
         return _fail(str(error), 2, settings)
     except (ShardferryError, OSError) as error:

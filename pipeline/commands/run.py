@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +124,33 @@ def _tell_failure(outputs: ReportOutputs, failed: FailedStage) -> None:
         print(f"warning: {error}", file=sys.stderr)
 
 
+@contextmanager
+def noticed_interrupts() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed, also where that was lost.
+
+    Python drops the exception where it falls into a destructor or a callback, of which Ray has many.
+    """
+    is_interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        raise KeyboardInterrupt
+
+    def raise_if_interrupted() -> None:
+        if is_interrupted:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield raise_if_interrupted
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Run:
     """One run, and how far its ranks have come."""
 
@@ -137,9 +167,11 @@ class _Run:
         catalog = open_checkpoint_of(config, location)  # a wrong path is refused before a cluster is started
         check_checkpoint(catalog, request, on_other_nodes=reads_on_other_nodes(config, address))
         check_topology(catalog, layout, request)
-        with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
+        cluster = ray_for(config, layout.world_size, address=address, num_gpus=num_gpus)
+        with noticed_interrupts() as raise_if_interrupted, cluster, byte_progress("loading") as bar:
 
             def on_progress(ranks: list[Progress]) -> None:
+                raise_if_interrupted()
                 self._look(ranks)
                 show_ranks(bar, ranks)
 

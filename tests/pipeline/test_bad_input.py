@@ -19,6 +19,7 @@ import pytest
 import ray
 import yaml
 
+from shardferry.pipeline.commands.run import noticed_interrupts
 from tests.support import damage
 from tests.support.commands import Command, Finished
 from tests.support.leftovers import nothing_held, nothing_left
@@ -155,10 +156,17 @@ def test_more_ranks_than_gpus(
 
 
 @pytest.mark.alone
-def test_loader_killed_in_mid_load(tmp_path: Path) -> None:
-    """A checkpoint of some GB (sparse: its zeros cost no disk) takes seconds to load; a rank dies once it reads.
+@pytest.mark.parametrize(
+    ("killed", "with_signal", "status", "words"),
+    [
+        ("loader", signal.SIGKILL, 1, r"the loader of rank [01] on [0-9.]+ died"),
+        ("driver", signal.SIGINT, 130, "^error: interrupted$"),
+    ],
+)
+def test_killed_in_mid_load(tmp_path: Path, killed: str, with_signal: int, status: int, words: str) -> None:
+    """A checkpoint of some GB (sparse: its zeros cost no disk) takes seconds to load; a rank dies once it reads, or Ctrl-C is pressed.
 
-    The run takes down its own Ray, and with it the other loader, which is reading.
+    The run takes down its own Ray, and with it the loaders that are reading.
     """
     write_sparse_checkpoint(tmp_path / "ckpt", num_tensors=24, rows=1 << 13, columns=1 << 12)
     spec = {**SPEC, "checkpoint": {"optimizer_key": "optim", "location": str(tmp_path / "ckpt")}}
@@ -166,22 +174,23 @@ def test_loader_killed_in_mid_load(tmp_path: Path) -> None:
     with nothing_left():
         command = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "stage.yaml")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            killed_at = _kill_a_reader(process.pid)
+            reader = _first_reader(process.pid)
+            os.kill(reader if killed == "loader" else process.pid, with_signal)
+            killed_at = time.monotonic()
             stdout, stderr = process.communicate(timeout=60)
     took = time.monotonic() - killed_at
     assert stdout == "" or stdout.count("(raylet)") == 1, "only Ray's own remark on the dead worker may stand there"
-    check_one_error(Finished(process.returncode, "", stderr), 1, r"the loader of rank [01] on [0-9.]+ died")
+    check_one_error(Finished(process.returncode, "", stderr), status, words)
     assert took < 10 + 5, f"{took} s from the kill to the end of the command, 5 of them for taking Ray down"
 
 
-def _kill_a_reader(driver: int) -> float:
-    """Wait until a loader has filled some of its arena, then kill it."""
+def _first_reader(driver: int) -> int:
+    """Wait until a loader has filled some of its arena; its process id."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for process in psutil.Process(driver).children(recursive=True):
             if _arena_kib(process.pid) > 64 * 1024:
-                os.kill(process.pid, signal.SIGKILL)
-                return time.monotonic()
+                return process.pid
         time.sleep(0.02)
     pytest.fail("no loader filled an arena within 240 s")
 
@@ -209,3 +218,20 @@ def test_debug_shows_the_traceback(shardferry: Command, tmp_path: Path) -> None:
     done = shardferry("--debug", "inspect", tmp_path / "nowhere")
     assert done.status == 1
     assert "Traceback" in done.stderr
+
+
+class _Interrupts:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # the handler runs here, and Python drops what a destructor raises
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_was_dropped_is_noticed() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with noticed_interrupts() as raise_if_interrupted:
+        raise_if_interrupted()
+        _Interrupts()
+        with pytest.raises(KeyboardInterrupt):
+            raise_if_interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
