@@ -13,7 +13,7 @@ from tests.optimizers.zoo import LIBRARIES, cases
 from tests.support.ranks import RankPool
 
 _TOGETHER = 20  # cases in one process group
-_DEADLINE_S = 1200.0  # for as many; torchao compiles
+_DEADLINE_S = 400.0  # for as many; torchao compiles, and one optimizer hangs
 
 
 @pytest.fixture(scope="module")

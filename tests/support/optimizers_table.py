@@ -21,6 +21,9 @@ _SAID = {
     "cannot": "torch can't",
     "wrong": "**wrong**",
 }
+_REMARKS = {
+    "torchao": "Its step is compiled, but under FSDP2, where the compiled one fails on shards of several sizes.",
+}
 
 Outcomes = Mapping[str, Mapping[str, Mapping[str, Outcome]]]  # by library, optimizer and wrapper
 
@@ -98,6 +101,7 @@ def _section(library: str, optimizers: Mapping[str, Mapping[str, Outcome]], note
     ]
     header = f"| optimizer | {' | '.join(w.name for w in WRAPPERS)} |\n|---|{'---|' * len(WRAPPERS)}"
     text = f"## {library}{_version(library)}\n\n"
+    text += f"{_REMARKS[library]}\n\n" if library in _REMARKS else ""
     text += "\n".join([header, *rows]) + "\n\n" if rows else ""
     return text + ("Not tried, as they don't train here:\n\n" + "\n".join(untried) + "\n\n" if untried else "")
 
