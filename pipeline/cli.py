@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ import typer
 
 from shardferry import __version__
 from shardferry.errors import LayoutError, ShardferryError, SpecError
+from shardferry.pipeline.commands.interrupts import Interrupts
 
 app = typer.Typer(
     name="shardferry",
@@ -35,10 +36,11 @@ class _Settings:
 
     debug: bool = False
     command: str = ""  # the command line
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
 
-# Of all commands; the first line is kept as it is.
 _INTERRUPTED = 130  # typer's status for Ctrl-C, as shells have it
+# Of all commands; the first line is kept as it is.
 _STATUSES = (
     "Exit status: 0 done; 1 the work failed (one error on stderr); 2 the command or its spec is wrong; 130 interrupted."
 )
@@ -253,13 +255,15 @@ def run(
     """Run the stage, on an embedded Ray if no cluster is given. A run that fails writes its report and its page too."""
     from shardferry.pipeline.commands.run import run_stage
 
+    settings = context.ensure_object(_Settings)
     run_stage(
         spec,
         location,
         {"report": report, "trace": trace, "html": html},
         address=address,
         num_gpus=num_gpus,
-        command=context.ensure_object(_Settings).command,
+        command=settings.command,
+        interrupts=settings.interrupts,
     )
 
 
@@ -363,7 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     settings = _Settings(command=shlex.join(["shardferry", *words]))
     try:
-        app(arguments, obj=settings)
+        with settings.interrupts.noticed():
+            app(arguments, obj=settings)
     except SystemExit as stop:  # typer ends each command so, and prints its own message for wrong usage
         if stop.code == _INTERRUPTED:
             return _fail("interrupted", _INTERRUPTED, settings)

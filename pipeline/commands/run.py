@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from shardferry.actors.progress import Progress
 from shardferry.errors import LayoutError, RankError, ShardferryError, SpecError
 from shardferry.layout.spec import SpecLayout
 from shardferry.pipeline.cluster import ray_for, reads_on_other_nodes
+from shardferry.pipeline.commands.interrupts import Interrupts
 from shardferry.pipeline.commands.outputs import Output, options_beside, page_output, write_all
 from shardferry.pipeline.display import byte_progress, print_stage, show_ranks
 from shardferry.pipeline.exports import page_of
@@ -85,6 +83,7 @@ def run_stage(
     address: str | None,
     num_gpus: int | None,
     command: str,
+    interrupts: Interrupts,
 ) -> None:
     """Run a stage, write its reports, and print a summary.
 
@@ -93,6 +92,7 @@ def run_stage(
         places: where the reports go, see `ReportOutputs.of`.
         address, num_gpus: as for `ray_for`.
         command: the command line, for the reports.
+        interrupts: end the run.
 
     Raises:
         SpecError, LayoutError: the command or its spec is wrong; no report is written.
@@ -102,7 +102,7 @@ def run_stage(
     where = location or config.checkpoint.location
     outputs = ReportOutputs.of(places, config, where)
     layout = target_layout(config)
-    run = _Run(config, layout)
+    run = _Run(config, layout, interrupts)
     try:
         done = run.to_the_end(location, address=address, num_gpus=num_gpus)
     except (SpecError, LayoutError):
@@ -124,39 +124,13 @@ def _tell_failure(outputs: ReportOutputs, failed: FailedStage) -> None:
         print(f"warning: {error}", file=sys.stderr)
 
 
-@contextmanager
-def noticed_interrupts() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed, also where that was lost.
-
-    Python drops the exception where it falls into a destructor or a callback, of which Ray has many.
-    """
-    is_interrupted = False
-
-    def interrupt(*_: Any) -> None:
-        nonlocal is_interrupted
-        is_interrupted = True
-        raise KeyboardInterrupt
-
-    def raise_if_interrupted() -> None:
-        if is_interrupted:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield raise_if_interrupted
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield raise_if_interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class _Run:
     """One run, and how far its ranks have come."""
 
-    def __init__(self, config: StageConfig, layout: SpecLayout) -> None:
+    def __init__(self, config: StageConfig, layout: SpecLayout, interrupts: Interrupts) -> None:
         self._config = config
         self._layout = layout
+        self._interrupts = interrupts
         self._started_s = time.monotonic()
         self._seen: list[Progress] = []
         self._moved_s: list[float] = []  # by rank: when its bytes were last seen to grow
@@ -167,11 +141,11 @@ class _Run:
         catalog = open_checkpoint_of(config, location)  # a wrong path is refused before a cluster is started
         check_checkpoint(catalog, request, on_other_nodes=reads_on_other_nodes(config, address))
         check_topology(catalog, layout, request)
-        cluster = ray_for(config, layout.world_size, address=address, num_gpus=num_gpus)
-        with noticed_interrupts() as raise_if_interrupted, cluster, byte_progress("loading") as bar:
+        self._interrupts.check()
+        with ray_for(config, layout.world_size, address=address, num_gpus=num_gpus), byte_progress("loading") as bar:
 
             def on_progress(ranks: list[Progress]) -> None:
-                raise_if_interrupted()
+                self._interrupts.check()
                 self._look(ranks)
                 show_ranks(bar, ranks)
 

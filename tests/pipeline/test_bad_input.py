@@ -19,7 +19,7 @@ import pytest
 import ray
 import yaml
 
-from shardferry.pipeline.commands.run import noticed_interrupts
+from shardferry.pipeline.commands.interrupts import Interrupts
 from tests.support import damage
 from tests.support.commands import Command, Finished
 from tests.support.leftovers import nothing_held, nothing_left
@@ -220,7 +220,7 @@ def test_debug_shows_the_traceback(shardferry: Command, tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-class _Interrupts:
+class _Drops:
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)  # the handler runs here, and Python drops what a destructor raises
@@ -228,10 +228,10 @@ class _Interrupts:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_was_dropped_is_noticed() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with noticed_interrupts() as raise_if_interrupted:
-        raise_if_interrupted()
-        _Interrupts()
+    before, interrupts = signal.getsignal(signal.SIGINT), Interrupts()
+    with interrupts.noticed():
+        interrupts.check()
+        _Drops()
         with pytest.raises(KeyboardInterrupt):
-            raise_if_interrupted()
+            interrupts.check()
     assert signal.getsignal(signal.SIGINT) is before
