@@ -46,7 +46,7 @@ class Case:
 
     name: str
     make: Callable[[nn.Module, float], Any]  # from a model and a learning rate
-    wide: bool = False  # whether it treats only large parameters in its own way
+    width: int = 8  # of the network: some treat only large parameters in their own way
     sparse: bool = False  # whether it wants sparse gradients
     closure: bool = False  # whether its step wants one
 
@@ -93,9 +93,8 @@ def as_plain(found: Mapping[str, Outcome]) -> dict[str, tuple[str, str]]:
     return {optimizer: (outcome.verdict, outcome.words) for optimizer, outcome in found.items()}
 
 
-def network(*, wide: bool) -> nn.Module:
+def network(inner: int) -> nn.Module:
     torch.manual_seed(0)
-    inner = 64 if wide else 8
     return nn.Sequential(nn.Linear(inner, inner), nn.Linear(inner, inner, bias=False), nn.Linear(inner, 3))
 
 
@@ -375,7 +374,7 @@ def _lost_by_stock(
 
 
 def _trained(wrapper: Wrapper, case: Case, lr: float, steps: Iterable[int]) -> tuple[nn.Module, Any]:
-    model = wrapper.wrap(network(wide=case.wide))
+    model = wrapper.wrap(network(case.width))
     optimizer = case.make(model, lr)
     if hasattr(optimizer, "train"):
         optimizer.train()

@@ -88,6 +88,8 @@ _MAKERS: dict[tuple[str, str], Maker] = {
     },
     ("adam-mini", "Adam_mini"): _named,
 }
+# Both quantise the state of parameters of 4,096 elements and more; torchao looks at this rank's part of them.
+_WIDTHS = {"bitsandbytes": 64, "torchao": 256}
 _WITH_CLOSURE = {"AliG", "BSAM", "FriendlySAM", "LookSAM", "SAM"}
 
 
@@ -109,8 +111,8 @@ def cases(library: str) -> list[Case]:
 
     def case(name: str, cls: type) -> Case:
         make = _MAKERS.get((library, name), _compiled if library == "torchao" else _plain)
-        wide = "bit" in name or "Fp8" in name
+        width = _WIDTHS.get(library, 8)
         closure = name in _WITH_CLOSURE or name.endswith("Closure")
-        return Case(name, lambda model, lr: make(cls, model, lr), wide=wide, closure=closure)
+        return Case(name, lambda model, lr: make(cls, model, lr), width=width, closure=closure)
 
     return [case(name, cls) for name, cls in classes(library).items()]
