@@ -453,7 +453,9 @@ class StageConfig(Spec):
         """
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except OSError as error:
+            raise SpecError(f"{path}: can't be read: {error.strerror or error}; give the file of a spec") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise SpecError(f"{path}: not readable as a spec: {' '.join(str(error).split())}") from error
         except RecursionError:
             raise SpecError(f"{path}: not readable as a spec: it is nested too deeply") from None

@@ -57,7 +57,9 @@ def read_report(path: Path) -> StageReport | FailedStage:
         values = json.loads(path.read_text(encoding="utf-8"))
         model = FailedStage if isinstance(values, dict) and "error" in values else StageReport
         return model.model_validate(values)
-    except (OSError, ValueError, ValidationError) as error:
+    except OSError as error:
+        raise SpecError(f"{path}: can't be read: {error.strerror or error}; give what run --report wrote") from None
+    except (ValueError, ValidationError) as error:
         first = " ".join(str(error).split())[:200]
         raise SpecError(f"{path}: not a report of shardferry run --report: {first}") from None
 

@@ -368,3 +368,7 @@ def test_what_is_no_report(shardferry: Command, tmp_path: Path, content: str) ->
     done = shardferry("report", tmp_path / "report.json")
     assert (done.status, done.stdout) == (2, "")
     assert "not a report of shardferry run --report" in done.stderr
+    missing = shardferry("report", tmp_path / "missing.json")
+    assert missing.stderr.endswith(
+        "missing.json: can't be read: No such file or directory; give what run --report wrote\n"
+    )

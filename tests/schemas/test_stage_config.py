@@ -219,8 +219,10 @@ def test_defaults_are_those_of_the_core() -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="No such file"):
+    with pytest.raises(SpecError, match=r"stage\.yaml: can't be read: No such file or directory; give the file"):
         StageConfig.from_file(tmp_path / "stage.yaml")
+    with pytest.raises(SpecError, match="can't be read: Is a directory; give the file"):
+        StageConfig.from_file(tmp_path)
 
 
 def test_how_to_read_in_the_cores_terms() -> None:
