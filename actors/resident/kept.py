@@ -16,7 +16,7 @@ from shardferry.actors.resident.reread import handle_of, lost
 from shardferry.errors import HandoffError, SpecError
 from shardferry.handoff.handle import ShardHandle
 
-_ANSWER_S = 30.0  # of a guard or a loader
+_ANSWER_S = 60.0  # for a guard to answer, also on a node that is very busy
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,18 @@ def drop(name: str) -> None:
         ray.get(guard.drop.remote(), timeout=_ANSWER_S)
 
 
-def find(name: str) -> tuple[KeptRecord, Any]:
-    """The record of kept state, and its guard. Raises HandoffError."""
+def find(name: str, *, answer_s: float = _ANSWER_S) -> tuple[KeptRecord, Any]:
+    """The record of kept state, and its guard.
+
+    Args:
+        answer_s: deadline for the guard's answer.
+
+    Raises:
+        HandoffError: nothing is kept under the name, or its guard doesn't answer.
+    """
     _connect()
-    complete = [(record, guard) for one in _names(name) for record, guard in [_record_of(one)] if record is not None]
+    found = [_record_of(one, answer_s) for one in _names(name)]
+    complete = [(record, guard) for record, guard in found if record is not None]
     if not complete:
         names = sorted({state.name for state in kept()})
         raise HandoffError(
@@ -138,12 +146,18 @@ def _names(name: str | None = None) -> list[str]:
     return [actor["name"] for actor in named if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
 
 
-def _record_of(actor: str) -> tuple[KeptRecord | None, Any]:
-    """None: it is being loaded, or its guard has ended since."""
-    with suppress(ValueError, ray.exceptions.RayError):
+def _record_of(actor: str, answer_s: float = _ANSWER_S) -> tuple[KeptRecord | None, Any]:
+    """None: it is being loaded, or its guard has ended since. Raises HandoffError: the guard doesn't answer."""
+    try:
         guard: Any = ray.get_actor(actor, NAMESPACE)
-        return ray.get(guard.record.remote(), timeout=_ANSWER_S), guard
-    return None, None
+        return ray.get(guard.record.remote(), timeout=answer_s), guard
+    except (ValueError, ray.exceptions.ActorDiedError):
+        return None, None
+    except ray.exceptions.RayError as error:  # out of reach, which is not gone
+        raise HandoffError(
+            f"{actor}: the guard of this kept state did not answer within {answer_s:g} s ({type(error).__name__}): its node is very "
+            "busy, or can't be reached; try again"
+        ) from error
 
 
 def _state_of(record: KeptRecord) -> KeptState:

@@ -105,6 +105,19 @@ def test_what_can_not_be_attached_to(gpus_of_loaders: str) -> None:
         shardferry.open_checkpoint("shardferry+memory://run-8")
 
 
+def test_a_guard_that_does_not_answer_is_not_taken_for_gone(gpus_of_loaders: str) -> None:
+    """Its node may be very busy: "nothing is kept" would be wrong."""
+    _, guard = find(NAME)
+    pid = ray.get(guard.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(HandoffError, match=rf"{NAME}.*: the guard of this kept state did not answer within 1 s"):
+            find(NAME, answer_s=1.0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert find(NAME)[0].name == NAME
+
+
 def test_the_name_is_taken(gpus_of_loaders: str, saved_by: dict[int, Path]) -> None:
     with pytest.raises(SpecError, match=rf"handoff.keep.name: '{NAME}' is taken"):
         stage(saved_by[4], 1).submit(keep=NAME)
