@@ -86,9 +86,10 @@ def submit(address: str, directory: Path, spec: str, report: Path) -> subprocess
     command += ["--", "sh", "-c"]
     command += [f"python one_identity.py && exec python -m pipeline run {spec} --report {report}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=550)
 
 
+@pytest.mark.timeout(1200)  # two jobs, on a machine that may be busy
 def test_job_on_a_bare_head_node(head_node: str, saved_by: dict[int, Path], tmp_path: Path) -> None:
     """The working directory brings all of our code; good spec and bad spec, exit status and report."""
     directory = tmp_path / "job"
